@@ -1,0 +1,59 @@
+"""The door for time. Nothing else in the core or the engine asks what time it is.
+
+Wall time is integer microseconds since the epoch (UTC) and comes from the store's clock; `monotonic` is for local
+deadlines (leases), in seconds, and never compared between processes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+SECOND = 1_000_000
+"""Microseconds."""
+
+
+class Clock(Protocol):
+    """Tells the time. A test or the simulation may set it."""
+
+    def now(self) -> int:
+        """Wall time in µs."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that never goes back."""
+        ...
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    def now(self) -> int:
+        return time.time_ns() // 1_000
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+class StoreClock:
+    """The store's clock, told by an offset taken at each heartbeat and advanced by the local monotonic clock.
+
+    An engine whose own wall clock is wrong by minutes still stamps what the store would have stamped.
+    """
+
+    def __init__(self, local: Clock) -> None:
+        self._local = local
+        self._base = local.now()
+        self._base_monotonic = local.monotonic()
+
+    def synchronise(self, store_now: int, asked_at: float, answered_at: float) -> None:
+        """Take the store's `now`, read between two local monotonic instants. Never steps back by itself: stamps of
+        a run are kept rising by the run."""
+        self._base = store_now
+        self._base_monotonic = (asked_at + answered_at) / 2
+
+    def now(self) -> int:
+        return self._base + int((self._local.monotonic() - self._base_monotonic) * SECOND)
+
+    def monotonic(self) -> float:
+        return self._local.monotonic()

@@ -1,0 +1,115 @@
+"""What a turn asks for. Pure data: `engine/apply.py` has one function for each.
+
+Every command but notes (`Patch`, `WriteLog`, `Abandon`) takes the next ordinal and a key at the call, synchronously.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import Context as Variables
+from typing import Any
+
+from msgspec import Struct
+
+from durable.core.options import ChildOptions, RemoteOptions, StepOptions
+
+
+class Command(Struct):
+    """Something the run asked for and may be waiting on."""
+
+    ordinal: int
+    key: str
+    name: str
+    fingerprint: str
+
+    kind = ""
+
+
+class RunStep(Command):
+    """Run a body on the application's loop (or, a plain `def`, in a thread) and journal what it returns."""
+
+    body: Callable[..., Any]
+    args: tuple[Any, ...]
+    options: StepOptions
+    returns: Any
+    """The annotation the result is decoded to; `Any` when there is none."""
+    variables: Variables
+    """A copy of the context variables at the call; the body runs in it."""
+
+    kind = "step"
+
+
+class SendTask(Command):
+    """Send a `RemoteTask` over a transport and wait for its result."""
+
+    input: bytes
+    options: RemoteOptions
+    returns: Any
+
+    kind = "remote"
+
+
+class StartChild(Command):
+    """Start another run, told of by the same commit. Its outcome comes back through the inbox."""
+
+    workflow: str
+    version: str | None
+    input: bytes
+    child_id: str
+    options: ChildOptions
+    returns: Any
+
+    kind = "child"
+
+
+class WaitSignal(Command):
+    """Wait for a signal by name. Writes nothing; shown by `why` and in the activity."""
+
+    kind = "signal"
+
+
+class Abandon(Struct):
+    """The wait on `command` was cancelled inside the run: journal it, tell the body, worker or child."""
+
+    command: Command
+
+
+class Patch(Struct):
+    """`ctx.patched(id)` was reached live for the first time: leave the marker."""
+
+    id: str
+
+
+class WriteLog(Struct):
+    """A line of `ctx.log`, told once however often the body replays. `index` counts the run's root-scope lines from 0."""
+
+    index: int
+    level: str
+    message: str
+    fields: bytes | None
+
+
+Note = Abandon | Patch | WriteLog
+
+
+class Completed(Struct):
+    """The workflow returned."""
+
+    output: bytes
+
+
+class Failed(Struct):
+    """The workflow raised. `error` is an encoded ErrorData."""
+
+    error: bytes
+    cut: int | None = None
+    """The seq of the failed entry whose error came out, if it was one: a requeue asks again from there."""
+
+
+class Cancelled(Struct):
+    """The workflow let a cancellation through."""
+
+    error: bytes | None = None
+
+
+Outcome = Completed | Failed | Cancelled

@@ -1,0 +1,88 @@
+"""What a run's journal is made of. One truth: replay reads it, watchers tail it, the determinism check compares with it.
+
+An entry is written once, by the run's owner, at a dense `seq` from 1. `(kind, status)` says what happened:
+
+    run      started · completed · failed · cancelled · dead · cancelling · timed_out · blocked · unblocked · requeued
+    step     started · retrying · completed · failed · cancelled · late        a local body (ctx.step, ctx.side_effect)
+    remote   dispatched · published · retrying · completed · failed · cancelled · late
+    child    started · completed · failed · cancelled · late
+    timer    fired                                                       keyed by ordinal; setting one writes nothing
+    signal   received                                                    whether or not anything waits for it
+    patched  marked
+    log      written
+
+Delivered entries (`Entry.delivers`) are handed to the workflow, one at a time, a full turn for each, in journal
+order, live and on replay alike. The rest are annotations: replay keeps them as the trace of their command.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+RUN = "run"
+STEP = "step"
+REMOTE = "remote"
+CHILD = "child"
+TIMER = "timer"
+SIGNAL = "signal"
+PATCHED = "patched"
+LOG = "log"
+
+NOT_REPLAYED = frozenset({LOG})
+"""Kinds that `Store.load` leaves out. Everything else is loaded."""
+
+COMMAND_KINDS = frozenset({STEP, REMOTE, CHILD})
+
+_DELIVERED = frozenset(
+    {
+        (RUN, "started"),
+        (RUN, "cancelling"),
+        (RUN, "timed_out"),
+        (STEP, "completed"),
+        (STEP, "failed"),
+        (REMOTE, "completed"),
+        (REMOTE, "failed"),
+        (CHILD, "completed"),
+        (CHILD, "failed"),
+        (TIMER, "fired"),
+        (SIGNAL, "received"),
+    }
+)
+
+
+class Entry(Struct, frozen=True):
+    """One journal row. Times are integer microseconds since the epoch, UTC; payloads are encoded JSON bytes.
+
+    `payload` by kind and status:
+      run started    `{"python": "3.11"}`: the minor version the run was recorded on
+      run blocked    `{"position", "recorded", "asked"}`: both sides of the mismatch
+      run requeued   `{"from": seq}`: replay passes over what was recorded from that seq up to here, signals excepted
+      * completed    the output;   * failed    an ErrorData
+      * retrying     `{"error": ErrorData, "next_at": µs}`
+      remote dispatched    `{"input", "transport", "deadline"}`
+      child started  `{"run_id", "workflow", "version"}`
+      signal         what was sent
+      log            `{"level", "message", "fields"}`
+    """
+
+    seq: int
+    at: int
+    kind: str
+    status: str
+    key: str | None = None
+    """The command's key; a signal's message id; None where there is none."""
+    ordinal: int | None = None
+    """The command's or timer's position by first call; for a log its index within its scope."""
+    name: str | None = None
+    attempt: int = 0
+    fingerprint: str | None = None
+    """Of the command's arguments; compared on replay."""
+    payload: bytes | None = None
+    enqueued_at: int | None = None
+    started_at: int | None = None
+    finished_at: int | None = None
+
+    @property
+    def delivers(self) -> bool:
+        """Whether this entry is handed to the workflow and gets a turn of its own."""
+        return (self.kind, self.status) in _DELIVERED

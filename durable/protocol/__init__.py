@@ -1,0 +1,1 @@
+"""The words every floor and every language shares: states, messages, codec, version."""

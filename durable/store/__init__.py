@@ -1,0 +1,1 @@
+"""Where runs live: one contract, a shelf of stores."""

@@ -1,0 +1,145 @@
+"""The store's contract. Complete and small: no optional methods. What an adapter cannot do, its `capabilities` say, and
+the shared suite (`durable/testing/suites/store.py`) reads them.
+
+Batch first: every write, and every read that a claim needs, takes many; answers come in the order of the questions.
+All methods raise `StoreError`: `StoreUnavailable` when the outcome is unknown and the same call may be repeated
+(every write carries the caller's ids, so repeating is harmless), `StoreFull` and `StoreReadOnly` when nothing happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from durable.core.journal import Entry
+from durable.store.records import (
+    Beat,
+    Claim,
+    ClaimRequest,
+    Commit,
+    CommitOutcome,
+    InboxRow,
+    Journal,
+    Message,
+    NewRun,
+    RunPage,
+    RunQuery,
+    RunRecord,
+    SendOutcome,
+    StartOutcome,
+)
+
+
+class Capabilities(Struct, frozen=True):
+    """What an adapter says of itself."""
+
+    name: str
+    durable: bool
+    """An answered write survives the process and the machine."""
+    durability: str
+    """One sentence for people: what exactly survives what."""
+    shared: bool
+    """Several processes may use it at once."""
+    commit_with: bool
+    """Can run the author's SQL in the same transaction."""
+    max_payload: int
+    """Bytes one payload may have."""
+    max_batch: int = 250
+    """Commits one `commit` call takes; more is an error of the caller's."""
+
+
+class Store(Protocol):
+    """All runs of one deployment."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def open(self) -> None:
+        """Connect, create or migrate tables. Raises StoreTooNew, StoreReadOnly, StoreRestored, WeakDurability."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was accepted and let go. Idempotent."""
+        ...
+
+    # -- runs
+    async def start(self, runs: Sequence[NewRun]) -> list[StartOutcome]:
+        """Insert runs, each on its own: one conflict never refuses its neighbours. All-or-none against a crash."""
+        ...
+
+    async def get(self, run_ids: Sequence[str]) -> list[RunRecord | None]: ...
+
+    async def find(self, query: RunQuery) -> RunPage: ...
+
+    # -- commits
+    async def commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
+        """One transaction for all, each fenced and answered on its own. At most one commit per run in a batch."""
+        ...
+
+    async def commit_with(self, work: Callable[[Any], Awaitable[None]], commit: Commit) -> CommitOutcome:
+        """Run `work(connection)` and one commit in one transaction; fenced: neither happened."""
+        ...
+
+    async def requeue(self, run_id: str, *, commit_id: str, entry: Entry, activity: str) -> RunRecord | None:
+        """Reopen a dead or failed run, or wake a blocked one: epoch + 1, `entry` at seq + 1 (its own seq is ignored),
+        recovery_attempts 0, output and error cleared, due now, unowned. None: no such run, or not in such a state.
+        The same commit_id again answers with the run as it is."""
+        ...
+
+    # -- claims
+    def beat(self, incarnation: str, lease_us: int) -> Beat:
+        """Write this engine's heartbeat row, good for `lease_us` from the store's now. Synchronous, and safe to call
+        from a thread of its own: it must not share a connection or a lock with the other methods for long."""
+        ...
+
+    async def leave(self, incarnation: str) -> None:
+        """This engine has stopped: forget its heartbeat row. Runs it still owns become claimable at once."""
+        ...
+
+    async def claim(self, request: ClaimRequest) -> Claim:
+        """Take due unowned runs, and runs whose owner is expired, dead or has no row, raising each epoch. An expired
+        incarnation is marked dead in the same transaction. Raises recovery_attempts of runs that were `executing`
+        under such an owner. Order: priority descending, then wake_at. A dead incarnation claims nothing."""
+        ...
+
+    async def release(self, runs: Sequence[tuple[str, int]]) -> None:
+        """Give up ownership of (run_id, epoch): due now. Another epoch: nothing happens."""
+        ...
+
+    async def owned(self, incarnation: str) -> list[tuple[str, int]]:
+        """(run_id, epoch) of all runs the store says are this engine's."""
+        ...
+
+    # -- inbox
+    async def send(self, messages: Sequence[Message]) -> list[SendOutcome]:
+        """Add inbox rows and raise inbox_last, together. An unowned, unparked run becomes due now."""
+        ...
+
+    async def unread(self, incarnation: str) -> list[str]:
+        """Ids of this engine's runs with inbox_last above inbox_read."""
+        ...
+
+    async def inbox(self, after: Sequence[tuple[str, int]]) -> list[list[InboxRow]]:
+        """For each (run_id, number): the rows above that number, in order."""
+        ...
+
+    # -- journal
+    async def load(self, run_ids: Sequence[str]) -> list[Journal]:
+        """What replay needs, for many runs at once."""
+        ...
+
+    async def page(self, run_id: str, after_seq: int, limit: int) -> list[Entry]:
+        """Journal rows of every kind above `after_seq`, in order."""
+        ...
+
+    async def children(self, run_id: str) -> list[RunRecord]:
+        """Runs whose parent this is, oldest first."""
+        ...
+
+    # -- hints
+    def listen(self, on_hint: Callable[[], None]) -> Callable[[], None]:
+        """Call `on_hint` on this loop when another process or engine may have changed something. Returns the way to
+        stop. Losing every hint costs latency and nothing else."""
+        ...
