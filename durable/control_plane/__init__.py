@@ -1,0 +1,1 @@
+"""How engines tell each other: hints that make things fast, never truth."""

@@ -1,0 +1,30 @@
+"""The control plane's contract. Broadcasts between engine instances; losing every message costs latency and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from durable.protocol.messages import ControlMessage
+
+ControlHandler = Callable[[ControlMessage], None]
+
+
+class ControlPlane(Protocol):
+    """Says something to every engine but the sender."""
+
+    async def start(self) -> None:
+        """Connect. Raises TransportError."""
+        ...
+
+    async def close(self) -> None:
+        """Let go. Idempotent."""
+        ...
+
+    async def publish_control(self, message: ControlMessage) -> None:
+        """Tell every instance. Never raises for a peer's sake: a message that cannot be sent is dropped and logged."""
+        ...
+
+    def on_control(self, incarnation: str, handler: ControlHandler) -> Callable[[], None]:
+        """Hear messages of others (`sender` is not `incarnation`). Returns the way to stop."""
+        ...

@@ -1,0 +1,1 @@
+"""How a step travels to a worker and back: one contract, a shelf of transports."""
