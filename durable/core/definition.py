@@ -67,10 +67,10 @@ class _Definition:
 
     def resolve(self) -> None:
         """Read the annotations now. Raises DefinitionError; the registry calls it, when every name exists."""
-        self._shape.types  # noqa: B018
+        _ = self._shape.types
 
     def encode_input(self, value: Any = None, *, limit: int = payload.DEFAULT_LIMIT) -> bytes:
-        """The value as the bytes `call` takes. Raises PayloadError here, at the caller's, if `call` could not read it."""
+        """The value as the bytes `call` takes. Raises PayloadError here, at the caller's, if it is not the input."""
         if self.input_type is None:
             if value is not None:
                 raise PayloadError(f"{self._shape.label} takes no input, but was given a {type(value).__name__}.")
@@ -119,7 +119,7 @@ class WorkflowDefinition(_Definition):
 
     @cached_property
     def code_hash(self) -> str:
-        """Changes when the code does (not with comments, places or docstrings): tells that a deploy changed a version."""
+        """Changes when the code does, not with comments, places or its docstring: a deploy changed this version."""
         return _code_hash(self.fn)
 
 
@@ -151,8 +151,8 @@ class StepDefinition(_Definition):
         if self.instance is None:
             owner = self.fn.__qualname__.rpartition(".")[0]
             raise DefinitionError(
-                f"{self._shape.label} is a method: it needs an instance of {owner}. Register one (Registry.add_provider), "
-                f"or name {owner} as a provider of a module."
+                f"{self._shape.label} is a method: it needs an instance of {owner}. "
+                f"Register one (Registry.add), or list {owner} as a provider of a module."
             )
         return MethodType(self.fn, self.instance)
 
@@ -206,7 +206,7 @@ def workflow(
             fn=target,
             _shape=shape,
             version=version,
-            timeout=None if timeout is None else _positive(timeout, "timeout", shape),
+            timeout=_optional(timeout, "timeout", shape),
             tags=_tags(tags, shape),
             priority=_priority(priority, shape),
         )
@@ -246,8 +246,8 @@ def durable_step(
         check_name(chosen, "step name")
         options = RemoteOptions(
             retry=_retry(retries, shape),
-            timeout=None if timeout is None else _positive(timeout, "timeout", shape),
-            heartbeat_timeout=None if heartbeat_timeout is None else _positive(heartbeat_timeout, "heartbeat_timeout", shape),
+            timeout=_optional(timeout, "timeout", shape),
+            heartbeat_timeout=_optional(heartbeat_timeout, "heartbeat_timeout", shape),
             transport=transport,
             group=group,
         )
@@ -266,7 +266,7 @@ def workflow_of(obj: Any) -> WorkflowDefinition:
         raise DefinitionError(f"{_label(obj)} is not a workflow. Put @workflow on it.")
     if definition.fn is not obj:
         # A subclass inherits the mark, but would run under its parent's name.
-        raise DefinitionError(f"{_label(obj)} only inherits from the workflow {definition.name}. Put @workflow on it too.")
+        raise DefinitionError(f"{_label(obj)} only inherits the workflow {definition.name}. Put @workflow on it too.")
     return definition
 
 
@@ -316,7 +316,9 @@ def _default_name(target: Any) -> str:
     return qualname.rpartition("<locals>.")[2]
 
 
-def _positive(value: Duration, option: str, shape: _Shape) -> float:
+def _optional(value: Duration | None, option: str, shape: _Shape) -> float | None:
+    if value is None:
+        return None
     try:
         number = seconds(value)
     except DefinitionError as error:
@@ -411,7 +413,7 @@ def _workflow_shape(target: Any, name: object, scope: _Scope) -> _Shape:
     label = f"workflow {name}"
     function, skip = target, 1
     if isinstance(target, type):
-        function, skip = vars_in_mro(target).get("run"), 2
+        function, skip = _members(target).get("run"), 2
         if not isinstance(function, FunctionType):
             raise DefinitionError(f"{label}: the class {target.__qualname__} needs `async def run(self, ctx, input)`.")
     place = _place(target)
@@ -435,8 +437,8 @@ def _step_shape(target: Any, name: object, scope: _Scope) -> _Shape:
     place = _place(target)
     _refuse_generators(target, label, place)
     parameters = _parameters(target, label, place)
-    in_class = not target.__qualname__.rpartition(".")[0].endswith(("<locals>", ""[:0] or "\0")) and "." in target.__qualname__
-    is_method = in_class and bool(parameters) and parameters[0].name in ("self", "cls")
+    owner = target.__qualname__.rpartition(".")[0]
+    is_method = bool(owner) and not owner.endswith("<locals>") and bool(parameters) and parameters[0].name == "self"
     return _shape(target, parameters[is_method:], label, place, scope, is_method=is_method)
 
 
@@ -461,7 +463,19 @@ def _shape(
         is_method=is_method,
         scope=scope,
     )
+    try:
+        _ = shape.types
+    except DefinitionError as error:
+        # A name that does not exist yet may be defined further down; the registry asks again.
+        if not _is_forward_reference(error):
+            raise
     return shape
+
+
+def _is_forward_reference(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, NameError):
+        error = error.__cause__
+    return error is not None
 
 
 def _parameters(function: Callable[..., Any], label: str, place: str) -> list[inspect.Parameter]:
@@ -480,14 +494,14 @@ def _refuse_generators(function: Callable[..., Any], label: str, place: str) -> 
         raise DefinitionError(f"{label} ({place}) is a generator. Return a value; `yield` has no place in it.")
 
 
-def vars_in_mro(cls: type[Any]) -> dict[str, Any]:
+def _members(cls: type[Any]) -> dict[str, Any]:
     """A class's attributes as written, inherited ones too."""
     return {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
 
 
 def _place(target: Any) -> str:
-    function = target if isinstance(target, FunctionType) else vars_in_mro(target).get("run") if isinstance(target, type) else None
-    code = getattr(inspect.unwrap(function) if function is not None else None, "__code__", None)
+    function = _members(target).get("run") if isinstance(target, type) else target
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
     return f"{code.co_filename}:{code.co_firstlineno}" if isinstance(code, CodeType) else "?"
 
 
@@ -501,7 +515,7 @@ def _label(obj: Any) -> str:
 def _code_hash(target: Callable[..., Any]) -> str:
     functions = [target]
     if isinstance(target, type):
-        members = vars_in_mro(target)
+        members = _members(target)
         functions = [members[name] for name in sorted(members) if isinstance(members[name], FunctionType)]
     parts: list[bytes] = []
     for function in functions:

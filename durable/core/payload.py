@@ -68,7 +68,7 @@ def encode(value: Any, annotation: Any = Any, *, what: str, limit: int = DEFAULT
     # msgspec writes NaN and infinity as null without a word; only a payload with a null can hide one.
     if b"null" in data and _has_nonfinite(value):
         raise PayloadError(
-            f"{what}: {_path(value, _is_nonfinite)} is NaN or infinite, which JSON cannot carry. Send None or text instead."
+            f"{what}: {_path(value, _is_nonfinite)} is NaN or infinite, which JSON cannot carry. Send None or text."
         )
     if len(data) > MAX_DEPTH * 2:
         _check_bounds(data, what, limit)
@@ -181,16 +181,12 @@ def _raw_reader(annotation: Any) -> Reader:
 def describe(error: BaseException) -> ErrorData:
     """An exception as it is stored and sent. Survives any exception, however broken."""
     cls = type(error)
-    retry_after: float | None = None
-    if isinstance(error, RetryAfter):
-        asked = error.seconds
-        retry_after = asked if isinstance(asked, (int, float)) and math.isfinite(asked) and asked > 0 else 0.0
     return ErrorData(
         message=_message(error),
         code=error.code if isinstance(error, DurableError) else "error",
         type=clean(cls.__name__[:200]),
         retryable=not isinstance(error, NonRetryable),
-        retry_after=retry_after,
+        retry_after=_finite(error.seconds) if isinstance(error, RetryAfter) else None,
         stack=_stack(error),
     )
 
@@ -237,6 +233,13 @@ _UNSTORABLE = re.compile(rf"[\x00\ud800-\udfff]|\\(?={_ESCAPE})")
 _CLEANED = re.compile(r"\\u(0000|005c|d[89a-f][0-9a-f]{2})")
 
 
+def _finite(seconds: Any) -> float | None:
+    try:
+        return max(0.0, float(seconds)) if math.isfinite(seconds) else None
+    except Exception:
+        return None
+
+
 def _message(error: BaseException) -> str:
     try:
         return clean(_bounded(str(error), MAX_MESSAGE))
@@ -275,6 +278,9 @@ def _bounded(text: str, limit: int) -> str:
 
 
 # Bounds on bytes
+
+
+_FLATTEN = "Flatten it, or store it elsewhere and send its id."
 
 
 def _check_bounds(data: bytes, what: str, limit: int) -> None:
@@ -418,24 +424,21 @@ def _unwritable(value: Any, error: Exception, what: str) -> DurableError:
     if isinstance(error, DurableError):
         return error
     if isinstance(error, RecursionError):
-        return PayloadError(
-            f"{what} is nested deeper than {MAX_DEPTH} levels or contains itself. "
-            "Flatten it, or store it elsewhere and send its id."
-        )
+        return PayloadError(f"{what} is nested deeper than {MAX_DEPTH} levels or contains itself. {_FLATTEN}")
     if isinstance(error, UnicodeEncodeError):
         return PayloadText(_text_problem(what, _path(value, _is_surrogate_text), "half a surrogate pair"))
     if isinstance(error, TypeError) and (found := _find(value, _is_unknown)) is not None:
         path, culprit = found
         return PayloadError(
-            f"{what}: {path} is a {_name(type(culprit))}, which cannot be written as JSON. Use a dataclass, msgspec Struct, "
-            "pydantic model or plain JSON value; carry an id or a path in place of an open thing."
+            f"{what}: {path} is a {_name(type(culprit))}, which cannot be written as JSON. Use a dataclass, "
+            "msgspec Struct, pydantic model or plain JSON value; carry an id or a path in place of an open thing."
         )
     return PayloadError(f"{what} cannot be written as JSON: {clean(_bounded(str(error), MAX_MESSAGE))}")
 
 
 def _text_problem(what: str, path: str, problem: str) -> str:
     return (
-        f"{what}: {path} contains {problem}, which stores cannot keep. Remove it, or send the text as bytes (base64)."
+        f"{what}: {path} contains {problem}, which stores cannot keep. Remove it, or send it as bytes (base64)."
     )
 
 
