@@ -157,8 +157,8 @@ class StepDefinition(_Definition):
         return MethodType(self.fn, self.instance)
 
     def bind(self, instance: Any) -> StepDefinition:
-        """The same step, running on this instance."""
-        return replace(self, instance=instance)
+        """The same step, running on this instance; a plain function stays as it is."""
+        return replace(self, instance=instance) if self._shape.is_method else self
 
 
 def _plain(cls: type[Any]) -> Any:
@@ -257,6 +257,16 @@ def durable_step(
     return decorate(name) if callable(name) else decorate
 
 
+def is_workflow(obj: Any) -> bool:
+    """Whether it carries a workflow's definition, or is one."""
+    return isinstance(obj, WorkflowDefinition) or isinstance(getattr(obj, _WORKFLOW, None), WorkflowDefinition)
+
+
+def is_step(obj: Any) -> bool:
+    """Whether it carries a step's definition, or is one."""
+    return isinstance(obj, StepDefinition) or isinstance(getattr(obj, _STEP, None), StepDefinition)
+
+
 def workflow_of(obj: Any) -> WorkflowDefinition:
     """The definition of a decorated function or class. Raises DefinitionError."""
     if isinstance(obj, WorkflowDefinition):
@@ -266,7 +276,7 @@ def workflow_of(obj: Any) -> WorkflowDefinition:
         raise DefinitionError(f"{_label(obj)} is not a workflow. Put @workflow on it.")
     if definition.fn is not obj:
         # A subclass inherits the mark, but would run under its parent's name.
-        raise DefinitionError(f"{_label(obj)} only inherits the workflow {definition.name}. Put @workflow on it too.")
+        raise DefinitionError(f"{_label(obj)} is not {definition.name}, only a relative. Put @workflow on it too.")
     return definition
 
 
@@ -306,7 +316,7 @@ def check_name(name: object, what: str, *, reserved: bool = True) -> None:
     if len(name) > MAX_NAME:
         raise DefinitionError(f"A {what} has at most {MAX_NAME} characters, this one {len(name)}: {name[:40]!r}...")
     if found := _UNNAMEABLE.search(name):
-        raise DefinitionError(f"A {what} is one line of plain text; {ascii(name)} contains {ascii(found[0])}.")
+        raise DefinitionError(f"A {what} is one line of plain text; {name!a} contains {found[0]!a}.")
     if reserved and name.startswith(_RESERVED):
         raise ReservedId(f"A {what} may not begin with {' or '.join(_RESERVED)}; the engine uses those: {name!r}.")
 
@@ -324,7 +334,9 @@ def _optional(value: Duration | None, option: str, shape: _Shape) -> float | Non
     except DefinitionError as error:
         raise DefinitionError(f"{option} of {shape.label}: {error}") from None
     if number == 0:
-        raise DefinitionError(f"{option} of {shape.label} is zero, so it could never finish. Leave it out for no limit.")
+        raise DefinitionError(
+            f"{option} of {shape.label} is zero, so it could never finish. Leave it out for no limit."
+        )
     return number
 
 
@@ -415,7 +427,7 @@ def _workflow_shape(target: Any, name: object, scope: _Scope) -> _Shape:
     if isinstance(target, type):
         function, skip = _members(target).get("run"), 2
         if not isinstance(function, FunctionType):
-            raise DefinitionError(f"{label}: the class {target.__qualname__} needs `async def run(self, ctx, input)`.")
+            raise DefinitionError(f"{label}: {target.__qualname__} needs `async def run(self, ctx, input)`.")
     place = _place(target)
     if not isinstance(function, FunctionType):
         raise DefinitionError(f"{label}: @workflow goes on an async function or a class, not on {target!r}.")

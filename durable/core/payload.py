@@ -44,6 +44,8 @@ MAX_KEYS = 100_000
 MAX_MESSAGE = 4_000
 MAX_STACK = 8_000
 """Characters kept of an error's message and stack."""
+MAX_ERROR = 64 << 10
+"""Bytes of an error in all, its details with it."""
 
 Reader = Callable[[bytes], Any]
 
@@ -70,10 +72,8 @@ def encode(value: Any, annotation: Any = Any, *, what: str, limit: int = DEFAULT
         raise PayloadError(
             f"{what}: {_path(value, _is_nonfinite)} is NaN or infinite, which JSON cannot carry. Send None or text."
         )
-    if len(data) > MAX_DEPTH * 2:
+    if len(data) > limit or len(data) > MAX_DEPTH * 2:
         _check_bounds(data, what, limit)
-    elif len(data) > limit:
-        raise _too_large(len(data), limit, what)
     return data
 
 
@@ -183,7 +183,7 @@ def describe(error: BaseException) -> ErrorData:
     cls = type(error)
     return ErrorData(
         message=_message(error),
-        code=error.code if isinstance(error, DurableError) else "error",
+        code=clean(str(error.code)[:200]) if isinstance(error, DurableError) else "error",
         type=clean(cls.__name__[:200]),
         retryable=not isinstance(error, NonRetryable),
         retry_after=_finite(error.seconds) if isinstance(error, RetryAfter) else None,
@@ -194,20 +194,20 @@ def describe(error: BaseException) -> ErrorData:
 def encode_error(error: ErrorData) -> bytes:
     """An error as bytes. Never refuses one: an error that cannot be stored would wedge its run."""
     try:
-        return encode(error, what="an error")
+        return encode(error, what="an error", limit=MAX_ERROR)
     except PayloadError:
-        plain = msgspec.structs.replace(
+        tidy = msgspec.structs.replace(
             error,
             message=clean(_bounded(error.message, MAX_MESSAGE)),
             code=clean(_bounded(error.code, 200)),
             type=clean(_bounded(error.type, 200)),
-            retry_after=error.retry_after
-            if error.retry_after is not None and math.isfinite(error.retry_after)
-            else None,
-            details=None,
+            retry_after=_finite(error.retry_after),
             stack=None if error.stack is None else clean(error.stack[-MAX_STACK:]),
         )
-        return _encode_json(plain)
+    try:
+        return encode(tidy, what="an error", limit=MAX_ERROR)
+    except PayloadError:
+        return _encode_json(msgspec.structs.replace(tidy, details=None))
 
 
 def decode_error(data: bytes) -> ErrorData:
@@ -285,20 +285,16 @@ _FLATTEN = "Flatten it, or store it elsewhere and send its id."
 
 def _check_bounds(data: bytes, what: str, limit: int) -> None:
     if len(data) > limit:
-        raise _too_large(len(data), limit, what)
+        raise PayloadTooLarge(
+            f"{what} is {len(data)} bytes as JSON; the limit is {limit}. "
+            "Store the data elsewhere (a bucket, a table, a file) and pass its id, or raise the limit."
+        )
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _too_deep(data):
         raise PayloadError(
             f"{what} is nested deeper than {MAX_DEPTH} levels. Flatten it, or store it elsewhere and send its id."
         )
     if len(data) > 4 * MAX_KEYS and (keys := _without_strings(data).count(b":")) > MAX_KEYS:
         raise PayloadTooLarge(f"{what} has {keys} keys; the limit is {MAX_KEYS}. Store it elsewhere and send its id.")
-
-
-def _too_large(size: int, limit: int, what: str) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        f"{what} is {size} bytes as JSON; the limit is {limit}. "
-        "Store the data elsewhere (a bucket, a table, a file) and pass its id, or raise the limit."
-    )
 
 
 _FLAT = bytes.maketrans(b"{}", b"[]")
@@ -351,9 +347,13 @@ def _write_foreign(value: Any) -> Any:
     if _is_model(type(value)):
         # round_trip leaves computed fields out, which the model would not take back.
         return value.model_dump(mode="json", by_alias=True, round_trip=True)
-    for base in (str, int, float, list, dict, tuple):
-        if isinstance(value, base):
-            return base.__str__(value) if base is str else base(value)
+    # Subclasses of plain values (numpy's float64 is one) are written as what they are.
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
     raise TypeError(f"nothing is known about {_name(type(value))}")
 
 
@@ -378,9 +378,6 @@ def _is_model(annotation: Any) -> bool:
 
 def _mentions_model(annotation: Any) -> bool:
     return _is_model(annotation) or any(_mentions_model(part) for part in typing.get_args(annotation))
-
-
-_KNOWN_INFO = (str, bytes, int, float, bool, type(None))
 
 
 def _stranger(info: Any, seen: set[Any]) -> Any:
@@ -437,9 +434,7 @@ def _unwritable(value: Any, error: Exception, what: str) -> DurableError:
 
 
 def _text_problem(what: str, path: str, problem: str) -> str:
-    return (
-        f"{what}: {path} contains {problem}, which stores cannot keep. Remove it, or send it as bytes (base64)."
-    )
+    return f"{what}: {path} contains {problem}, which stores cannot keep. Remove it, or send it as bytes (base64)."
 
 
 def _describe_misfit(annotation: Any, error: Exception) -> str:

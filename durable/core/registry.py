@@ -12,7 +12,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from durable.core.definition import StepDefinition, WorkflowDefinition, step_of, steps_in, workflow_of
+from durable.core.definition import (
+    StepDefinition,
+    WorkflowDefinition,
+    is_step,
+    is_workflow,
+    step_of,
+    steps_in,
+    workflow_of,
+)
 from durable.core.errors import DefinitionError, DuplicateDefinition, UnknownStep, UnknownVersion, UnknownWorkflow
 
 
@@ -27,9 +35,9 @@ class Registry:
 
     def add(self, thing: Any) -> None:
         """A workflow, a step, or an instance with steps among its methods. Raises DefinitionError."""
-        if isinstance(thing, WorkflowDefinition) or _marked(workflow_of, thing):
+        if is_workflow(thing):
             self.add_workflow(thing)
-        elif isinstance(thing, StepDefinition) or _marked(step_of, thing):
+        elif is_step(thing):
             self.add_step(thing)
         elif steps := steps_in(thing):
             for step in steps:
@@ -61,7 +69,7 @@ class Registry:
         new = step_of(thing)
         new.resolve()
         old = self._steps.get(new.name)
-        if old is not None and (old.fn is not new.fn or None is not old.instance is not new.instance is not None):
+        if old is not None and (old.fn is not new.fn or _two_instances(old, new)):
             raise DuplicateDefinition(
                 f"Step {new.name} is defined twice: at {old.place} and at {new.place}. "
                 "Rename one, or register one instance only."
@@ -117,17 +125,13 @@ _PIECE = re.compile(r"([0-9]+)|([^0-9.\-_+]+)")
 
 
 def version_key(version: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
-    """Natural order: numbers as numbers, and text after a number stands before it: 1.9 < 1.10-rc1 < 1.10 < 1.10.1 < 2."""
+    """Natural order: numbers as numbers, and text after one before its absence: 1.9 < 1.10-rc1 < 1.10 < 1.10.1 < 2."""
     pieces = [(2, int(number), "") if number else (0, 0, text) for number, text in _PIECE.findall(version)]
     return (*pieces, (1, 0, "")), version
 
 
-def _marked(find: Any, thing: Any) -> bool:
-    try:
-        find(thing)
-    except DefinitionError:
-        return False
-    return True
+def _two_instances(old: StepDefinition, new: StepDefinition) -> bool:
+    return old.instance is not None and new.instance is not None and old.instance is not new.instance
 
 
 def _hint(name: str, known: Iterable[str], kind: str) -> str:
