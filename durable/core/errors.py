@@ -4,7 +4,10 @@
     ├── DefinitionError            duplicate_definition, bad_definition, reserved_id: found when registering
     │   ├── DuplicateDefinition
     │   └── ReservedId
-    ├── NotRegistered              unknown_workflow, unknown_version, unknown_step
+    ├── NotRegistered              not_registered
+    │   ├── UnknownWorkflow        unknown_workflow
+    │   ├── UnknownVersion         unknown_version: never the latest instead
+    │   └── UnknownStep            unknown_step
     ├── PayloadError               payload_type: a value that cannot be written as JSON, or read back as its type
     │   ├── PayloadTooLarge        payload_too_large
     │   └── PayloadText            payload_text: NUL or lone surrogate
@@ -80,6 +83,18 @@ class ReservedId(DefinitionError):
 
 class NotRegistered(DurableError):
     code = "not_registered"
+
+
+class UnknownWorkflow(NotRegistered):
+    code = "unknown_workflow"
+
+
+class UnknownVersion(NotRegistered):
+    code = "unknown_version"
+
+
+class UnknownStep(NotRegistered):
+    code = "unknown_step"
 
 
 class PayloadError(DurableError):
