@@ -69,7 +69,9 @@ class Heartbeat(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only
     step_id: str | None = None
 
 
-class ControlMessage(Struct, frozen=True, rename={"sender": "from", "run_id": "runId"}, omit_defaults=True, kw_only=True):
+class ControlMessage(
+    Struct, frozen=True, rename={"sender": "from", "run_id": "runId"}, omit_defaults=True, kw_only=True
+):
     """A broadcast between engine instances: a hint, never truth. `sender` ("from") is an incarnation."""
 
     sender: str
