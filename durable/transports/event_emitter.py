@@ -317,7 +317,7 @@ class EventEmitterTransport:
             try:
                 await handler(result)
             except Exception as error:
-                log.warning("The result of %s was not taken; it is delivered again", result.step_id, exc_info=error)
+                log.warning("The result of %s was not taken and is delivered again: %r", result.step_id, error)
             else:
                 return True
         return False
