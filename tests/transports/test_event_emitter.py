@@ -221,7 +221,7 @@ def test_virtual_time_fixes_the_order() -> None:
             await emitter.dispatch(task(f"r{n}", attempt=n + 1))
         ids = [f"r{n}:0" for n in range(5)]
         while await emitter.holding(ids):
-            await asyncio.sleep(60)  # noqa: ASYNC110 - the fact is the transport's own
+            await asyncio.sleep(60)
         await emitter.close()
         return lines
 
