@@ -12,6 +12,8 @@ import heapq
 import logging
 from collections.abc import Callable, Collection, Sequence
 
+from msgspec import Raw
+
 from durable.control_plane.interface import ControlHandler
 from durable.control_plane.local import LocalControlPlane
 from durable.core.errors import TransportError
@@ -283,7 +285,8 @@ class EventEmitterTransport:
         except Exception as error:
             log.warning("The handler of %s raised; the step is answered as failed", held.task.name, exc_info=error)
             return crashed(held.task, error)
-        size, limit = len(bytes(result.output or b"")), self._capabilities.max_message
+        size = len(bytes(result.output)) if isinstance(result.output, Raw) else 0
+        limit = self._capabilities.max_message
         return too_large(held.task, size, limit) if size > limit else result
 
     def _end(self, held: _Held) -> None:
