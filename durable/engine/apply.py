@@ -13,7 +13,7 @@ import msgspec
 
 from durable.core.commands import Abandon, Command, Note, Patch, RunStep, SendTask, StartChild, WaitSignal, WriteLog
 from durable.core.errors import ErrorData, NotRegistered
-from durable.core.journal import CHILD, LOG, PATCHED, REMOTE, RUN, STEP, Entry
+from durable.core.journal import CHILD, LOG, PATCHED, RUN, Entry
 from durable.core.payload import encode_error
 from durable.engine.residents import Arrival, Resident
 from durable.store.records import Message, NewRun, Parent, PutMessage, StartRun
@@ -161,5 +161,3 @@ _APPLY: dict[type, Callable[[Any, Resident, Any], None]] = {
     Patch: _patch,
     WriteLog: _write_log,
 }
-
-__all__ = ["REMOTE", "STEP", "Command", "DispatchNote", "RetryNote", "abandon", "apply", "log_payload", "resume"]

@@ -12,10 +12,10 @@ import msgspec
 
 from durable.control_plane.interface import ControlPlane
 from durable.core.clock import StoreClock
-from durable.core.definition import WorkflowDefinition, workflow_of
+from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import Entry
-from durable.core.payload import decode, encode
+from durable.core.payload import encode
 from durable.engine.deps import Deps
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
@@ -55,6 +55,7 @@ class WorkflowEngine:
         self._unlisten: list[Callable[[], None]] = []
         self._running = False
         self._rebirth: asyncio.Task[None] | None = None
+        self._hints: set[asyncio.Task[None]] = set()
         executor = self._executor
         executor.on_finished = self._finished
         executor.on_committed = self._timeline.committed
@@ -152,8 +153,8 @@ class WorkflowEngine:
     def definition(self, workflow: Any, version: str | None = None) -> WorkflowDefinition:
         """The definition meant by a name or a decorated object. Raises NotRegistered."""
         registry = self.deps.registry
-        found = workflow if isinstance(workflow, WorkflowDefinition) else workflow_of(workflow)
-        if found is not None:
+        if is_workflow(workflow):
+            found = workflow_of(workflow)
             return registry.workflow(found.name, version or found.version)
         return registry.workflow(str(workflow), version) if version else registry.latest(str(workflow))
 
@@ -245,8 +246,6 @@ class WorkflowEngine:
             self._hints.add(task)
             task.add_done_callback(self._hints.discard)
 
-    _hints: set[asyncio.Task[None]] = set()
-
     async def _publish(self, plane: ControlPlane, message: ControlMessage) -> None:
         await plane.publish_control(message)
 
@@ -315,5 +314,3 @@ def _busy(run: Resident) -> bool:
         or any(not sent.published for sent in run.sent.values())
     )
 
-
-__all__ = ["WorkflowEngine", "decode"]

@@ -18,7 +18,7 @@ from contextvars import Context as Variables
 from functools import partial
 
 from durable.core.clock import SECOND, StoreClock
-from durable.core.commands import Cancelled, Completed, Failed, StartChild
+from durable.core.commands import Cancelled, Command, Completed, Failed, StartChild
 from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDeterminism
 from durable.core.journal import CHILD, COMMAND_KINDS, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.payload import describe, encode_error
@@ -168,7 +168,7 @@ class Executor:
             fresh = run.machine.replay(entries)
         else:
             fresh = run.machine.deliver(apply.started(self, run))
-        issued = {command.key for command in fresh if isinstance(command, apply.Command)}
+        issued = {command.key for command in fresh if isinstance(command, Command)}
         for command in list(run.machine.outstanding.values()):
             if command.key not in issued:
                 apply.resume(self, run, command, run.machine.trace(command.key))

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
-from durable.core.commands import Command
 from durable.core.errors import ErrorData
 from durable.core.journal import RUN, Entry
 from durable.core.payload import encode_error
@@ -103,7 +103,7 @@ class Recovery:
         run: Resident,
         entries: list[Entry],
         activity: Activity | None,
-        done: object,
+        done: Callable[[CommitOutcome | BaseException], None],
         final: Final | None = None,
     ) -> None:
         executor = self._executor
@@ -114,7 +114,5 @@ class Recovery:
             commit.status, commit.error = final.status, final.error
             if run.parent is not None:
                 commit.effects = (tell_parent(run.run_id, run.workspace, run.parent, final),)
-        executor.commits.submit(commit, done)  # type: ignore[arg-type]
+        executor.commits.submit(commit, done)
 
-
-__all__ = ["Command", "Recovery"]
