@@ -7,10 +7,11 @@ always an answer: if its content cannot be kept, that step has failed, so that n
 
 from __future__ import annotations
 
+import json
 from typing import TypeVar
 
 import msgspec
-from msgspec import Raw, Struct, structs
+from msgspec import Raw, Struct
 
 from durable.core import payload
 from durable.core.errors import ErrorData, PayloadError, PayloadText, PayloadTooLarge
@@ -36,6 +37,15 @@ class _Address(Struct, rename="camel"):
     seq: int
     step_id: str
     attempt: int | None = None
+
+
+_NULL = Raw(b"null")
+
+
+class _ReadableResult(StepResult, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """A result as msgspec can read it: to it `Raw | None` means null and nothing else."""
+
+    output: Raw = _NULL
 
 
 def encode(message: Message, *, limit: int = payload.DEFAULT_LIMIT) -> bytes:
@@ -100,8 +110,20 @@ def _address(data: bytes) -> _Address:
     what = "a StepResult"
     if len(data) > MAX_MESSAGE:
         raise PayloadTooLarge(f"{what} is {len(data)} bytes; nothing over {MAX_MESSAGE} is read.")
-    address: _Address = payload.decode(data, _Address, what=what)
+    try:
+        address: _Address = payload.decode(data, _Address, what=what)
+    except PayloadError as error:
+        address = _lenient_address(data, error)
     _check_address(address.run_id, address.seq, address.step_id)
+    return address
+
+
+def _lenient_address(data: bytes, refused: PayloadError) -> _Address:
+    """Half a surrogate pair or a NaN breaks a strict parser on the whole message; whose it is can still be told."""
+    try:
+        address: _Address = msgspec.convert(json.loads(data), _Address)
+    except (ValueError, RecursionError):
+        raise refused from None
     return address
 
 
@@ -113,15 +135,26 @@ def _check_address(run_id: str, seq: int, step: str) -> None:
 
 
 def _result(data: bytes, limit: int) -> StepResult:
-    result: StepResult = payload.decode(data, StepResult, what="a StepResult")
-    events = None if result.events is None else [_tidy(event) for event in result.events[:MAX_EVENTS]]
-    if result.status == "failed":
-        error = result.error or ErrorData(message="The worker said failed, and not why.")
+    read: _ReadableResult = payload.decode(data, _ReadableResult, what="a StepResult")
+    output: Raw | None = None
+    error: ErrorData | None = None
+    if read.status == "completed":
+        output = read.output
+        payload.check(bytes(output), what=f"the result of {read.step_id}", limit=limit)
+    else:
         # Errors are kept whatever they say: cleaned, bounded, never refused.
-        return structs.replace(result, events=events, output=None, error=_kept(error))
-    output = b"null" if result.output is None else bytes(result.output)
-    payload.check(output, what=f"the result of {result.step_id}", limit=limit)
-    return structs.replace(result, events=events, output=Raw(output), error=None)
+        error = _kept(read.error or ErrorData(message="The worker said failed, and not why."))
+    return StepResult(
+        run_id=read.run_id,
+        seq=read.seq,
+        step_id=read.step_id,
+        status=read.status,
+        output=output,
+        error=error,
+        started_at=read.started_at,
+        events=None if read.events is None else [_tidy(event) for event in read.events[:MAX_EVENTS]],
+        attempt=read.attempt,
+    )
 
 
 def _kept(error: ErrorData) -> ErrorData:
