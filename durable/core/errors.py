@@ -1,46 +1,43 @@
 """Every error the product raises, in one tree. Codes are stable and shared with protocol/; messages say what to do next.
 
-    DurableError
-    ├── DefinitionError            duplicate_definition, bad_definition, reserved_id: found when registering
-    │   ├── DuplicateDefinition
-    │   └── ReservedId
-    ├── NotRegistered              not_registered
-    │   ├── UnknownWorkflow        unknown_workflow
-    │   ├── UnknownVersion         unknown_version: never the latest instead
-    │   └── UnknownStep            unknown_step
-    ├── PayloadError               payload_type: a value that cannot be written as JSON, or read back as its type
-    │   ├── PayloadTooLarge        payload_too_large
-    │   └── PayloadText            payload_text: NUL or lone surrogate
-    ├── RunError                   what waiting for a run, or a step in it, can raise
-    │   ├── RunNotFound            run_not_found
-    │   ├── RunFinished            run_finished: a signal or cancel came too late
-    │   ├── RunFailed              run_failed
-    │   ├── RunCancelled           run_cancelled
-    │   ├── RunDead                run_dead
-    │   └── RunTimeout             run_timeout
-    ├── StepFailed                 step_failed: inside a workflow, after the last attempt
-    │   ├── StepTimeout            step_timeout
-    │   └── ChildFailed            child_failed
-    ├── WaitTimeout                wait_timeout: also a TimeoutError
-    ├── IdempotencyConflict        idempotency_conflict: same key, other input
-    ├── NonRetryable               non_retryable: raise it in a step to end retries at once
-    ├── RetryAfter                 retry_after: raise it in a step to say when to come back
-    ├── DeterminismError           the workflow broke a rule of replay
-    │   ├── NonDeterminism         non_determinism: journal and code disagree; the run is blocked
-    │   ├── ForeignAwait           foreign_await: a socket, driver, thread or other loop inside a workflow
-    │   └── Stalled                stalled: a turn did not end, or ended with nothing to wait for
-    ├── StoreError                 store_error
-    │   ├── StoreUnavailable       store_unavailable: try again; nothing is known to be lost
-    │   ├── StoreFull              store_full
-    │   ├── StoreReadOnly          store_read_only
-    │   ├── StoreTooNew            store_too_new
-    │   ├── StoreRestored          store_restored
-    │   └── WeakDurability         weak_durability
-    ├── TransportError             transport_error
-    ├── Fenced                     fenced: another engine owns the run now
-    └── EngineStopped              engine_stopped
+DurableError
+├── DefinitionError            duplicate_definition, bad_definition, reserved_id: found when registering
+│   ├── DuplicateDefinition
+│   └── ReservedId
+├── NotRegistered              unknown_workflow, unknown_version, unknown_step
+├── PayloadError               payload_type: a value that cannot be written as JSON, or read back as its type
+│   ├── PayloadTooLarge        payload_too_large
+│   └── PayloadText            payload_text: NUL or lone surrogate
+├── RunError                   what waiting for a run, or a step in it, can raise
+│   ├── RunNotFound            run_not_found
+│   ├── RunFinished            run_finished: a signal or cancel came too late
+│   ├── RunFailed              run_failed
+│   ├── RunCancelled           run_cancelled
+│   ├── RunDead                run_dead
+│   └── RunTimeout             run_timeout
+├── StepFailed                 step_failed: inside a workflow, after the last attempt
+│   ├── StepTimeout            step_timeout
+│   └── ChildFailed            child_failed
+├── WaitTimeout                wait_timeout: also a TimeoutError
+├── IdempotencyConflict        idempotency_conflict: same key, other input
+├── NonRetryable               non_retryable: raise it in a step to end retries at once
+├── RetryAfter                 retry_after: raise it in a step to say when to come back
+├── DeterminismError           the workflow broke a rule of replay
+│   ├── NonDeterminism         non_determinism: journal and code disagree; the run is blocked
+│   ├── ForeignAwait           foreign_await: a socket, driver, thread or other loop inside a workflow
+│   └── Stalled                stalled: a turn did not end, or ended with nothing to wait for
+├── StoreError                 store_error
+│   ├── StoreUnavailable       store_unavailable: try again; nothing is known to be lost
+│   ├── StoreFull              store_full
+│   ├── StoreReadOnly          store_read_only
+│   ├── StoreTooNew            store_too_new
+│   ├── StoreRestored          store_restored
+│   └── WeakDurability         weak_durability
+├── TransportError             transport_error
+├── Fenced                     fenced: another engine owns the run now
+└── EngineStopped              engine_stopped
 
-    Unwound (BaseException)        a run is being dropped from memory: not an Exception, so that nobody swallows it
+Unwound (BaseException)        a run is being dropped from memory: not an Exception, so that nobody swallows it
 """
 
 from __future__ import annotations

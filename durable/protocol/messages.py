@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from durable.core.errors import ErrorData
 
@@ -52,7 +52,8 @@ class StepResult(Struct, frozen=True, rename="camel", omit_defaults=True, kw_onl
     seq: int
     step_id: str
     status: Literal["completed", "failed"]
-    output: Raw | None = None
+    output: Raw | UnsetType = UNSET
+    """Not `Raw | None`: msgspec reads that as null only."""
     error: ErrorData | None = None
     started_at: int | None = None
     """Epoch ms of pick-up."""
@@ -69,7 +70,9 @@ class Heartbeat(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only
     step_id: str | None = None
 
 
-class ControlMessage(Struct, frozen=True, rename={"sender": "from", "run_id": "runId"}, omit_defaults=True, kw_only=True):
+class ControlMessage(
+    Struct, frozen=True, rename={"sender": "from", "run_id": "runId"}, omit_defaults=True, kw_only=True
+):
     """A broadcast between engine instances: a hint, never truth. `sender` ("from") is an incarnation."""
 
     sender: str

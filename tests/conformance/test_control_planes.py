@@ -1,0 +1,20 @@
+"""Every control plane of the house passes the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from durable.control_plane.interface import ControlPlane
+from durable.control_plane.local import LocalControlPlane
+from durable.testing.suites.control_plane import ControlPlaneSuite
+from durable.transports.event_emitter import EventEmitterTransport
+
+
+class TestLocalControlPlane(ControlPlaneSuite):
+    async def build(self) -> Callable[[], ControlPlane]:
+        return LocalControlPlane().peer
+
+
+class TestEventEmitterAsControlPlane(ControlPlaneSuite):
+    async def build(self) -> Callable[[], ControlPlane]:
+        return EventEmitterTransport().peer

@@ -1,0 +1,92 @@
+"""What every test may ask for: services with their remedies, and a budget for suites that could go on for ever.
+
+Tests under tests/simulation and tests/chaos bear those marks by where they stand.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.services import require
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(name="require")
+def require_fixture() -> Callable[[str], None]:
+    """`require("redis")` at the start of a test or a fixture."""
+    return require
+
+
+class Budget:
+    """Time to spend on seeds. Starts elsewhere at each commit, so that many short runs see many seeds."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self.start = int(os.environ.get("DURABLE_TEST_SEED", "0")) or zlib.crc32(commit().encode()) % 1_000_000
+        self._started = time.monotonic()
+
+    def spent(self) -> bool:
+        return self.seconds is not None and time.monotonic() - self._started > self.seconds
+
+    def seeds(self, count: int) -> Iterator[int]:
+        """`count` seeds, fewer when the budget ends first, but at least one. DURABLE_TEST_SEED names the first."""
+        for n in range(count):
+            if n and self.spent():
+                return
+            yield self.start + n
+
+
+@pytest.fixture(scope="session")
+def budget(request: pytest.FixtureRequest) -> Budget:
+    return session_budget(request.config)
+
+
+def session_budget(config: pytest.Config) -> Budget:
+    if not hasattr(config, "_durable_budget"):
+        seconds = config.getoption("--budget")
+        config._durable_budget = Budget(seconds)  # type: ignore[attr-defined]
+    return config._durable_budget  # type: ignore[attr-defined, no-any-return]
+
+
+def commit() -> str:
+    """The commit under test, or nothing outside a repository."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--budget",
+        type=float,
+        default=None,
+        help="seconds to spend on tests marked simulation or chaos; which come first rotates by commit, the rest is skipped",
+    )
+
+
+def budgeted(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(mark) for mark in ("simulation", "chaos"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in ("simulation", "chaos"):
+            if (ROOT / "tests" / mark) in item.path.parents:
+                item.add_marker(mark)
+    if config.getoption("--budget") is not None:
+        outgrowing = [item for item in items if budgeted(item)]
+        first = session_budget(config).start % max(1, len(outgrowing))
+        rotated = iter(outgrowing[first:] + outgrowing[:first])
+        items[:] = [next(rotated) if budgeted(item) else item for item in items]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if budgeted(item) and session_budget(item.config).spent():
+        pytest.skip("the budget is spent; `python3 dev.py test --all` runs everything")
