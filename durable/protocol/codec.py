@@ -11,7 +11,7 @@ import json
 from typing import TypeVar
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct, structs
 
 from durable.core import payload
 from durable.core.errors import ErrorData, PayloadError, PayloadText, PayloadTooLarge
@@ -37,15 +37,6 @@ class _Address(Struct, rename="camel"):
     seq: int
     step_id: str
     attempt: int | None = None
-
-
-_NULL = Raw(b"null")
-
-
-class _ReadableResult(StepResult, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
-    """A result as msgspec can read it: to it `Raw | None` means null and nothing else."""
-
-    output: Raw = _NULL
 
 
 def encode(message: Message, *, limit: int = payload.DEFAULT_LIMIT) -> bytes:
@@ -135,26 +126,15 @@ def _check_address(run_id: str, seq: int, step: str) -> None:
 
 
 def _result(data: bytes, limit: int) -> StepResult:
-    read: _ReadableResult = payload.decode(data, _ReadableResult, what="a StepResult")
-    output: Raw | None = None
-    error: ErrorData | None = None
-    if read.status == "completed":
-        output = read.output
-        payload.check(bytes(output), what=f"the result of {read.step_id}", limit=limit)
-    else:
+    result: StepResult = payload.decode(data, StepResult, what="a StepResult")
+    events = None if result.events is None else [_tidy(event) for event in result.events[:MAX_EVENTS]]
+    if result.status == "failed":
         # Errors are kept whatever they say: cleaned, bounded, never refused.
-        error = _kept(read.error or ErrorData(message="The worker said failed, and not why."))
-    return StepResult(
-        run_id=read.run_id,
-        seq=read.seq,
-        step_id=read.step_id,
-        status=read.status,
-        output=output,
-        error=error,
-        started_at=read.started_at,
-        events=None if read.events is None else [_tidy(event) for event in read.events[:MAX_EVENTS]],
-        attempt=read.attempt,
-    )
+        error = _kept(result.error or ErrorData(message="The worker said failed, and not why."))
+        return structs.replace(result, events=events, output=UNSET, error=error)
+    output = result.output if isinstance(result.output, Raw) else Raw(b"null")
+    payload.check(bytes(output), what=f"the result of {result.step_id}", limit=limit)
+    return structs.replace(result, events=events, output=output, error=None)
 
 
 def _kept(error: ErrorData) -> ErrorData:

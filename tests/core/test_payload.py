@@ -227,7 +227,7 @@ _json = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(_json)
 def test_plain_json_is_kept_exactly_or_refused(value: Any) -> None:
-    """Any plain value, with NaN, NUL and surrogates among it: kept exactly and sound for strangers, or a PayloadError."""
+    """Any plain value, with NaN, NUL and surrogates among it: kept exactly and sound for strangers, or refused."""
     try:
         data = payload.encode(value, what="a value")
     except PayloadError:
