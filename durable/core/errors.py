@@ -82,6 +82,18 @@ class NotRegistered(DurableError):
     code = "not_registered"
 
 
+class UnknownWorkflow(NotRegistered):
+    code = "unknown_workflow"
+
+
+class UnknownVersion(NotRegistered):
+    code = "unknown_version"
+
+
+class UnknownStep(NotRegistered):
+    code = "unknown_step"
+
+
 class PayloadError(DurableError):
     code = "payload_type"
 

@@ -1,0 +1,263 @@
+"""`Durable`: an application as one plain object. Decorate functions with it, enter it, start runs.
+
+It puts the parts together — a store by URL, a transport, an engine — and knows them all by name; nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar, overload
+
+import msgspec
+
+from durable.control_plane.interface import ControlPlane
+from durable.control_plane.local import LocalControlPlane
+from durable.core.clock import SECOND, Clock, SystemClock
+from durable.core.ctx import Context
+from durable.core.definition import durable_step, workflow
+from durable.core.durations import Duration, seconds
+from durable.core.errors import DurableError, EngineStopped
+from durable.core.ids import Ids, SystemIds
+from durable.core.journal import Entry
+from durable.core.registry import Registry
+from durable.core.retry import RetryPolicy
+from durable.engine.deps import Deps, Settings
+from durable.engine.engine import WorkflowEngine
+from durable.engine.handle import RunHandle
+from durable.engine.start import StartRequest
+from durable.store.interface import Store
+from durable.store.memory import MemoryStore
+from durable.store.records import RunPage, RunQuery, RunRecord
+from durable.store.sqlite import SqliteStore
+from durable.transports.event_emitter import EventEmitterTransport
+from durable.transports.interface import Transport
+from durable.worker.handler import StepHandler
+
+I = TypeVar("I")  # noqa: E741
+O = TypeVar("O")  # noqa: E741
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_STORE = "sqlite:///.durable/durable.db"
+
+
+def open_store(store: Store | str) -> Store:
+    """A store by its URL: `memory://`, or `sqlite:///path` (three slashes relative, four absolute). A store is itself."""
+    if not isinstance(store, str):
+        return store
+    if store in ("memory", "memory://"):
+        return MemoryStore()
+    if store.startswith("sqlite:"):
+        return SqliteStore(store)
+    raise DurableError(f"No store is known for {store!r}. Give sqlite:///path/to/file.db or memory://.")
+
+
+class Durable:
+    """An application: workflows, steps, and the engine that runs them.
+
+    `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `cold`, `lease` and the rest of
+    `settings` are those of durable/engine/deps.py. `worker=False` makes an API node: it starts and inspects runs and
+    never executes one.
+    """
+
+    def __init__(
+        self,
+        store: Store | str = DEFAULT_STORE,
+        *,
+        workflows: Sequence[Any] = (),
+        steps: Sequence[Any] = (),
+        transport: Transport | None = None,
+        control_plane: ControlPlane | None = None,
+        worker: bool = True,
+        clock: Clock | None = None,
+        ids: Ids | None = None,
+        lease: Duration | None = None,
+        **settings: Any,
+    ) -> None:
+        self.registry = Registry([*workflows, *steps])
+        self._store = store
+        self._transport = transport
+        self._control_plane = control_plane
+        self._clock = clock or SystemClock()
+        self._ids = ids or SystemIds()
+        if lease is not None:
+            settings["lease"] = seconds(lease)
+        self.settings = Settings(execute=worker, **settings)
+        self._engine: WorkflowEngine | None = None
+
+    # ------------------------------------------------------------------ authoring
+
+    @overload
+    def workflow(self, name: F, /) -> F: ...
+    @overload
+    def workflow(
+        self,
+        name: str | None = None,
+        *,
+        version: str = "1",
+        timeout: Duration | None = None,
+        tags: Sequence[str] = (),
+        priority: int = 0,
+    ) -> Callable[[F], F]: ...
+    def workflow(self, name: Any = None, **options: Any) -> Any:
+        """Register an async function `(ctx, input)`, or a class with such a `run`, as a workflow."""
+        return self._register(workflow, name, options)
+
+    @overload
+    def step(self, name: F, /) -> F: ...
+    @overload
+    def step(
+        self,
+        name: str | None = None,
+        *,
+        retries: int | RetryPolicy | None = None,
+        timeout: Duration | None = None,
+        heartbeat_timeout: Duration | None = None,
+        transport: str | None = None,
+        group: str | None = None,
+    ) -> Callable[[F], F]: ...
+    def step(self, name: Any = None, **options: Any) -> Any:
+        """Register a function as a step that `ctx.remote` can call by reference or by name."""
+        return self._register(durable_step, name, options)
+
+    def register(self, *things: Any) -> None:
+        """Register workflows and steps decorated elsewhere with `@workflow` and `@durable_step`."""
+        for thing in things:
+            self.registry.add(thing)
+
+    def _register(self, decorator: Any, name: Any, options: dict[str, Any]) -> Any:
+        if callable(name) and not options:
+            target = decorator(name)
+            self.registry.add(target)
+            return target
+
+        def decorate(target: F) -> F:
+            decorated: F = decorator(name, **options)(target)
+            self.registry.add(decorated)
+            return decorated
+
+        return decorate
+
+    # ------------------------------------------------------------------ life
+
+    @property
+    def engine(self) -> WorkflowEngine:
+        """The running engine. Raises EngineStopped before `async with app:`."""
+        if self._engine is None:
+            raise EngineStopped("The app is not running. Enter it first: `async with app: ...`.")
+        return self._engine
+
+    async def __aenter__(self) -> Durable:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Open the store and start the engine. Raises StoreError with what to do."""
+        if self._engine is not None:
+            raise DurableError("The app is running already.")
+        store = open_store(self._store)
+        transport = self._transport or EventEmitterTransport()
+        deps = Deps(
+            store=store,
+            registry=self.registry,
+            transport=transport,
+            control_plane=self._control_plane or LocalControlPlane(),
+            clock=self._clock,
+            ids=self._ids,
+            settings=self.settings,
+        )
+        await store.open()
+        engine = WorkflowEngine(deps)
+        try:
+            if self.settings.execute:
+                steps = [step.name for step in self.registry.steps() if not step.needs_instance]
+                await transport.serve(steps, StepHandler(self.registry, self._clock))
+            await engine.start()
+        except BaseException:
+            await store.close()
+            raise
+        self._engine = engine
+
+    async def close(self, timeout: float | None = None) -> None:
+        """Drain the engine and close the store. Idempotent."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.drain(timeout)
+            await engine.deps.store.close()
+
+    # ------------------------------------------------------------------ runs
+
+    @overload
+    async def start(
+        self,
+        workflow: Callable[[Context, I], Awaitable[O]],
+        input: I,
+        *,
+        key: str | None = None,
+        version: str | None = None,
+        delay: Duration | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+    ) -> RunHandle[O]: ...
+    @overload
+    async def start(
+        self,
+        workflow: Callable[[Context], Awaitable[O]],
+        *,
+        key: str | None = None,
+        version: str | None = None,
+        delay: Duration | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+    ) -> RunHandle[O]: ...
+    @overload
+    async def start(
+        self,
+        workflow: Any,
+        input: Any = None,
+        *,
+        key: str | None = None,
+        version: str | None = None,
+        delay: Duration | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+    ) -> RunHandle[Any]: ...
+    async def start(self, workflow: Any, input: Any = None, *, delay: Duration | None = None, **options: Any) -> Any:
+        """Start a run; durable when this returns. The same `key` and input find the run there is.
+
+        Raises NotRegistered, PayloadError, IdempotencyConflict.
+        """
+        if delay is not None:
+            options["at"] = self.engine.clock.now() + int(seconds(delay) * SECOND)
+        return await self.engine.start_run(workflow, input, **options)
+
+    async def start_many(self, requests: Sequence[StartRequest]) -> list[RunHandle[Any] | Exception]:
+        """Start many runs, each on its own: a handle, or why there is none."""
+        return await self.engine.start_many(requests)
+
+    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+        """Start a run and wait for what it returns."""
+        handle = await self.start(workflow, input, **options)
+        return await handle.result(timeout)
+
+    def run(self, run_id: str) -> RunHandle[Any]:
+        """A handle to a run by id."""
+        return self.engine.handle(run_id)
+
+    async def get(self, run_id: str) -> RunRecord:
+        """The run as stored. Raises RunNotFound."""
+        return await self.engine.get(run_id)
+
+    async def find(self, query: RunQuery | None = None, **filters: Any) -> RunPage:
+        """Runs, newest first; filters as in RunQuery."""
+        return await self.engine.find(msgspec.structs.replace(query or RunQuery(), **filters))
+
+    async def requeue(self, run_id: str) -> None:
+        """Reopen a dead or failed run, or have a blocked one looked at again."""
+        await self.engine.requeue(run_id)
+
+    def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
+        """The run's journal as it grows, until the run ends."""
+        return self.engine.watch(run_id, after)

@@ -1,0 +1,61 @@
+"""What a step body may know of itself: `current_step()`.
+
+Set by whoever runs the body, the engine for `ctx.step`, a worker for a remote step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from durable.core.errors import DurableError
+
+
+class StepScope:
+    """The step under way."""
+
+    __slots__ = ("_write", "attempt", "key", "name", "run_id", "step_id")
+
+    def __init__(
+        self,
+        run_id: str,
+        step_id: str,
+        key: str,
+        name: str,
+        attempt: int,
+        write: Callable[[str, str, dict[str, Any]], None],
+    ) -> None:
+        self.run_id = run_id
+        self.step_id = step_id
+        """`<runId>:<ordinal>`: the same for every attempt and redelivery."""
+        self.key = key
+        self.name = name
+        self.attempt = attempt
+        """From 1."""
+        self._write = write
+
+    @property
+    def idempotency_key(self) -> str:
+        """Hand it to whatever the step calls: a body may run twice, and the other side can tell by this."""
+        return self.step_id
+
+    def log(self, message: str, *, level: str = "info", **fields: Any) -> None:
+        """Write a line to the run's journal, under this step."""
+        self._write(level, message, fields)
+
+
+_CURRENT: ContextVar[StepScope | None] = ContextVar("durable_step", default=None)
+
+
+def current_step() -> StepScope:
+    """The step whose body calls this. Raises DurableError outside of one."""
+    scope = _CURRENT.get()
+    if scope is None:
+        raise DurableError("current_step() was called outside a step body; in a workflow use ctx instead.")
+    return scope
+
+
+def enter_step(scope: StepScope) -> None:
+    """Set the scope for the current context."""
+    _CURRENT.set(scope)

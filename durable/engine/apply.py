@@ -1,0 +1,163 @@
+"""What a turn asks for, done. One function for each command, live (`apply`) and after a crash or an eviction (`resume`).
+
+Nothing here touches the world: it journals, adds effects to the coming commit, and puts actions behind the barrier.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from durable.core.commands import Abandon, Command, Note, Patch, RunStep, SendTask, StartChild, WaitSignal, WriteLog
+from durable.core.errors import ErrorData, NotRegistered
+from durable.core.journal import CHILD, LOG, PATCHED, RUN, Entry
+from durable.core.payload import encode_error
+from durable.engine.residents import Arrival, Resident
+from durable.store.records import Message, NewRun, Parent, PutMessage, StartRun
+
+if TYPE_CHECKING:
+    from durable.engine.executor import Executor
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+class RetryNote(msgspec.Struct, frozen=True):
+    """Payload of a `retrying` entry. `next_at` in µs."""
+
+    error: ErrorData
+    next_at: int
+
+
+class DispatchNote(msgspec.Struct, frozen=True):
+    """Payload of a `dispatched` entry. Times in µs."""
+
+    input: msgspec.Raw
+    deadline: int | None = None
+
+
+def started(executor: Executor, run: Resident) -> Entry:
+    """Journal that the run begins here and now."""
+    payload = b'{"python":"%s"}' % PYTHON.encode()
+    return executor.append(
+        run, Arrival(executor.clock.now(), RUN, "started", name=run.definition.name, payload=payload)
+    )
+
+
+def apply(executor: Executor, run: Resident, command: Command | Note) -> None:
+    """Do what a turn asks for."""
+    _APPLY[type(command)](executor, run, command)
+
+
+def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[Entry]) -> None:
+    """Take up a command that an earlier owner of the run has begun. `trace` is what it wrote down of it."""
+    last = trace[-1] if trace else None
+    attempt = max((entry.attempt for entry in trace), default=1) or 1
+    if isinstance(command, WaitSignal):
+        return
+    if isinstance(command, StartChild):
+        return  # started by the very commit that journaled it; its outcome comes through the inbox
+    if last is not None and last.status == "retrying":
+        assert last.payload is not None
+        run.attempts[command.key] = last.attempt + 1
+        run.retries[command.key] = msgspec.json.decode(last.payload, type=RetryNote).next_at
+    elif isinstance(command, RunStep):
+        executor.steps.launch(run, command, attempt)
+    elif isinstance(command, SendTask):
+        executor.dispatch.resume(run, command, [entry for entry in trace if entry.attempt == attempt])
+
+
+def abandon(executor: Executor, run: Resident, command: Command) -> None:
+    """Nobody waits for it any more: journal that, and tell whoever works on it."""
+    key = command.key
+    run.machine.outstanding.pop(key, None)
+    run.retries.pop(key, None)
+    if isinstance(command, WaitSignal):
+        return
+    _note(executor, run, command, command.kind, "cancelled")
+    if isinstance(command, RunStep):
+        executor.steps.cancel(run, key)
+    elif isinstance(command, SendTask):
+        executor.dispatch.cancel(run, key)
+    elif isinstance(command, StartChild):
+        message = Message(
+            run_id=command.child_id,
+            id=f"{run.run_id}:{key}:cancel",
+            kind="cancel",
+            payload=b'{"reason":"its parent no longer waits for it"}',
+            workspace=run.workspace,
+        )
+        run.effects.append(PutMessage(message))
+
+
+def _note(executor: Executor, run: Resident, command: Command, kind: str, status: str, **fields: Any) -> Entry:
+    arrival = Arrival(executor.clock.now(), kind, status, key=command.key, ordinal=command.ordinal, **fields)
+    arrival.name = command.name
+    return executor.append(run, arrival)
+
+
+def _run_step(executor: Executor, run: Resident, command: RunStep) -> None:
+    executor.steps.launch(run, command, 1)
+
+
+def _send_task(executor: Executor, run: Resident, command: SendTask) -> None:
+    executor.dispatch.send(run, command, 1)
+
+
+def _start_child(executor: Executor, run: Resident, command: StartChild) -> None:
+    try:
+        version = command.version or executor.deps.registry.latest(command.workflow).version
+    except NotRegistered as error:
+        data = ErrorData(message=str(error), code=error.code, retryable=False)
+        executor.arrive(
+            run,
+            Arrival(executor.clock.now(), CHILD, "failed", key=command.key, payload=encode_error(data)),
+        )
+        return
+    payload = msgspec.json.encode({"run_id": command.child_id, "workflow": command.workflow, "version": version})
+    _note(executor, run, command, CHILD, "started", payload=payload)
+    child = NewRun(
+        id=command.child_id,
+        workflow=command.workflow,
+        version=version,
+        input=command.input,
+        workspace=run.workspace,
+        priority=command.options.priority or 0,
+        parent=Parent(run.run_id, command.key, command.ordinal),
+    )
+    run.effects.append(StartRun(child))
+
+
+def _wait_signal(executor: Executor, run: Resident, command: WaitSignal) -> None:
+    """A wait writes nothing: signals are journaled as they come, and replay matches them."""
+
+
+def _abandon(executor: Executor, run: Resident, note: Abandon) -> None:
+    abandon(executor, run, note.command)
+
+
+def _patch(executor: Executor, run: Resident, note: Patch) -> None:
+    executor.append(run, Arrival(executor.clock.now(), PATCHED, "marked", key=note.id, name=note.id))
+
+
+def _write_log(executor: Executor, run: Resident, note: WriteLog) -> None:
+    payload = log_payload(note.level, note.message, note.fields)
+    executor.append(run, Arrival(executor.clock.now(), LOG, "written", ordinal=note.index, payload=payload))
+
+
+def log_payload(level: str, message: str, fields: bytes | None) -> bytes:
+    """The payload of a `log` entry."""
+    return msgspec.json.encode({"level": level, "message": message, "fields": msgspec.Raw(fields or b"{}")})
+
+
+_APPLY: dict[type, Callable[[Any, Resident, Any], None]] = {
+    RunStep: _run_step,
+    SendTask: _send_task,
+    StartChild: _start_child,
+    WaitSignal: _wait_signal,
+    Abandon: _abandon,
+    Patch: _patch,
+    WriteLog: _write_log,
+}

@@ -1,0 +1,117 @@
+"""Attempts of steps and tasks: which result counts, what is tried again and when, what has taken too long.
+
+A retry is a journal entry and a time: no worker is held while it waits, and it survives the engine (N16).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from durable.core.clock import SECOND
+from durable.core.commands import Command, RunStep, SendTask
+from durable.core.errors import ErrorData
+from durable.core.journal import CHILD, REMOTE, STEP
+from durable.core.payload import decode_error, encode_error
+from durable.engine.apply import RetryNote
+from durable.engine.residents import Arrival, Resident
+
+if TYPE_CHECKING:
+    from durable.engine.executor import Executor
+
+
+def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
+    """Take in what came of a command. True if the entry is to be journaled as it is; otherwise it has been dealt with."""
+    command = _command(run, arrival)
+    if command is None or (arrival.attempt and arrival.attempt != run.attempts.get(command.key, arrival.attempt)):
+        if arrival.status in ("completed", "failed"):
+            _late(executor, run, arrival)
+        return False
+    key = command.key
+    arrival.key = key
+    if arrival.kind == REMOTE:
+        sent = run.sent.get(key)
+        if arrival.status == "published":
+            if sent is not None:
+                sent.published = True
+            return sent is not None
+        arrival.attempt = run.attempts.get(key, 1)
+        if arrival.started_at is None and sent is not None:
+            arrival.enqueued_at = sent.dispatched_at
+        executor.dispatch.settle(run, key)
+    if arrival.status == "failed" and arrival.kind != CHILD:
+        return _gives_up(executor, run, command, arrival)
+    if arrival.kind == STEP and run.recovery_attempts:
+        run.progressed = True
+    run.attempts.pop(key, None)
+    run.retries.pop(key, None)
+    return True
+
+
+def _command(run: Resident, arrival: Arrival) -> Command | None:
+    if arrival.key is not None:
+        return run.machine.outstanding.get(arrival.key)
+    # A result that came through the inbox knows its ordinal only.
+    for command in run.machine.outstanding.values():
+        if command.ordinal == arrival.ordinal and command.kind == arrival.kind:
+            return command
+    return None
+
+
+def _late(executor: Executor, run: Resident, arrival: Arrival) -> None:
+    """Recorded, never delivered."""
+    arrival.status = "late"
+    executor.append(run, arrival)
+
+
+def _gives_up(executor: Executor, run: Resident, command: Command, arrival: Arrival) -> bool:
+    assert isinstance(command, RunStep | SendTask)
+    assert arrival.payload is not None
+    key = command.key
+    attempt = run.attempts.get(key, 1)
+    arrival.attempt = attempt
+    error = decode_error(arrival.payload)
+    policy = command.options.retry
+    if policy.gives_up(attempt, retryable=error.retryable, names=(error.code, error.type)):
+        run.attempts.pop(key, None)
+        run.retries.pop(key, None)
+        return True
+    delay = policy.delay(attempt, executor.deps.ids.random(), retry_after=error.retry_after)
+    next_at = executor.clock.now() + int(delay * SECOND)
+    arrival.status = "retrying"
+    arrival.payload = msgspec.json.encode(RetryNote(error, next_at))
+    executor.append(run, arrival)
+    run.attempts[key] = attempt + 1
+    run.retries[key] = next_at
+    return False
+
+
+def due(executor: Executor, run: Resident, moment: int) -> Arrival | None:
+    """Do what is due by the clock alone: begin the next attempt of a step, or give up one that took too long."""
+    for key, next_at in run.retries.items():
+        if next_at == moment:
+            del run.retries[key]
+            command = run.machine.outstanding[key]
+            attempt = run.attempts.get(key, 1)
+            if isinstance(command, RunStep):
+                executor.steps.launch(run, command, attempt)
+            elif isinstance(command, SendTask):
+                executor.dispatch.send(run, command, attempt)
+            return None
+    for key, sent in run.sent.items():
+        if sent.deadline == moment:
+            return _lost(executor, run, key, moment, f"No result within {sent.command.options.timeout} s.")
+        if sent.silent_at() == moment:
+            limit = sent.command.options.heartbeat_timeout
+            return _lost(executor, run, key, moment, f"The worker has been silent for {limit} s.")
+    raise AssertionError("something was due, and nothing is")
+
+
+def _lost(executor: Executor, run: Resident, key: str, moment: int, why: str) -> Arrival:
+    sent = run.sent[key]
+    executor.dispatch.tell_worker(run, key)
+    error = ErrorData(message=why, code="step_timeout", type="StepTimeout")
+    return Arrival(
+        moment, REMOTE, "failed", key=key, attempt=sent.attempt, payload=encode_error(error)
+    )

@@ -1,0 +1,142 @@
+"""Group commit. Runs do not talk to the store one by one: what is asked while a call is in flight goes out as the next
+call, so batches form by themselves under load and a lone question is never delayed.
+
+Used for commits, starts and sends. A store that cannot be reached is asked again with the very same batch: every item
+carries the caller's ids, so a batch that had arrived is answered, not applied twice (S39).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+from durable.core.errors import EngineStopped, StoreError, StoreFull, StoreReadOnly, StoreUnavailable
+
+log = logging.getLogger("durable.committer")
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+RETRY_SECONDS_MIN = 0.01
+RETRY_SECONDS_MAX = 1.0
+
+
+class Group(Generic[Q, A]):
+    """Gathers single questions into batched calls; answers each on its own."""
+
+    def __init__(
+        self,
+        name: str,
+        call: Callable[[Sequence[Q]], Awaitable[Sequence[A]]],
+        *,
+        max_items: int,
+        max_bytes: int = 4 << 20,
+        size: Callable[[Q], int] = lambda _: 0,
+    ) -> None:
+        self._name = name
+        self._call = call
+        self._max_items = max_items
+        self._max_bytes = max_bytes
+        self._size = size
+        self._queue: deque[tuple[Q, Callable[[A | BaseException], None]]] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self.trouble: StoreError | None = None
+        """Why the store takes nothing right now; None while all is well."""
+
+    def submit(self, item: Q, done: Callable[[A | BaseException], None]) -> None:
+        """Queue one question. `done` is called on the loop, with the answer or with why there is none."""
+        self._queue.append((item, done))
+        if self._task is None and not self._closed:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name=f"durable-{self._name}")
+
+    async def ask(self, item: Q) -> A:
+        """Queue one question and wait for its answer."""
+        if self._closed:
+            raise EngineStopped("The engine has been stopped; start it again before asking it for work.")
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+
+        def done(answer: A | BaseException) -> None:
+            if future.done():
+                return
+            if isinstance(answer, BaseException):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+        self.submit(item, done)
+        return await future
+
+    async def close(self) -> None:
+        """Wait for what is queued; with the store out of reach, give it up."""
+        self._closed = True
+        if self._task is not None and self.trouble is None:
+            await asyncio.wait({self._task})
+        self.abort()
+
+    def abort(self) -> None:
+        """Forget everything queued: this engine may not write any more."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        while self._queue:
+            _, done = self._queue.popleft()
+            done(EngineStopped("The engine stopped before the store answered."))
+
+    async def _run(self) -> None:
+        try:
+            while self._queue:
+                batch = self._take()
+                await self._answer(batch)
+        finally:
+            self._task = None
+
+    def _take(self) -> list[tuple[Q, Callable[[A | BaseException], None]]]:
+        queue = self._queue
+        batch = [queue.popleft()]
+        total = self._size(batch[0][0])
+        while queue and len(batch) < self._max_items:
+            total += self._size(queue[0][0])
+            if total > self._max_bytes:
+                break
+            batch.append(queue.popleft())
+        return batch
+
+    async def _answer(self, batch: list[tuple[Q, Callable[[A | BaseException], None]]]) -> None:
+        items = [item for item, _ in batch]
+        delay = RETRY_SECONDS_MIN
+        while True:
+            try:
+                answers = await self._call(items)
+            except (StoreUnavailable, StoreFull, StoreReadOnly) as error:
+                if self.trouble is None:
+                    log.error("the store takes no %s, trying again: %s", self._name, error)
+                self.trouble = error
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RETRY_SECONDS_MAX)
+                continue
+            except asyncio.CancelledError:
+                self._tell(batch, [EngineStopped("The engine stopped before the store answered.")] * len(batch))
+                raise
+            except Exception as error:
+                log.exception("the store refused a batch of %s", self._name)
+                self._tell(batch, [error] * len(batch))
+                return
+            if self.trouble is not None:
+                log.warning("the store takes %s again", self._name)
+                self.trouble = None
+            self._tell(batch, answers)
+            return
+
+    def _tell(
+        self, batch: list[tuple[Q, Callable[[A | BaseException], None]]], answers: Sequence[A | BaseException]
+    ) -> None:
+        for (_, done), answer in zip(batch, answers, strict=True):
+            try:
+                done(answer)
+            except Exception:
+                log.exception("an answer from the store could not be taken in")

@@ -1,0 +1,66 @@
+"""What an engine is given. Everything it touches outside itself comes through here, so that tests and the simulation
+can hand in their own clock, ids, store and transport."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from durable.control_plane.interface import ControlPlane
+from durable.core.clock import Clock
+from durable.core.ids import Ids
+from durable.core.registry import Registry
+from durable.store.interface import Store
+from durable.store.records import DEFAULT_WORKSPACE
+from durable.transports.interface import Transport
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """How an engine behaves. Durations are seconds."""
+
+    lease: float = 10.0
+    """How long this engine's heartbeat is good for. Peers take its runs after that, or sooner where death can be seen."""
+    beat_every: float | None = None
+    """Default: 0.3 leases."""
+    poll_every: float = 1.0
+    """The longest a missed hint can cost."""
+    tick: float = 0.02
+    """The longest a journal entry waits to be committed when nothing else asks for a commit."""
+    hot_for: float = 5.0
+    """How long a waiting run stays in memory."""
+    hot_limit: int = 10_000
+    """Waiting runs kept in memory at most; above it, the longest idle go first."""
+    cold: bool = False
+    """Drop every run from memory at every wait: a test mode; results must not differ."""
+    max_running: int = 1_000
+    """Runs this engine drives at once before it stops claiming and starting more."""
+    max_recovery_attempts: int = 3
+    """Crashes in a row, without progress between, after which a run is dead."""
+    cancel_grace: float = 10.0
+    """How long a cancelled run may go on cleaning up."""
+    drain_timeout: float = 15.0
+    reconcile: float = 86_400.0
+    """The wake time of a run that waits for something without a time of its own: a safety net."""
+    threads: bool = True
+    """False: the heartbeat runs as a task on the loop and plain `def` bodies run in place (the simulation)."""
+    body_threads: int = 32
+    """Threads for plain `def` step bodies."""
+    execute: bool = True
+    """False: an API node. It starts, signals and inspects runs, and never executes one."""
+    workspace: str = DEFAULT_WORKSPACE
+
+    @property
+    def beat(self) -> float:
+        return self.beat_every if self.beat_every is not None else 0.3 * self.lease
+
+
+class Deps(Struct, frozen=True, kw_only=True):
+    """The parts an engine is made of."""
+
+    store: Store
+    registry: Registry
+    transport: Transport
+    control_plane: ControlPlane
+    clock: Clock
+    """The machine's clock; the engine corrects it to the store's."""
+    ids: Ids
+    settings: Settings

@@ -1,0 +1,174 @@
+"""Remote tasks on their way out. The journal entry `dispatched` is the outbox: it is committed before the task is
+published, and a `published` mark follows (D9). A new owner publishes again only what has no mark, with the same task id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from durable.core.clock import SECOND
+from durable.core.commands import SendTask
+from durable.core.errors import TransportError
+from durable.core.journal import REMOTE, Entry
+from durable.core.payload import describe, encode_error
+from durable.engine.apply import DispatchNote
+from durable.engine.residents import Arrival, Resident, Sent
+from durable.protocol.messages import Heartbeat, RemoteTask, routing_token, step_id
+
+if TYPE_CHECKING:
+    from durable.engine.executor import Executor
+
+log = logging.getLogger("durable.dispatch")
+
+
+class Dispatch:
+    """Sends tasks, and remembers for whom."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._awaited: dict[str, tuple[Resident, str]] = {}
+        """Step id → who waits for it here, under which key."""
+        self._held: list[Callable[[], None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def send(self, run: Resident, command: SendTask, attempt: int) -> None:
+        """Journal a dispatch; publish once it is committed."""
+        executor = self._executor
+        now = executor.clock.now()
+        sent = self._await(run, command, attempt, now)
+        note = DispatchNote(msgspec.Raw(command.input), sent.deadline)
+        arrival = Arrival(now, REMOTE, "dispatched", key=command.key, attempt=attempt, payload=msgspec.json.encode(note))
+        executor.append(run, arrival)
+        run.actions.append(partial(self._publish, run, command, attempt))
+
+    def resume(self, run: Resident, command: SendTask, trace: Sequence[Entry]) -> None:
+        """Take up a dispatch of an earlier owner: publish what has no mark, ask the transport after the rest."""
+        dispatched = next((entry for entry in trace if entry.status == "dispatched"), None)
+        if dispatched is None:
+            self.send(run, command, max((entry.attempt for entry in trace), default=1))
+            return
+        assert dispatched.payload is not None
+        note = msgspec.json.decode(dispatched.payload, type=DispatchNote)
+        sent = self._await(run, command, dispatched.attempt, dispatched.at)
+        sent.deadline = note.deadline
+        # A silence must be heard by this engine before it proves anything.
+        sent.last_beat = self._executor.clock.now()
+        sent.published = any(entry.status == "published" for entry in trace)
+        if not sent.published:
+            run.actions.append(partial(self._publish, run, command, sent.attempt))
+        elif self._executor.deps.transport.capabilities.holds:
+            run.actions.append(partial(self._spawn, self._ask(run, command, sent)))
+
+    def settle(self, run: Resident, key: str) -> None:
+        """The attempt is over."""
+        sent = run.sent.pop(key, None)
+        if sent is not None:
+            self._awaited.pop(step_id(run.run_id, sent.command.ordinal), None)
+
+    def cancel(self, run: Resident, key: str) -> None:
+        """Nobody waits for it any more: tell its worker."""
+        self.tell_worker(run, key)
+        self.settle(run, key)
+        run.attempts.pop(key, None)
+
+    def tell_worker(self, run: Resident, key: str) -> None:
+        """Ask for the body to be cancelled; a hint."""
+        sent = run.sent.get(key)
+        if sent is not None:
+            self._spawn(self._cancel(step_id(run.run_id, sent.command.ordinal)))
+
+    def forget(self, run: Resident) -> None:
+        """The run leaves memory; its tasks go on."""
+        for key in list(run.sent):
+            self.settle(run, key)
+
+    def awaited(self, task: str) -> tuple[Resident, str] | None:
+        """Who waits for this step id in this engine."""
+        return self._awaited.get(task)
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        """A worker is alive, and at it."""
+        now = self._executor.clock.now()
+        if heartbeat.step_id is not None:
+            found = self._awaited.get(heartbeat.step_id)
+            if found is not None and found[1] in found[0].sent:
+                found[0].sent[found[1]].last_beat = now
+            return
+        run = self._executor.residents.get(heartbeat.run_id)
+        if run is not None:
+            for sent in run.sent.values():
+                sent.last_beat = now
+
+    def release_held(self) -> None:
+        """The lease has been renewed: publish what waited for that."""
+        held, self._held = self._held, []
+        for publish in held:
+            publish()
+
+    def _await(self, run: Resident, command: SendTask, attempt: int, now: int) -> Sent:
+        timeout = command.options.timeout
+        deadline = None if timeout is None else now + int(timeout * SECOND)
+        sent = Sent(command, attempt, now, deadline, last_beat=now)
+        run.sent[command.key] = sent
+        run.attempts[command.key] = attempt
+        self._awaited[step_id(run.run_id, command.ordinal)] = (run, command.key)
+        return sent
+
+    def _publish(self, run: Resident, command: SendTask, attempt: int) -> None:
+        sent = run.sent.get(command.key)
+        if run.dropped or sent is None or sent.attempt != attempt:
+            return
+        if not self._executor.lease.safe():
+            self._held.append(partial(self._publish, run, command, attempt))
+            return
+        self._spawn(self._publishing(run, command, attempt))
+
+    async def _publishing(self, run: Resident, command: SendTask, attempt: int) -> None:
+        task = RemoteTask(
+            run_id=run.run_id,
+            seq=command.ordinal,
+            step_id=step_id(run.run_id, command.ordinal),
+            name=command.name,
+            group=routing_token(command.name, command.options.group),
+            input=msgspec.Raw(command.input),
+            attempt=attempt,
+            priority=command.options.priority,
+        )
+        now = self._executor.clock.now
+        try:
+            await self._executor.deps.transport.dispatch(task)
+        except TransportError as error:
+            payload = encode_error(describe(error))
+            arrival = Arrival(now(), REMOTE, "failed", key=command.key, attempt=attempt, payload=payload)
+        else:
+            arrival = Arrival(now(), REMOTE, "published", key=command.key, attempt=attempt)
+        self._executor.arrive(run, arrival)
+
+    async def _ask(self, run: Resident, command: SendTask, sent: Sent) -> None:
+        """Whether the transport still holds a task that was published; if not, publish it again."""
+        task = step_id(run.run_id, command.ordinal)
+        try:
+            held = await self._executor.deps.transport.holding([task])
+        except TransportError as error:
+            log.warning("could not ask after task %s: %s", task, error)
+            return
+        if task not in held and run.sent.get(command.key) is sent:
+            sent.published = False
+            self._publish(run, command, sent.attempt)
+
+    async def _cancel(self, task: str) -> None:
+        try:
+            await self._executor.deps.transport.cancel(task)
+        except TransportError as error:
+            log.warning("could not cancel task %s: %s", task, error)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,316 @@
+"""The engine as one sees it: start it, give it runs, ask after them, drain it. It only forwards; each verb lives in the
+file of its name."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from durable.control_plane.interface import ControlPlane
+from durable.core.clock import StoreClock
+from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
+from durable.core.errors import RunNotFound, StoreError
+from durable.core.journal import Entry
+from durable.core.payload import encode
+from durable.engine.deps import Deps
+from durable.engine.executor import Executor
+from durable.engine.handle import RunHandle, outcome
+from durable.engine.lease import Lease
+from durable.engine.recovery import Recovery
+from durable.engine.requeue import requeue
+from durable.engine.residents import Final, Resident
+from durable.engine.results import Results
+from durable.engine.resume import Resume
+from durable.engine.scheduler import Scheduler
+from durable.engine.signals import Mail
+from durable.engine.start import Starter, StartRequest
+from durable.engine.timeline import Timeline
+from durable.protocol.messages import ControlMessage
+from durable.store.records import Message, RunPage, RunQuery, RunRecord
+
+log = logging.getLogger("durable.engine")
+
+T = TypeVar("T")
+
+
+class WorkflowEngine:
+    """Drives runs on one event loop. Any number of engines may share a store."""
+
+    def __init__(self, deps: Deps) -> None:
+        self.deps = deps
+        self._local = deps.clock
+        self.clock = StoreClock(deps.clock)
+        self._executor = Executor(deps, self.clock)
+        self._recovery = Recovery(self._executor)
+        self._resume = Resume(self._executor)
+        self._scheduler = Scheduler(self._executor, self._recovery, self._resume)
+        self._starter = Starter(self._executor, self._scheduler, self.definition)
+        self._mail = Mail(deps, self._nudge)
+        self._results = Results(self._executor, self._mail)
+        self._timeline = Timeline(deps)
+        self._unlisten: list[Callable[[], None]] = []
+        self._running = False
+        self._rebirth: asyncio.Task[None] | None = None
+        self._hints: set[asyncio.Task[None]] = set()
+        executor = self._executor
+        executor.on_finished = self._finished
+        executor.on_committed = self._timeline.committed
+        executor.on_calm = self._recovery.calm
+        executor.on_mail = self._resume.mail
+        executor.on_due = self._scheduler.nudge
+        executor.on_nudge = self._nudge
+
+    @property
+    def incarnation(self) -> str:
+        """This engine's identity: random at each start, never a host or pod name."""
+        return self._executor.lease.incarnation
+
+    @property
+    def trouble(self) -> StoreError | None:
+        """Why nothing can be committed right now, or None."""
+        return self._executor.commits.trouble
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Take a lease and begin. The store is open, the transport not yet started."""
+        deps = self.deps
+        lease = self._new_lease()
+        self._executor.start(lease)
+        if deps.settings.execute:
+            await lease.start()
+        deps.transport.on_result(self._results.take)
+        deps.transport.on_heartbeat(self._executor.dispatch.beat)
+        await deps.transport.start()
+        await deps.control_plane.start()
+        self._unlisten.append(deps.store.listen(self._hint))
+        self._unlisten.append(deps.control_plane.on_control(lease.incarnation, self._control))
+        self._starter.open = True
+        self._starter.hot = deps.settings.execute
+        if deps.settings.execute:
+            self._scheduler.start()
+        self._running = True
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Stop without loss: claim and start nothing more, let bodies finish within `timeout` seconds (default
+        `drain_timeout`), hand the rest over. Nothing of it counts as a crash. Idempotent."""
+        if not self._running:
+            return
+        self._running = False
+        executor = self._executor
+        await self._starter.close()
+        if self.deps.settings.execute:
+            await self._scheduler.stop()
+        await self._settle_bodies(self.deps.settings.drain_timeout if timeout is None else timeout)
+        await self._hand_over()
+        await self._mail.close()
+        await executor.commits.close()
+        for unlisten in self._unlisten:
+            unlisten()
+        self._unlisten.clear()
+        self._timeline.close()
+        executor.steps.close()
+        await self.deps.transport.close()
+        await self.deps.control_plane.close()
+        if self._rebirth is not None:
+            self._rebirth.cancel()
+        if self.deps.settings.execute:
+            await executor.lease.stop()
+            try:
+                await self.deps.store.leave(self.incarnation)
+            except StoreError as error:
+                log.warning("could not sign off; the lease will end by itself: %s", error)
+
+    async def _settle_bodies(self, timeout: float) -> None:
+        """Wait until nothing is executing and nothing waits to be committed, or until time is up."""
+        executor = self._executor
+        deadline = self._local.monotonic() + timeout
+        while self._local.monotonic() < deadline:
+            busy = [run for run in executor.residents.values() if not run.held and _busy(run)]
+            if not busy:
+                return
+            await asyncio.sleep(min(0.02, timeout))
+        log.warning("draining: %d runs are still executing; they are handed over", executor.running)
+
+    async def _hand_over(self) -> None:
+        executor = self._executor
+        runs = list(executor.residents.values())
+        for run in runs:
+            executor.drop(run)
+        if runs:
+            await asyncio.sleep(0)  # machines unwind from a plain callback
+            try:
+                await self.deps.store.release([(run.run_id, run.epoch) for run in runs])
+            except StoreError as error:
+                log.warning("could not release %d runs; the lease will end by itself: %s", len(runs), error)
+
+    # ------------------------------------------------------------------ verbs
+
+    def definition(self, workflow: Any, version: str | None = None) -> WorkflowDefinition:
+        """The definition meant by a name or a decorated object. Raises NotRegistered."""
+        registry = self.deps.registry
+        if is_workflow(workflow):
+            found = workflow_of(workflow)
+            return registry.workflow(found.name, version or found.version)
+        return registry.workflow(str(workflow), version) if version else registry.latest(str(workflow))
+
+    async def start_run(self, workflow: Any, input: Any = None, **options: Any) -> RunHandle[Any]:
+        """Start a run; options as in StartRequest. Durable when this returns."""
+        request = StartRequest(workflow=workflow, input=input, **options)
+        run_id = await self._starter.start(request)
+        return self.handle(run_id, self.definition(workflow, request.version).output_type)
+
+    async def start_many(self, requests: Sequence[StartRequest]) -> list[RunHandle[Any] | Exception]:
+        """Start runs, each on its own: a handle, or why there is none."""
+        answers = await self._starter.start_many(requests)
+        return [
+            answer
+            if isinstance(answer, Exception)
+            else self.handle(answer, self.definition(request.workflow, request.version).output_type)
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+        """Start a run and wait for what it returns."""
+        handle = await self.start_run(workflow, input, **options)
+        return await handle.result(timeout)
+
+    def handle(self, run_id: str, output_type: Any = Any) -> RunHandle[Any]:
+        """A handle to a run there is."""
+        return RunHandle(self, run_id, output_type)
+
+    async def wait(self, run_id: str, timeout: float | None = None) -> Final:
+        """How the run ended, wherever it executes. Raises RunNotFound, TimeoutError."""
+        return await self._timeline.wait(run_id, timeout)
+
+    async def result(self, run_id: str, timeout: float | None = None, *, type: Any = Any) -> Any:
+        """What the run returned; raises what it ended with."""
+        return outcome(run_id, await self.wait(run_id, timeout), type)
+
+    async def signal(self, run_id: str, name: str, payload: Any = None, *, id: str | None = None) -> bool:
+        """Send a signal: kept, in order per name, and used once, even if nothing waits yet. True if it is new; the same
+        `id` again changes nothing. Raises RunNotFound, RunFinished, PayloadError."""
+        data = encode(payload, what=f"the payload of signal {name!r}", limit=self.deps.store.capabilities.max_payload)
+        message_id = f"signal:{id}" if id is not None else f"signal:{self.deps.ids.unique()}"
+        return await self._mail.must_send(self._message(run_id, message_id, "signal", name, data))
+
+    async def cancel(self, run_id: str, reason: str = "") -> bool:
+        """Ask a run to stop: its main task is cancelled and may clean up for `cancel_grace`. True if this was the first
+        request. Raises RunNotFound, RunFinished."""
+        data = msgspec.json.encode({"reason": reason})
+        return await self._mail.must_send(self._message(run_id, "cancel", "cancel", "", data))
+
+    async def get(self, run_id: str) -> RunRecord:
+        """The run as stored. Raises RunNotFound."""
+        record = (await self.deps.store.get([run_id]))[0]
+        if record is None or record.workspace != self.deps.settings.workspace:
+            raise RunNotFound(f"There is no run {run_id!r} here. Is it another workspace's?", run_id=run_id)
+        return record
+
+    async def find(self, query: RunQuery) -> RunPage:
+        """Runs of this workspace, newest first."""
+        return await self.deps.store.find(msgspec.structs.replace(query, workspace=self.deps.settings.workspace))
+
+    async def requeue(self, run_id: str) -> None:
+        """Reopen a dead or failed run, or have a blocked one looked at again."""
+        await requeue(self.deps, self.clock.now(), run_id)
+        self._nudge(run_id, None)
+
+    def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
+        """The run's journal above `after` as it grows, until the run ends. Raises RunNotFound."""
+        return self._timeline.watch(run_id, after)
+
+    # ------------------------------------------------------------------ inside
+
+    def _message(self, run_id: str, id: str, kind: str, name: str, payload: bytes) -> Message:
+        return Message(run_id, id, kind, name, payload, workspace=self.deps.settings.workspace)
+
+    def _finished(self, run: Resident, final: Final) -> None:
+        self._timeline.finished(run, final)
+        self._scheduler.nudge()
+
+    def _nudge(self, run_id: str, owner: str | None) -> None:
+        """A run has got something: its owner looks; nobody's run is looked for here."""
+        run = self._executor.residents.get(run_id)
+        if run is not None:
+            self._resume.mail(run)
+        elif owner is None:
+            self._scheduler.nudge()
+        if run is None:
+            message = ControlMessage(sender=self.incarnation, kind="enqueued", run_id=run_id)
+            task = asyncio.get_running_loop().create_task(self._publish(self.deps.control_plane, message))
+            self._hints.add(task)
+            task.add_done_callback(self._hints.discard)
+
+    async def _publish(self, plane: ControlPlane, message: ControlMessage) -> None:
+        await plane.publish_control(message)
+
+    def _control(self, message: ControlMessage) -> None:
+        if message.kind == "enqueued" and message.run_id is not None:
+            run = self._executor.residents.get(message.run_id)
+            if run is not None:
+                self._resume.mail(run)
+            else:
+                self._scheduler.nudge()
+        self._timeline.hint()
+
+    def _hint(self) -> None:
+        self._scheduler.nudge()
+        self._timeline.hint()
+
+    def _new_lease(self) -> Lease:
+        settings = self.deps.settings
+        return Lease(
+            self.deps.store,
+            self.clock,
+            self._local,
+            self.deps.ids.unique(),
+            seconds=settings.lease,
+            every=settings.beat,
+            threads=settings.threads,
+            executing=lambda: self._executor.executing,
+            on_beat=self._beaten,
+            on_lost=self._lost,
+        )
+
+    def _beaten(self) -> None:
+        self._scheduler.sweep()
+        self._executor.steps.release_held()
+        self._executor.dispatch.release_held()
+
+    def _lost(self, why: str) -> None:
+        """Everything in memory is somebody else's now. Forget it, and come back as somebody new."""
+        runs = list(self._executor.residents.values())
+        log.error("dropping %d runs: %s", len(runs), why)
+        for run in runs:
+            self._executor.drop(run)
+        if self._running:
+            self._rebirth = asyncio.get_running_loop().create_task(self._be_reborn(), name="durable-rebirth")
+
+    async def _be_reborn(self) -> None:
+        while True:
+            lease = self._new_lease()
+            try:
+                await lease.start()
+            except StoreError as error:
+                log.warning("no new lease yet, trying again: %s", error)
+                await asyncio.sleep(min(1.0, self.deps.settings.lease / 10))
+                continue
+            old = self._executor.lease
+            self._executor.lease = lease
+            await old.stop()
+            self._unlisten.append(self.deps.control_plane.on_control(lease.incarnation, self._control))
+            self._scheduler.reset()
+            return
+
+
+def _busy(run: Resident) -> bool:
+    return bool(
+        run.bodies or run.committing or run.pending or run.arrivals or run.actions or run.queued
+        or any(not sent.published for sent in run.sent.values())
+    )
+

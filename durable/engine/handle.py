@@ -1,0 +1,62 @@
+"""A run seen from outside: its id, and the few things one does with it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from durable.core.errors import ErrorData, RunCancelled, RunDead, RunFailed, RunTimeout
+from durable.core.journal import Entry
+from durable.core.payload import decode, decode_error
+from durable.engine.residents import Final
+from durable.protocol.states import Status
+from durable.store.records import RunRecord
+
+if TYPE_CHECKING:
+    from durable.engine.engine import WorkflowEngine
+
+T = TypeVar("T")
+
+_RAISES = {Status.CANCELLED: RunCancelled, Status.DEAD: RunDead}
+
+
+class RunHandle(Generic[T]):
+    """One run. Nothing is held open by it; keep the id and make another any time."""
+
+    def __init__(self, engine: WorkflowEngine, run_id: str, output_type: Any = Any) -> None:
+        self._engine = engine
+        self._output_type = output_type
+        self.id = run_id
+
+    def __repr__(self) -> str:
+        return f"RunHandle({self.id!r})"
+
+    async def result(self, timeout: float | None = None) -> T:
+        """What the workflow returned. Raises RunFailed, RunTimeout, RunCancelled or RunDead with the run's error; or
+        TimeoutError after `timeout` seconds, while the run goes on."""
+        return outcome(self.id, await self._engine.wait(self.id, timeout), self._output_type)  # type: ignore[no-any-return]
+
+    async def signal(self, name: str, payload: Any = None, *, id: str | None = None) -> bool:
+        """Send a signal; the same id again changes nothing (False). Raises RunFinished if it is too late."""
+        return await self._engine.signal(self.id, name, payload, id=id)
+
+    async def cancel(self, reason: str = "") -> bool:
+        """Ask the run to stop and clean up."""
+        return await self._engine.cancel(self.id, reason)
+
+    async def get(self) -> RunRecord:
+        """The run as stored."""
+        return await self._engine.get(self.id)
+
+    def watch(self, after: int = 0) -> AsyncIterator[Entry]:
+        """The journal as it grows, until the run ends."""
+        return self._engine.watch(self.id, after)
+
+
+def outcome(run_id: str, final: Final, output_type: Any) -> Any:
+    """The output, typed, or the error raised."""
+    if final.status is Status.COMPLETED:
+        return decode(final.output or b"null", output_type, what=f"the output of run {run_id}")
+    error = decode_error(final.error) if final.error is not None else ErrorData(message=f"The run was {final.status}.")
+    kind = _RAISES.get(final.status) or (RunTimeout if error.code == "run_timeout" else RunFailed)
+    raise kind(f"Run {run_id} {final.status}: {error.message}", run_id=run_id, error=error)

@@ -1,0 +1,118 @@
+"""Runs whose engine died. Claimed all the time, not once at boot; those that were executing are suspects.
+
+A suspect runs alone among suspects until it has made progress, waits, or has survived for a while: so one poison run
+uses up its own recovery attempts and never its neighbours' (D7, S32). Suspects that wait for their turn are stored as
+`queued`, so that another crash does not count against them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from durable.core.errors import ErrorData
+from durable.core.journal import RUN, Entry
+from durable.core.payload import encode_error
+from durable.engine.executor import Executor, tell_parent
+from durable.engine.residents import Final, Resident
+from durable.protocol.states import Activity, Status
+from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal
+
+log = logging.getLogger("durable.recovery")
+
+
+class Recovery:
+    """The lane of suspects."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._lane: deque[tuple[Resident, Journal]] = deque()
+        self._current: Resident | None = None
+        self._bound: asyncio.TimerHandle | None = None
+
+    def admit(self, run: Resident, journal: Journal) -> None:
+        """Take a suspect in. It stays still until it is its turn."""
+        run.held = True
+        self._executor.residents[run.run_id] = run
+        self._lane.append((run, journal))
+        if self._current is None:
+            self._advance()
+
+    def calm(self, run: Resident) -> None:
+        """A run has progressed, waits, or has left: if it was the suspect, the next may begin."""
+        if run is self._current:
+            self._advance()
+
+    def _advance(self) -> None:
+        self._current = None
+        if self._bound is not None:
+            self._bound.cancel()
+            self._bound = None
+        while self._lane:
+            run, journal = self._lane.popleft()
+            if run.dropped:
+                continue
+            self._current = run
+            self._bound = asyncio.get_running_loop().call_later(self._executor.settings.lease, self.calm, run)
+            limit = self._executor.settings.max_recovery_attempts
+            if run.recovery_attempts > limit:
+                self._bury(run, limit)
+            else:
+                log.warning(
+                    "run %s was executing when its engine died (%d of %d); it is tried alone",
+                    run.run_id,
+                    run.recovery_attempts,
+                    limit,
+                )
+                self._commit(run, [], Activity.EXECUTING, partial(self._begin, run, journal))
+            return
+
+    def _begin(self, run: Resident, journal: Journal, answer: CommitOutcome | BaseException) -> None:
+        run.held = False
+        if isinstance(answer, BaseException) or answer.status is not CommitStatus.DONE:
+            self._executor.drop(run)
+            return
+        run.activity = Activity.EXECUTING
+        self._executor.admit(run, journal)
+
+    def _bury(self, run: Resident, limit: int) -> None:
+        log.error("run %s is dead: its engine died %d times while it was executing", run.run_id, run.recovery_attempts)
+        data = ErrorData(
+            message=f"The engine died {run.recovery_attempts} times in a row while this run was executing, "
+            f"more than its {limit} recovery attempts. Mend what kills it, then requeue it.",
+            code="run_dead",
+        )
+        final = Final(Status.DEAD, error=encode_error(data))
+        run.final = final
+        entry = Entry(run.seq + 1, self._executor.clock.now(), RUN, "dead", name=run.definition.name)
+
+        def done(answer: CommitOutcome | BaseException) -> None:
+            run.held = False
+            run.ended = not isinstance(answer, BaseException) and answer.status is CommitStatus.DONE
+            self._executor.drop(run)
+            if run.ended:
+                self._executor.on_finished(run, final)
+
+        self._commit(run, [entry], None, done, final)
+
+    def _commit(
+        self,
+        run: Resident,
+        entries: list[Entry],
+        activity: Activity | None,
+        done: Callable[[CommitOutcome | BaseException], None],
+        final: Final | None = None,
+    ) -> None:
+        executor = self._executor
+        commit = Commit(run.run_id, run.epoch, run.seq, executor.deps.ids.unique(), entries)
+        if activity is not None:
+            commit.activity = activity
+        if final is not None:
+            commit.status, commit.error = final.status, final.error
+            if run.parent is not None:
+                commit.effects = (tell_parent(run.run_id, run.workspace, run.parent, final),)
+        executor.commits.submit(commit, done)
+

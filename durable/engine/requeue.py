@@ -1,0 +1,51 @@
+"""Reopening what ended badly: a dead or failed run goes on, a blocked one is looked at again. A transaction of its own:
+epoch + 1, a journal entry, a fresh recovery budget.
+
+A failed run asks again for what failed it: the entry it writes names the seq from which replay passes over what was
+recorded (signals excepted), so that no recorded failure is replayed by accident (B53).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from durable.core.errors import RunFinished, RunNotFound
+from durable.core.journal import RUN, Entry
+from durable.engine.deps import Deps
+from durable.protocol.states import REOPENABLE, Activity, Status
+
+
+async def requeue(deps: Deps, now: int, run_id: str) -> None:
+    """Raises RunNotFound; RunFinished if it completed or was cancelled. A run that is active and well is left alone."""
+    record = (await deps.store.get([run_id]))[0]
+    if record is None or record.workspace != deps.settings.workspace:
+        raise RunNotFound(f"There is no run {run_id!r} here. Is it another workspace's?", run_id=run_id)
+    blocked = record.status is Status.ACTIVE and record.activity is Activity.BLOCKED
+    if record.status is Status.ACTIVE and not blocked:
+        return
+    if record.status not in REOPENABLE and not blocked:
+        raise RunFinished(f"Run {run_id!r} is {record.status}; only dead, failed and blocked runs can be requeued.", run_id=run_id)
+    payload = None
+    if record.status is Status.FAILED:
+        cut = await _cut(deps, run_id)
+        payload = None if cut is None else msgspec.json.encode({"from": cut})
+    status = "unblocked" if blocked else "requeued"
+    entry = Entry(0, now, RUN, status, name=record.workflow, payload=payload)
+    await deps.store.requeue(run_id, commit_id=deps.ids.unique(), entry=entry, activity=Activity.QUEUED.value)
+
+
+async def _cut(deps: Deps, run_id: str) -> int | None:
+    """From where a failed run asks again: the failed step whose error came out, or its timeout."""
+    for entry in reversed((await deps.store.load([run_id]))[0].entries):
+        if entry.kind != RUN:
+            continue
+        if entry.status == "timed_out":
+            return entry.seq
+        if entry.status == "failed":
+            if entry.payload is not None:
+                cut: int = msgspec.json.decode(entry.payload)["cut"]
+                return cut
+            continue
+        if entry.status in ("started", "requeued"):
+            return None
+    return None

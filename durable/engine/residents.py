@@ -1,0 +1,201 @@
+"""Runs in memory. A `Resident` is one run with its machine, what it has not committed yet, and what is under way for it.
+
+Only its owner touches it, from the application's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import Struct
+
+from durable.core.commands import SendTask
+from durable.core.definition import WorkflowDefinition
+from durable.core.journal import Entry
+from durable.core.replay import Machine
+from durable.protocol.states import Activity, Status
+from durable.store.records import Effect, Journal, Parent
+
+
+class Arrival(Struct):
+    """Something that happened to a run and is not journaled yet. Fields as in Entry; `happened` orders it (µs)."""
+
+    happened: int
+    kind: str
+    status: str
+    key: str | None = None
+    ordinal: int | None = None
+    name: str | None = None
+    attempt: int = 0
+    payload: bytes | None = None
+    enqueued_at: int | None = None
+    started_at: int | None = None
+    finished_at: int | None = None
+    number: int | None = None
+    """Its inbox row, if it came that way."""
+    ack: Callable[[BaseException | None], None] | None = None
+    """Told once it is durable (None), or why it will not be."""
+
+
+class Sent(Struct):
+    """A remote task under way. Times are µs."""
+
+    command: SendTask
+    attempt: int
+    dispatched_at: int
+    deadline: int | None = None
+    published: bool = False
+    last_beat: int = 0
+
+    def silent_at(self) -> int | None:
+        """When silence alone says that the attempt is lost; None where it never does."""
+        limit = self.command.options.heartbeat_timeout
+        return None if limit is None else self.last_beat + int(limit * 1_000_000)
+
+
+class Final(Struct):
+    """How a run ended, on its way to the store."""
+
+    status: Status
+    output: bytes | None = None
+    error: bytes | None = None
+
+
+class Resident:
+    """One run in memory."""
+
+    __slots__ = (
+        "acks",
+        "actions",
+        "activity",
+        "armed",
+        "arrivals",
+        "attempts",
+        "bodies",
+        "cancel_deadline",
+        "committing",
+        "deadline",
+        "definition",
+        "dropped",
+        "effects",
+        "ended",
+        "epoch",
+        "fetching",
+        "final",
+        "flushing",
+        "held",
+        "idle",
+        "inbox_known",
+        "inbox_read",
+        "inbox_written",
+        "last_at",
+        "logs",
+        "machine",
+        "marks",
+        "opening",
+        "parent",
+        "pending",
+        "progressed",
+        "queued",
+        "recovery_attempts",
+        "retries",
+        "run_id",
+        "sent",
+        "seq",
+        "suspending",
+        "tail",
+        "workspace",
+    )
+
+    def __init__(
+        self,
+        run_id: str,
+        workspace: str,
+        definition: WorkflowDefinition,
+        machine: Machine,
+        parent: Parent | None,
+        epoch: int,
+        seq: int,
+        activity: Activity,
+        inbox_read: int = 0,
+        recovery_attempts: int = 0,
+    ) -> None:
+        self.run_id = run_id
+        self.workspace = workspace
+        self.definition = definition
+        self.machine = machine
+        self.parent = parent
+        self.epoch = epoch
+        self.seq = seq
+        """Of the last committed entry."""
+        self.tail = seq
+        """Of the last entry there is, committed or not."""
+        self.last_at = 0
+        self.activity = activity
+        """As stored."""
+        self.recovery_attempts = recovery_attempts
+
+        self.arrivals: deque[Arrival] = deque()
+        self.pending: list[Entry] = []
+        """Entries not committed yet."""
+        self.effects: list[Effect] = []
+        self.actions: list[Callable[[], None]] = []
+        """What waits behind the barrier: done once everything in `pending` is committed (D4)."""
+        self.acks: list[Callable[[BaseException | None], None]] = []
+        self.inbox_read = inbox_read
+        self.inbox_written = inbox_read
+        """As stored."""
+        self.inbox_known = inbox_read
+        """Rows up to here are in memory or journaled."""
+        self.progressed = False
+
+        self.bodies: dict[str, asyncio.Task[Any] | None] = {}
+        """Local bodies by key; None while one waits behind the barrier."""
+        self.marks: dict[str, Arrival] = {}
+        """`started` marks not written yet: they ride with the next commit, or are dropped when the body is faster."""
+        self.attempts: dict[str, int] = {}
+        self.retries: dict[str, int] = {}
+        """When the next attempt of a step is due, µs."""
+        self.sent: dict[str, Sent] = {}
+        self.logs: dict[str, int] = {}
+        """Lines written by step scope."""
+        self.deadline: int | None = None
+        """Of the run's own timeout."""
+        self.cancel_deadline: int | None = None
+
+        self.queued = False
+        self.committing = False
+        self.suspending = False
+        self.fetching = False
+        self.flushing = False
+        self.ended = False
+        self.dropped = False
+        self.held = False
+        """Suspected of killing engines: waits for its turn alone."""
+        self.idle = False
+        self.opening: Journal | None = None
+        """What is to be replayed before anything else."""
+        self.final: Final | None = None
+        self.armed: int | None = None
+        """The engine timer set for this run, µs."""
+
+    def next_wake(self) -> int | None:
+        """The earliest moment, µs, at which something is due for this run by the clock alone."""
+        timer = self.machine.next_timer()
+        wake = timer.deadline if timer is not None else None
+        if self.retries:
+            wake = _earlier(wake, min(self.retries.values()))
+        for sent in self.sent.values():
+            wake = _earlier(wake, sent.deadline)
+            wake = _earlier(wake, sent.silent_at())
+        wake = _earlier(wake, self.deadline)
+        return _earlier(wake, self.cancel_deadline)
+
+
+def _earlier(a: int | None, b: int | None) -> int | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)

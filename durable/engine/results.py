@@ -1,0 +1,77 @@
+"""Results of remote tasks on their way in. Straight to the run where it is resident, through its inbox where it is not;
+acknowledged once it is durable (D8). It runs no user code."""
+
+from __future__ import annotations
+
+import asyncio
+
+from durable.core.errors import ErrorData
+from durable.core.journal import REMOTE
+from durable.core.payload import encode_error
+from durable.engine.executor import Executor
+from durable.engine.residents import Arrival
+from durable.engine.signals import Mail
+from durable.protocol.messages import StepResult
+from durable.store.records import Message
+
+
+class Results:
+    """What the transport's `on_result` calls."""
+
+    def __init__(self, executor: Executor, mail: Mail) -> None:
+        self._executor = executor
+        self._mail = mail
+
+    async def take(self, result: StepResult) -> None:
+        """Returns once the result is durable, or known to be superfluous. Raises if it must be sent again."""
+        payload = _payload(result)
+        run = self._executor.residents.get(result.run_id)
+        if run is None:
+            await self._mail.send(
+                Message(
+                    run_id=result.run_id,
+                    # Without an attempt two results of two attempts look alike; each gets in, one counts.
+                    id=f"{result.step_id}:{result.attempt or self._executor.deps.ids.unique()}",
+                    kind="result",
+                    name=result.status,
+                    payload=payload,
+                    ordinal=result.seq,
+                    attempt=result.attempt or 0,
+                    workspace=self._executor.settings.workspace,
+                )
+            )
+            return
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def ack(why: BaseException | None) -> None:
+            if durable.done():
+                return
+            if why is None:
+                durable.set_result(None)
+            else:
+                durable.set_exception(why)
+
+        now = self._executor.clock.now()
+        found = self._executor.dispatch.awaited(result.step_id)
+        self._executor.arrive(
+            run,
+            Arrival(
+                now,
+                REMOTE,
+                result.status,
+                key=None if found is None else found[1],
+                ordinal=result.seq,
+                attempt=result.attempt or 0,
+                payload=payload,
+                started_at=None if result.started_at is None else result.started_at * 1_000,
+                finished_at=now,
+                ack=ack,
+            ),
+        )
+        await durable
+
+
+def _payload(result: StepResult) -> bytes:
+    if result.status == "completed":
+        return b"null" if result.output is None else bytes(result.output)
+    return encode_error(result.error or ErrorData(message="The worker gave no reason."))

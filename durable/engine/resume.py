@@ -1,0 +1,96 @@
+"""Waking a run. Signals, children, events, cancels and results of runs elsewhere all come as inbox rows, and all inbox rows
+come through here; there is no second way.
+
+A row is taken in by journaling it, whether or not anything waits for it; which wait uses which signal is replay's
+business, oldest first per name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from durable.core.errors import StoreError
+from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL
+from durable.engine.executor import Executor
+from durable.engine.residents import Arrival, Resident
+from durable.store.records import InboxRow
+
+log = logging.getLogger("durable.resume")
+
+RETRY_SECONDS = 0.1
+
+
+class Resume:
+    """Brings unread inbox rows to resident runs."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._wanted: dict[str, Resident] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def mail(self, run: Resident) -> None:
+        """There may be unread rows for this run: fetch them, together with those of others."""
+        run.fetching = True
+        self._wanted[run.run_id] = run
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._fetch(), name="durable-inbox")
+
+    def take(self, run: Resident, rows: list[InboxRow]) -> None:
+        """Hand rows to the run; those it knows already are passed over."""
+        for row in rows:
+            if row.number > run.inbox_known:
+                run.inbox_known = row.number
+                self._executor.arrive(run, arrival_of(row))
+
+    async def _fetch(self) -> None:
+        try:
+            while self._wanted:
+                runs, self._wanted = list(self._wanted.values()), {}
+                while True:
+                    runs = [run for run in runs if not run.dropped]
+                    try:
+                        inboxes = await self._executor.deps.store.inbox([(run.run_id, run.inbox_known) for run in runs])
+                        break
+                    except StoreError as error:
+                        log.warning("the inbox cannot be read, trying again: %s", error)
+                        await asyncio.sleep(RETRY_SECONDS)
+                for run, rows in zip(runs, inboxes, strict=True):
+                    run.fetching = run.run_id in self._wanted
+                    if not run.dropped:
+                        self.take(run, rows)
+                        self._executor.wake(run)
+        finally:
+            self._task = None
+
+
+def arrival_of(row: InboxRow) -> Arrival:
+    """An inbox row as what it means to the run."""
+    message = row.message
+    if message.kind == "signal":
+        return Arrival(
+            row.created_at, SIGNAL, "received", key=message.id, name=message.name, payload=message.payload, number=row.number
+        )
+    if message.kind == "cancel":
+        return Arrival(row.created_at, RUN, "cancelling", payload=message.payload, number=row.number)
+    if message.kind == "child":
+        status = "completed" if message.name == "completed" else "failed"
+        return Arrival(
+            row.created_at,
+            CHILD,
+            status,
+            key=message.key,
+            ordinal=message.ordinal,
+            payload=message.payload,
+            number=row.number,
+        )
+    return Arrival(
+        row.created_at,
+        REMOTE,
+        message.name,
+        key=message.key,
+        ordinal=message.ordinal,
+        attempt=message.attempt,
+        payload=message.payload,
+        number=row.number,
+    )

@@ -1,0 +1,177 @@
+"""Finds work: due runs, runs of engines that are gone, mail for runs that are here. One loop an engine, woken by hints
+and by the clock; losing every hint costs `poll_every` and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from durable.core.clock import SECOND
+from durable.core.errors import StoreError
+from durable.core.replay import Machine
+from durable.engine.executor import Executor
+from durable.engine.recovery import Recovery
+from durable.engine.residents import Resident
+from durable.engine.resume import Resume
+from durable.store.records import ClaimedRun, ClaimRequest, InboxRow, Journal, Route
+
+log = logging.getLogger("durable.scheduler")
+
+MAX_CLAIM = 250
+
+
+class Scheduler:
+    """Claims runs for one engine."""
+
+    def __init__(self, executor: Executor, recovery: Recovery, resume: Resume) -> None:
+        self._executor = executor
+        self._recovery = recovery
+        self._resume = resume
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._next_due: int | None = None
+        self._sweep = False
+        self._blocked_after: str | None = ""
+        """Where the look at blocked runs stands: once, after a start with possibly new code. None: done."""
+        self.starting: set[str] = set()
+        """Ids of runs being born claimed: theirs is no lost claim."""
+
+    def start(self) -> None:
+        """Begin claiming."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="durable-scheduler")
+
+    async def stop(self) -> None:
+        """Claim nothing more. A claim under way is waited for and taken in."""
+        task, self._task = self._task, None
+        if task is not None:
+            self._wake.set()
+            await asyncio.wait({task})
+
+    def nudge(self) -> None:
+        """Something may have become due."""
+        self._wake.set()
+
+    def sweep(self) -> None:
+        """After each heartbeat: let runs go that the store says are mine and that are not here."""
+        self._sweep = True
+        self._executor.evict()
+
+    def reset(self) -> None:
+        """A new incarnation starts from nothing."""
+        self._next_due = None
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while self._task is not None:
+            self._wake.clear()
+            try:
+                await self._look()
+            except StoreError as error:
+                log.warning("cannot look for work, trying again: %s", error)
+            except Exception:
+                log.exception("looking for work went wrong, trying again")
+            await self._sleep()
+
+    async def _sleep(self) -> None:
+        delay = self._executor.settings.poll_every
+        if self._next_due is not None:
+            delay = min(delay, max(0.0, (self._next_due - self._executor.clock.now()) / SECOND))
+        if delay <= 0 and not self._wake.is_set():
+            # Full, with work waiting: look again when a run has left, or soon.
+            delay = 0.005
+        try:
+            async with asyncio.timeout(delay):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _look(self) -> None:
+        executor = self._executor
+        store = executor.deps.store
+        if self._sweep:
+            self._sweep = False
+            await self._release_strangers()
+        for run_id in await store.unread(executor.lease.incarnation):
+            run = executor.residents.get(run_id)
+            if run is not None and not run.fetching:
+                self._resume.mail(run)
+        while await self._claim():
+            pass
+
+    async def _claim(self) -> bool:
+        """One claim. True: there may be more."""
+        executor = self._executor
+        room = min(executor.settings.max_running - executor.running, MAX_CLAIM)
+        if self._task is None or room <= 0 or not executor.lease.safe():
+            self._next_due = None
+            return False
+        routes = tuple(Route(name, version) for name, version in executor.deps.registry.routes())
+        if not routes:
+            return False
+        blocked = self._blocked_after is not None
+        request = ClaimRequest(executor.lease.incarnation, routes, room, blocked, self._blocked_after or "")
+        incarnation = executor.lease.incarnation
+        claim = await executor.deps.store.claim(request)
+        if claim.runs:
+            await self._take_in(claim.runs, incarnation)
+        if blocked:
+            self._blocked_after = claim.runs[-1].run.id if len(claim.runs) == room else None
+            return True
+        self._next_due = claim.next_due_at
+        return len(claim.runs) == room
+
+    async def _take_in(self, claimed: list[ClaimedRun], incarnation: str) -> None:
+        """Read what the claimed runs need, and admit them. The store owns them as ours: this is tried until done."""
+        store = self._executor.deps.store
+        while True:
+            try:
+                journals = await store.load([c.run.id for c in claimed])
+                inboxes = await store.inbox([(c.run.id, c.run.inbox_read) for c in claimed])
+                break
+            except StoreError as error:
+                log.warning("claimed runs cannot be read, trying again: %s", error)
+                await asyncio.sleep(0.1)
+        if incarnation != self._executor.lease.incarnation:
+            return  # the lease was lost meanwhile: they are no longer ours
+        for one, journal, rows in zip(claimed, journals, inboxes, strict=True):
+            self._admit(one, journal, rows)
+
+    def _admit(self, claimed: ClaimedRun, journal: Journal, rows: list[InboxRow]) -> None:
+        executor = self._executor
+        record = claimed.run
+        before = executor.residents.get(record.id)
+        if before is not None:
+            executor.drop(before)  # an older epoch of ours, fenced by this very claim
+        definition = executor.deps.registry.workflow(record.workflow, record.version)
+        generation = sum(1 for e in journal.entries if e.kind == "run" and e.status == "requeued")
+        machine = Machine(definition, run_id=record.id, input=record.input, generation=generation, logs=journal.logs)
+        run = Resident(
+            record.id,
+            record.workspace,
+            definition,
+            machine,
+            record.parent,
+            record.epoch,
+            record.seq,
+            record.activity,
+            record.inbox_read,
+            record.recovery_attempts,
+        )
+        if record.recovery_attempts > 0:
+            self._recovery.admit(run, journal)
+        else:
+            executor.admit(run, journal)
+        self._resume.take(run, rows)
+
+    async def _release_strangers(self) -> None:
+        executor = self._executor
+        owned = await executor.deps.store.owned(executor.lease.incarnation)
+        lost = [
+            (run_id, epoch)
+            for run_id, epoch in owned
+            if run_id not in self.starting
+            and ((run := executor.residents.get(run_id)) is None or run.epoch < epoch)
+        ]
+        if lost:
+            log.warning("releasing %d runs that the store says are ours and that are not here", len(lost))
+            await executor.deps.store.release(lost)

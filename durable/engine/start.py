@@ -1,0 +1,142 @@
+"""Starting runs. A run that this engine can drive at once is born claimed, with its first journal row; any other is
+left for whoever serves it. Runs no user code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from durable.core.definition import WorkflowDefinition
+from durable.core.errors import EngineStopped, IdempotencyConflict
+from durable.core.journal import RUN, Entry
+from durable.core.payload import fingerprint
+from durable.core.replay import Machine
+from durable.engine.apply import PYTHON
+from durable.engine.committer import Group
+from durable.engine.executor import Executor
+from durable.engine.residents import Resident
+from durable.engine.scheduler import Scheduler
+from durable.protocol.states import Activity
+from durable.store.records import Journal, NewRun, StartOutcome, StartStatus
+
+
+class StartRequest(Struct, kw_only=True):
+    """One run to start. `workflow` is a definition's name or a decorated function or class."""
+
+    workflow: Any
+    input: Any = None
+    key: str | None = None
+    """Idempotency key: the same key and input find the run there is; another input is a conflict."""
+    version: str | None = None
+    """Default: the latest registered. One that is not registered is refused, never replaced."""
+    at: int | None = None
+    """Not before this moment, µs."""
+    priority: int | None = None
+    tags: Sequence[str] = ()
+
+
+class Starter:
+    """Inserts runs, many at once, and hands those born claimed to the executor."""
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, resolve: Callable[..., WorkflowDefinition]) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._resolve = resolve
+        self._group: Group[NewRun, StartOutcome] = Group(
+            "starts",
+            executor.deps.store.start,
+            max_items=executor.deps.store.capabilities.max_batch,
+            size=lambda run: len(run.input) + 256,
+        )
+        self.open = False
+        """Whether runs may be started here."""
+        self.hot = False
+        """Whether this engine may execute what it starts."""
+
+    async def start(self, request: StartRequest) -> str:
+        """The run's id, once it is durable. Raises NotRegistered, PayloadError, IdempotencyConflict."""
+        return await self._insert(self._new(request))
+
+    async def start_many(self, requests: Sequence[StartRequest]) -> list[str | Exception]:
+        """Each on its own: an id, or why there is none."""
+        waits: list[asyncio.Future[str] | Exception] = []
+        for request in requests:
+            try:
+                waits.append(asyncio.ensure_future(self._insert(self._new(request))))
+            except Exception as error:
+                waits.append(error)
+        answers: list[str | Exception] = []
+        for wait in waits:
+            try:
+                answers.append(await wait if not isinstance(wait, Exception) else wait)
+            except Exception as error:
+                answers.append(error)
+        return answers
+
+    async def close(self) -> None:
+        """Refuse new starts; finish those under way."""
+        self.open = False
+        await self._group.close()
+
+    def _new(self, request: StartRequest) -> NewRun:
+        if not self.open:
+            raise EngineStopped("This engine is stopping or has not been started; start runs on another.")
+        definition = self._resolve(request.workflow, request.version)
+        data = definition.encode_input(request.input)
+        executor = self._executor
+        now = executor.clock.now()
+        hot = (
+            self.hot
+            and request.at is None
+            and executor.lease.safe()
+            and executor.running + len(self._scheduler.starting) < executor.settings.max_running
+        )
+        payload = b'{"python":"%s"}' % PYTHON.encode()
+        return NewRun(
+            id=executor.deps.ids.run_id(),
+            workflow=definition.name,
+            version=definition.version,
+            input=data,
+            workspace=executor.settings.workspace,
+            input_hash=fingerprint(data),
+            idempotency_key=request.key,
+            priority=definition.priority if request.priority is None else request.priority,
+            tags=tuple(request.tags) or tuple(definition.tags),
+            owner=executor.lease.incarnation if hot else None,
+            entries=(Entry(1, now, RUN, "started", name=definition.name, payload=payload),) if hot else (),
+            wake_at=request.at,
+        )
+
+    async def _insert(self, new: NewRun) -> str:
+        if new.owner is not None:
+            self._scheduler.starting.add(new.id)
+        try:
+            outcome = await self._group.ask(new)
+        finally:
+            self._scheduler.starting.discard(new.id)
+        if outcome.status is StartStatus.CONFLICT:
+            raise IdempotencyConflict(
+                f"Run {outcome.run_id} was started with key {new.idempotency_key!r} and another input. Use another key, "
+                "or look at that run.",
+                run_id=outcome.run_id,
+            )
+        # EXISTING under our own fresh id: the reply to an earlier try was lost.
+        if outcome.run_id == new.id and new.owner is not None:
+            self._begin(new)
+        elif outcome.run_id == new.id:
+            self._scheduler.nudge()
+        return outcome.run_id
+
+    def _begin(self, new: NewRun) -> None:
+        executor = self._executor
+        if new.owner != executor.lease.incarnation:
+            return  # the lease was lost meanwhile; whoever claims it goes on
+        definition = executor.deps.registry.workflow(new.workflow, new.version)
+        machine = Machine(definition, run_id=new.id, input=new.input)
+        run = Resident(
+            new.id, new.workspace, definition, machine, new.parent, 1, len(new.entries), Activity.EXECUTING
+        )
+        executor.admit(run, Journal(list(new.entries)))

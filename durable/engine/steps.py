@@ -1,0 +1,160 @@
+"""Local step bodies: run on the application's loop as ordinary tasks, or in a thread if they are a plain `def`.
+
+A body begins only behind the barrier and within the safe share of the lease. It may run twice; its result is
+journaled once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from durable.core.commands import RunStep
+from durable.core.errors import ErrorData, PayloadError, StepTimeout
+from durable.core.journal import LOG, STEP
+from durable.core.payload import describe, encode, encode_error
+from durable.core.step import StepScope, enter_step
+from durable.engine.apply import log_payload
+from durable.engine.residents import Arrival, Resident
+from durable.protocol.messages import step_id
+
+if TYPE_CHECKING:
+    from durable.engine.executor import Executor
+
+
+class LocalSteps:
+    """Begins, times and cancels step bodies."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._held: list[Callable[[], None]] = []
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._limit = executor.deps.store.capabilities.max_payload
+
+    def launch(self, run: Resident, command: RunStep, attempt: int) -> None:
+        """Have a body run once all before it is committed."""
+        key = command.key
+        run.attempts[key] = attempt
+        run.bodies[key] = None
+        run.actions.append(partial(self._begin, run, command, attempt))
+
+    def cancel(self, run: Resident, key: str) -> None:
+        """Tell a body that nobody waits for it."""
+        task = run.bodies.pop(key, None)
+        run.marks.pop(key, None)
+        run.attempts.pop(key, None)
+        if task is not None:
+            task.cancel()
+
+    def release_held(self) -> None:
+        """The lease has been renewed: begin what waited for that."""
+        held, self._held = self._held, []
+        for begin in held:
+            begin()
+
+    def close(self) -> None:
+        """Let the threads go. One that never returns is not waited for."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, run: Resident, command: RunStep, attempt: int) -> None:
+        key = command.key
+        if run.dropped or run.bodies.get(key, run) is not None or run.attempts.get(key) != attempt:
+            return
+        if not self._executor.lease.safe():
+            self._held.append(partial(self._begin, run, command, attempt))
+            return
+        now = self._executor.clock.now()
+        # A copy each time: an attempt must not see what the one before has set.
+        task = asyncio.get_running_loop().create_task(
+            self._run(run, command, attempt, now), context=command.variables.copy()
+        )
+        run.bodies[key] = task
+        run.marks[key] = Arrival(now, STEP, "started", key=key, attempt=attempt, started_at=now)
+        self._executor.later(run)
+
+    async def _run(self, run: Resident, command: RunStep, attempt: int, began: int) -> None:
+        key = command.key
+        status = "completed"
+        try:
+            result = await self._body(run, command, attempt)
+            payload = encode(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
+        except asyncio.CancelledError:
+            if run.dropped or key not in run.bodies:
+                return  # by us: nobody waits for it
+            status = "failed"
+            payload = encode_error(ErrorData(message="The step cancelled itself.", code="step_cancelled"))
+        except PayloadError as error:
+            # The body has done its work; doing it again would give the same value.
+            status = "failed"
+            data = describe(error)
+            payload = encode_error(ErrorData(data.message, data.code, data.type, retryable=False, stack=data.stack))
+        except (Exception, SystemExit) as error:
+            status = "failed"
+            payload = encode_error(describe(error))
+        if run.bodies.get(key) is asyncio.current_task():
+            del run.bodies[key]
+            run.marks.pop(key, None)
+        now = self._executor.clock.now()
+        self._executor.arrive(
+            run,
+            Arrival(now, STEP, status, key, None, None, attempt, payload, None, began, now),
+        )
+
+    async def _body(self, run: Resident, command: RunStep, attempt: int) -> Any:
+        scope = StepScope(
+            run.run_id,
+            step_id(run.run_id, command.ordinal),
+            command.key,
+            command.name,
+            attempt,
+            partial(self._log, run, command.key),
+        )
+        enter_step(scope)
+        timeout = command.options.timeout
+        if timeout is None:
+            return await self._call(command)
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                return await self._call(command)
+        except TimeoutError:
+            if limit.expired():
+                raise StepTimeout(f"The step took longer than its timeout of {timeout} s.") from None
+            raise
+
+    async def _call(self, command: RunStep) -> Any:
+        body, args = command.body, command.args
+        if self._executor.settings.threads and not inspect.iscoroutinefunction(body):
+            result = await self._in_thread(body, args)
+        else:
+            result = body(*args)
+        # A lambda or a partial around an async function hands back a coroutine.
+        return await result if inspect.isawaitable(result) else result
+
+    async def _in_thread(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if self._pool is None:
+            self._pool = concurrent.futures.ThreadPoolExecutor(
+                self._executor.settings.body_threads, thread_name_prefix="durable-step"
+            )
+        variables = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(variables.run, body, *args))
+
+    def _log(self, run: Resident, key: str, level: str, message: str, fields: dict[str, Any]) -> None:
+        data = encode(fields, what="the fields of a log line", limit=self._limit) if fields else None
+        payload = log_payload(level, message, data)
+
+        def write() -> None:
+            index = run.logs.get(key, 0)
+            run.logs[key] = index + 1
+            self._executor.arrive(
+                run,
+                Arrival(self._executor.clock.now(), LOG, "written", key=key, ordinal=index, payload=payload),
+            )
+
+        self._executor.call(write)

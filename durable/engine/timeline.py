@@ -1,0 +1,145 @@
+"""Looking at runs: waiting for an outcome, tailing a journal. Local news at once; a run executing elsewhere by hints, and
+by polling where hints are lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+from durable.core.errors import RunNotFound
+from durable.core.journal import RUN, Entry
+from durable.engine.deps import Deps
+from durable.engine.residents import Final, Resident
+from durable.protocol.states import TERMINAL
+
+PAGE = 500
+_LAST = frozenset(status.value for status in TERMINAL)
+
+
+class Timeline:
+    """Who waits for which run, in this process."""
+
+    def __init__(self, deps: Deps) -> None:
+        self._deps = deps
+        self._waiting: dict[str, set[asyncio.Future[Final]]] = defaultdict(set)
+        self._watching: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._poller: asyncio.Task[None] | None = None
+        self._hint = asyncio.Event()
+
+    # -- news
+
+    def finished(self, run: Resident, final: Final) -> None:
+        """A run has ended here."""
+        self._settle(run.run_id, final)
+
+    def committed(self, run: Resident) -> None:
+        """A run's journal has grown here."""
+        for event in self._watching.get(run.run_id, ()):
+            event.set()
+
+    def hint(self) -> None:
+        """Something may have changed elsewhere."""
+        self._hint.set()
+        for events in self._watching.values():
+            for event in events:
+                event.set()
+
+    def close(self) -> None:
+        """Nobody is told anything any more."""
+        if self._poller is not None:
+            self._poller.cancel()
+        for futures in self._waiting.values():
+            for future in futures:
+                future.cancel()
+
+    # -- questions
+
+    async def wait(self, run_id: str, timeout: float | None = None) -> Final:
+        """How the run ended. Raises RunNotFound, or TimeoutError after `timeout` seconds (the run goes on)."""
+        future: asyncio.Future[Final] = asyncio.get_running_loop().create_future()
+        self._waiting[run_id].add(future)
+        try:
+            async with asyncio.timeout(timeout):
+                # After registering: an outcome between the look and the wait is not missed.
+                final = await self._look(run_id)
+                if final is not None:
+                    return final
+                self._poll()
+                return await future
+        finally:
+            waiting = self._waiting[run_id]
+            waiting.discard(future)
+            if not waiting:
+                del self._waiting[run_id]
+
+    async def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
+        """The journal above `after`, every kind, in order, without gap or repeat; ends with the run."""
+        event = asyncio.Event()
+        self._watching[run_id].add(event)
+        try:
+            if (await self._deps.store.get([run_id]))[0] is None:
+                raise _unknown(run_id)
+            while True:
+                event.clear()
+                entries = await self._deps.store.page(run_id, after, PAGE)
+                for entry in entries:
+                    after = entry.seq
+                    yield entry
+                if len(entries) == PAGE:
+                    continue
+                if entries and entries[-1].kind == RUN and entries[-1].status in _LAST:
+                    return
+                if not entries:
+                    record = (await self._deps.store.get([run_id]))[0]
+                    if record is None or (record.status in TERMINAL and record.seq <= after):
+                        return
+                try:
+                    async with asyncio.timeout(self._deps.settings.poll_every):
+                        await event.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            self._watching[run_id].discard(event)
+            if not self._watching[run_id]:
+                del self._watching[run_id]
+
+    async def _look(self, run_id: str) -> Final | None:
+        record = (await self._deps.store.get([run_id]))[0]
+        if record is None or record.workspace != self._deps.settings.workspace:
+            raise _unknown(run_id)
+        if record.status not in TERMINAL:
+            return None
+        return Final(record.status, record.output, record.error)
+
+    def _poll(self) -> None:
+        if self._poller is None:
+            self._poller = asyncio.get_running_loop().create_task(self._run(), name="durable-waits")
+
+    async def _run(self) -> None:
+        """One look for all who wait, after each hint and at least every `poll_every`."""
+        try:
+            while self._waiting:
+                self._hint.clear()
+                try:
+                    async with asyncio.timeout(self._deps.settings.poll_every):
+                        await self._hint.wait()
+                except TimeoutError:
+                    pass
+                run_ids = list(self._waiting)
+                for start in range(0, len(run_ids), PAGE):
+                    part = run_ids[start : start + PAGE]
+                    for run_id, record in zip(part, await self._deps.store.get(part), strict=True):
+                        if record is not None and record.status in TERMINAL:
+                            self._settle(run_id, Final(record.status, record.output, record.error))
+        finally:
+            self._poller = None
+
+    def _settle(self, run_id: str, final: Final) -> None:
+        for future in self._waiting.get(run_id, ()):
+            if not future.done():
+                future.set_result(final)
+
+
+def _unknown(run_id: str) -> RunNotFound:
+    return RunNotFound(f"There is no run {run_id!r} here. Is it another workspace's?", run_id=run_id)

@@ -1,0 +1,137 @@
+"""Messages to bytes and back, with every bound that a stranger's message must meet.
+
+Decides what may enter from a wire. Called by transports, control planes and workers, on both ends. Fields it does not
+know are ignored. A message that cannot be read raises PayloadError; but a result that says which step it is for is
+always an answer: if its content cannot be kept, that step has failed, so that no run waits for it for ever.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+from msgspec import Raw, Struct, structs
+
+from durable.core import payload
+from durable.core.errors import ErrorData, PayloadError, PayloadText, PayloadTooLarge
+from durable.protocol.messages import ControlMessage, Heartbeat, RemoteTask, StepEvent, StepResult, step_id
+
+Message = RemoteTask | StepResult | Heartbeat | ControlMessage
+M = TypeVar("M", bound=Message)
+
+ENVELOPE = 256 << 10
+"""Bytes a message may have beside its payload: ids, trace, context, events, an error."""
+MAX_MESSAGE = 64 << 20
+"""Bytes of a result that are still looked into for whose it is."""
+MAX_EVENTS = 1_000
+"""Lines one result may tell; more are dropped."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class _Address(Struct, rename="camel"):
+    """The part of a result that says which step it answers."""
+
+    run_id: str
+    seq: int
+    step_id: str
+    attempt: int | None = None
+
+
+def encode(message: Message, *, limit: int = payload.DEFAULT_LIMIT) -> bytes:
+    """A message as bytes; payloads in it are taken as they are, encoded before. Raises PayloadTooLarge, PayloadText."""
+    what = f"the {type(message).__name__}"
+    try:
+        data = _encode(message)
+    except UnicodeEncodeError as error:
+        raise PayloadText(f"{what} contains half a surrogate pair, which no wire carries. Remove it.") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PayloadError(f"{what} cannot be written as JSON: {error}") from error
+    if len(data) > limit + ENVELOPE:
+        raise PayloadTooLarge(
+            f"{what} is {len(data)} bytes; the limit is {limit + ENVELOPE}. Store the data elsewhere and pass its id."
+        )
+    return data
+
+
+def decode_task(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> RemoteTask:
+    """Raises PayloadError."""
+    task = _decode(data, RemoteTask, limit)
+    if len(bytes(task.input)) > limit:
+        payload.check(bytes(task.input), what=f"the input of {task.name}", limit=limit)
+    _check_address(task.run_id, task.seq, task.step_id)
+    return task
+
+
+def decode_result(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> StepResult:
+    """The result; a failed one in its place if its content cannot be kept. Raises PayloadError if it is nobody's."""
+    address = _address(data)
+    try:
+        return _result(data, limit)
+    except PayloadError as error:
+        return StepResult(
+            run_id=address.run_id,
+            seq=address.seq,
+            step_id=address.step_id,
+            attempt=address.attempt,
+            status="failed",
+            error=ErrorData(message=str(error), code=error.code, type=type(error).__name__, retryable=False),
+        )
+
+
+def decode_heartbeat(data: bytes) -> Heartbeat:
+    """Raises PayloadError."""
+    return _decode(data, Heartbeat, 0)
+
+
+def decode_control(data: bytes) -> ControlMessage:
+    """Raises PayloadError; whoever listens drops such a message, it was only a hint."""
+    return _decode(data, ControlMessage, payload.DEFAULT_LIMIT)
+
+
+def _decode(data: bytes, kind: type[M], limit: int) -> M:
+    what = f"a {kind.__name__}"
+    payload.check(data, what=what, limit=limit + ENVELOPE)
+    message: M = payload.decode(data, kind, what=what)
+    return message
+
+
+def _address(data: bytes) -> _Address:
+    what = "a StepResult"
+    if len(data) > MAX_MESSAGE:
+        raise PayloadTooLarge(f"{what} is {len(data)} bytes; nothing over {MAX_MESSAGE} is read.")
+    address: _Address = payload.decode(data, _Address, what=what)
+    _check_address(address.run_id, address.seq, address.step_id)
+    return address
+
+
+def _check_address(run_id: str, seq: int, step: str) -> None:
+    if "\0" in run_id:
+        raise PayloadText("A run id contains a NUL character.")
+    if seq < 0 or seq > 2**53 or step != step_id(run_id, seq):
+        raise PayloadError(f"stepId {ascii(step)[:200]} is not <runId>:<seq> of run {ascii(run_id)[:100]}, seq {seq}.")
+
+
+def _result(data: bytes, limit: int) -> StepResult:
+    result: StepResult = payload.decode(data, StepResult, what="a StepResult")
+    events = None if result.events is None else [_tidy(event) for event in result.events[:MAX_EVENTS]]
+    if result.status == "failed":
+        error = result.error or ErrorData(message="The worker said failed, and not why.")
+        # Errors are kept whatever they say: cleaned, bounded, never refused.
+        return structs.replace(result, events=events, output=None, error=_kept(error))
+    output = b"null" if result.output is None else bytes(result.output)
+    payload.check(output, what=f"the result of {result.step_id}", limit=limit)
+    return structs.replace(result, events=events, output=Raw(output), error=None)
+
+
+def _kept(error: ErrorData) -> ErrorData:
+    return payload.decode_error(payload.encode_error(error))
+
+
+def _tidy(event: StepEvent) -> StepEvent:
+    """A line for the journal: its text cleaned; data that cannot be kept is left out, never the reason to fail."""
+    try:
+        payload.encode(event, what="an event", limit=ENVELOPE)
+    except PayloadError:
+        return StepEvent(at=event.at, level=event.level, message=payload.clean(event.message[: payload.MAX_MESSAGE]))
+    return event

@@ -1,0 +1,66 @@
+"""What every store refuses before it touches its data, so that all of them refuse the same. Called by the adapters;
+never looks at stored rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from durable.core.errors import PayloadTooLarge, StoreError
+from durable.core.journal import Entry
+from durable.store.records import AddFire, Commit, Message, NewRun, PutMessage, StartRun
+
+
+def check_batch(batch: Sequence[Commit], max_batch: int) -> None:
+    """Raise for a batch no store takes: a mistake of the caller's, not of one commit."""
+    if len(batch) > max_batch:
+        raise StoreError(f"a batch of {len(batch)} commits is above this store's {max_batch}; send it in parts")
+    if len({commit.run_id for commit in batch}) != len(batch):
+        raise StoreError("a batch holds two commits of one run; the second must wait for the first's answer")
+
+
+def refusal(commit: Commit, max_payload: int) -> Exception | None:
+    """Why this commit can never be stored, or None."""
+    try:
+        check_entries(commit.entries, commit.expected_seq, max_payload)
+        if commit.output is not None:
+            check_payload(commit.output, max_payload)
+        if commit.error is not None:
+            check_payload(commit.error, max_payload)
+        for effect in commit.effects:
+            if isinstance(effect, (StartRun, AddFire)):
+                check_run(effect.run, max_payload)
+            elif isinstance(effect, PutMessage):
+                check_message(effect.message, max_payload)
+    except (StoreError, PayloadTooLarge) as error:
+        return error
+    return None
+
+
+def check_run(run: NewRun, max_payload: int) -> None:
+    check_payload(run.input, max_payload)
+    check_entries(run.entries, 0, max_payload)
+
+
+def check_message(message: Message, max_payload: int) -> None:
+    if message.payload is not None:
+        check_payload(message.payload, max_payload)
+
+
+def check_entries(entries: Sequence[Entry], after_seq: int, max_payload: int) -> None:
+    """A gap in a journal could never be told from a lost row later, so it is refused now."""
+    seq = after_seq
+    for entry in entries:
+        seq += 1
+        if entry.seq != seq:
+            raise StoreError(f"journal entry numbered {entry.seq} where {seq} comes next")
+        payload = entry.payload
+        if payload is not None and len(payload) > max_payload:
+            check_payload(payload, max_payload)
+
+
+def check_payload(payload: bytes, max_payload: int) -> None:
+    if len(payload) > max_payload:
+        raise PayloadTooLarge(
+            f"a payload of {len(payload):,} bytes is above this store's {max_payload:,}; keep large values in object"
+            " storage and pass their address"
+        )
