@@ -134,6 +134,9 @@ class Alarm(asyncio.TimerHandle):
         self._cancelled = True
         self._home.alarms.pop(self.ordinal, None)
 
+    def release(self, _promise: Promise) -> None:
+        self.cancel()
+
     def when(self) -> float:
         return self.deadline / 1e6
 
@@ -300,6 +303,12 @@ class Loop(asyncio.AbstractEventLoop):
         heapq.heappush(self._by_deadline, (deadline, alarm.ordinal))
         return alarm
 
+    def sleep_until(self, deadline: int) -> Promise:
+        """A durable sleep. Cancelling the promise takes the timer away."""
+        promise = Promise(self)
+        promise.release = self.call_at_microsecond(deadline, "sleep", _ring, promise).release
+        return promise
+
     def fire(self, alarm: Alarm) -> None:
         """Make a pending timer's call ready."""
         del self.alarms[alarm.ordinal]
@@ -363,12 +372,19 @@ class Loop(asyncio.AbstractEventLoop):
             "futures, events or queues; return a value, or send a signal"
         )
 
-    def refuse(self) -> Promise:
-        """Raise Unwound: nothing durable can be done now. After very many, hand out a wait that never ends."""
+    def admit(self) -> None:
+        """Let a ctx call pass, or raise: ForeignAwait outside of a turn, Unwound when the run is over."""
+        if get_ident() != self._thread:
+            self._called_from_outside("ctx", ())
+        if self.closing:
+            self.refuse()
+
+    def refuse(self) -> None:
+        """Raise Unwound: nothing durable can be done now. Code that asks on and on is let through in the end, and
+        then gets waits that never end: a loop around a call that raises would hold the thread for good."""
         self._refused += 1
         if self._refused <= MAX_REFUSED_CALLS:
             raise Unwound("The run is leaving memory, or is over: ctx calls and timers are refused.")
-        return Promise(self)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         # asyncio tells of errors nobody retrieved here, when the garbage collector finds them. No user code runs.
@@ -530,6 +546,12 @@ else:
 
 
 # ------------------------------------------------------------------ coroutines by hand
+
+
+def _ring(promise: Promise) -> None:
+    if not promise.done():
+        promise.release = None
+        promise.set_result(None)
 
 
 async def _wait_for(future: asyncio.Future[Any]) -> Any:
