@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import msgspec
-from msgspec import Raw, Struct, structs
+from msgspec import UNSET, Raw, Struct, structs
 
 from durable.core import payload
 from durable.core.errors import ErrorData, PayloadError, PayloadText, PayloadTooLarge
@@ -118,8 +118,8 @@ def _result(data: bytes, limit: int) -> StepResult:
     if result.status == "failed":
         error = result.error or ErrorData(message="The worker said failed, and not why.")
         # Errors are kept whatever they say: cleaned, bounded, never refused.
-        return structs.replace(result, events=events, output=None, error=_kept(error))
-    output = b"null" if result.output is None else bytes(result.output)
+        return structs.replace(result, events=events, output=UNSET, error=_kept(error))
+    output = b"null" if result.output is UNSET else bytes(result.output)
     payload.check(output, what=f"the result of {result.step_id}", limit=limit)
     return structs.replace(result, events=events, output=Raw(output), error=None)
 

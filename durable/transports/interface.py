@@ -76,6 +76,7 @@ class Transport(Protocol):
     # -- worker end
     async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
         """Begin taking tasks of these step names, at most `concurrency` at once, and reply with what `handler` returns.
+        May be called before `start`, which then begins; an engine that recovers finds its steps served.
         A task of a name nobody serves here is answered failed, `no handler for <name>`, not retryable."""
         ...
 
