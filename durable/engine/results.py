@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
-from msgspec import UNSET
+import msgspec
 
 from durable.core.errors import ErrorData
 from durable.core.journal import REMOTE
@@ -75,5 +75,5 @@ class Results:
 
 def _payload(result: StepResult) -> bytes:
     if result.status == "completed":
-        return b"null" if result.output is UNSET else bytes(result.output)
+        return bytes(result.output) if isinstance(result.output, msgspec.Raw) else b"null"
     return encode_error(result.error or ErrorData(message="The worker gave no reason."))
