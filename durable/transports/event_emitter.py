@@ -16,7 +16,7 @@ from msgspec import Raw
 
 from durable.control_plane.interface import ControlHandler
 from durable.control_plane.local import LocalControlPlane
-from durable.core.errors import TransportError
+from durable.core.errors import EngineStopped, TransportError
 from durable.protocol.messages import ControlMessage, Heartbeat, RemoteTask, StepResult
 from durable.transports.answers import crashed, no_handler, too_large
 from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler
@@ -308,9 +308,10 @@ class EventEmitterTransport:
             self._shelf.refill(server)
 
     async def _deliver(self, result: StepResult) -> None:
-        """Until one handler took it, or every end is closed. A round in which all raised is repeated, ever more slowly."""
+        """Until one handler took it, or this end closes and nobody is left to take it. A round in which all raised is
+        repeated, ever more slowly."""
         delay = REDELIVERY_FIRST
-        while not await self._offer(result) and self._shelf.ends:
+        while not await self._offer(result) and (self._starts or self._shelf.listeners):
             await asyncio.sleep(delay)
             delay = min(delay * 2, REDELIVERY_MAX)
 
@@ -318,9 +319,12 @@ class EventEmitterTransport:
         shelf = self._shelf
         shelf.turn += 1
         first = shelf.turn % max(1, len(shelf.listeners))
-        for _, handler in shelf.listeners[first:] + shelf.listeners[:first]:
+        for listener in shelf.listeners[first:] + shelf.listeners[:first]:
             try:
-                await handler(result)
+                await listener[1](result)
+            except EngineStopped:
+                if listener in shelf.listeners:
+                    shelf.listeners.remove(listener)  # it hears again when it starts again
             except Exception as error:
                 log.warning("The result of %s was not taken and is delivered again: %r", result.step_id, error)
             else:

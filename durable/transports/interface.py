@@ -15,7 +15,7 @@ from durable.protocol.messages import Heartbeat, RemoteTask, StepResult
 
 ResultHandler = Callable[[StepResult], Awaitable[None]]
 """Returns once the result is durable (or known to be superfluous); only then may a transport acknowledge it. If it
-raises, the result must be delivered again."""
+raises, the result must be delivered again; after EngineStopped to another engine, since this one hears no more."""
 HeartbeatHandler = Callable[[Heartbeat], None]
 TaskHandler = Callable[[RemoteTask], Awaitable[StepResult]]
 """Runs one task. Cancelled when the task is cancelled or the transport gives up waiting for it in `close`."""

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from durable.core.errors import EngineStopped
 from durable.protocol.messages import RemoteTask, StepResult
 from durable.testing.facts import eventually
 from durable.testing.suites.transport import ECHO, Gate, Results, answer, echo, task
@@ -268,6 +269,20 @@ async def test_close_is_bounded_although_nobody_takes_the_result() -> None:
     await emitter.close(0.05)
     assert await emitter.holding(["r:0"]) == []
     assert [t for t in asyncio.all_tasks() if t.get_name().startswith(("step", "reply"))] == []
+
+
+async def test_close_does_not_wait_for_an_engine_that_has_stopped() -> None:
+    """A result nobody is left to take ends `close` as soon as the work is done, not at its timeout."""
+
+    async def stopped(result: StepResult) -> None:
+        raise EngineStopped("stopped")
+
+    emitter = EventEmitterTransport()
+    emitter.on_result(stopped)
+    await emitter.start()
+    await emitter.serve([ECHO], echo)
+    await emitter.dispatch(task("r"))
+    await asyncio.wait_for(emitter.close(3600), timeout=30)
 
 
 async def test_a_handler_that_refuses_to_end_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
