@@ -28,7 +28,7 @@ from durable.engine.start import StartRequest
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
 from durable.store.records import RunPage, RunQuery, RunRecord
-SqliteStore: Any = None
+from durable.store.sqlite import SqliteStore
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
 from durable.worker.handler import StepHandler
