@@ -20,7 +20,7 @@ from durable.protocol.states import Activity, Status
 from durable.store.records import Effect, Journal, Parent
 
 
-class Arrival(Struct):
+class Arrival(Struct, gc=False):
     """Something that happened to a run and is not journaled yet. Fields as in Entry; `happened` orders it (µs)."""
 
     happened: int
