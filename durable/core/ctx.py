@@ -11,11 +11,11 @@ import asyncio
 import contextvars
 import functools
 import inspect
-import random
 import typing
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
+from random import Random
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, TypeVarTuple, overload
 from uuid import UUID
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 I = TypeVar("I", contravariant=True)  # noqa: E741
 O = TypeVar("O", covariant=True)  # noqa: E741
+D = TypeVar("D")
 Ts = TypeVarTuple("Ts")
 
 Retries = int | RetryPolicy | None
@@ -103,7 +104,7 @@ class Context:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._loop = machine.loop
-        self._random: random.Random | None = None
+        self._random: Random | None = None
         self.log = Log(machine)
         self.run_id = machine.run_id
         self.workflow = machine.definition.name
@@ -180,7 +181,7 @@ class Context:
         retries: Retries = None,
         timeout: Duration | None = None,
     ) -> Future[Any]: ...
-    def step(
+    def step(  # type: ignore[misc]  # mypy loses *Ts of an overload here
         self,
         name: Any,
         /,
@@ -459,8 +460,8 @@ class Context:
     def wait_for_signal(self, name: str, *, type: type[T], timeout: Duration | None = None) -> Future[T]: ...
     @overload
     def wait_for_signal(
-        self, name: str, *, type: type[T], timeout: Duration | None = None, default: O
-    ) -> Future[T | O]: ...
+        self, name: str, *, type: type[T], timeout: Duration | None = None, default: D
+    ) -> Future[T | D]: ...
     @overload
     def wait_for_signal(
         self, name: str, *, type: Any = ..., timeout: Duration | None = None, default: Any = ...
@@ -513,7 +514,7 @@ class Context:
             raise DefinitionError(f"gather knows the modes {', '.join(_GATHER)}, not {mode!r}.")
         if mode == "first" and not awaitables:
             raise DefinitionError("gather(mode='first') needs something to wait for.")
-        futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+        futures: list[Future[Any]] = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
         return self._loop.create_task(_GATHER[mode](futures), name=f"gather-{mode}")
 
     # ------------------------------------------------------------------ the rest
@@ -533,9 +534,9 @@ class Context:
         self._loop.admit()
         return self._generator().random()
 
-    def _generator(self) -> random.Random:
+    def _generator(self) -> Random:
         if self._random is None:
-            self._random = random.Random(self.run_id)
+            self._random = Random(self.run_id)
         return self._random
 
     def patched(self, id: str) -> bool:

@@ -19,9 +19,9 @@ import logging
 import sys
 from asyncio import events, tasks
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from threading import get_ident
-from types import CodeType, FrameType
+from types import AsyncGeneratorType, CodeType, FrameType
 from typing import Any, NoReturn
 
 from durable.core.errors import DeterminismError, ForeignAwait, Stalled, Unwound
@@ -164,7 +164,7 @@ class Loop(asyncio.AbstractEventLoop):
         """The run is leaving memory."""
         self._ready: deque[asyncio.Handle] = deque()
         self._by_deadline: list[tuple[int, int]] = []
-        self._generators: list[AsyncGenerator[Any, Any]] = []
+        self._generators: list[Any] = []
         self._tidy_at = 64
         self._thread = 0
         self._refused = 0
@@ -243,11 +243,7 @@ class Loop(asyncio.AbstractEventLoop):
 
     def _tidy(self) -> None:
         """Let go of what is over. A task with an error that nobody asked for stays, to be told of at the end."""
-        self.tasks = {
-            number: task
-            for number, task in self.tasks.items()
-            if not task.done() or task._log_traceback  # type: ignore[attr-defined]
-        }
+        self.tasks = {number: task for number, task in self.tasks.items() if not task.done() or task._log_traceback}
         self._generators = [agen for agen in self._generators if agen.ag_frame is not None]
         self._tidy_at = 2 * (len(self.tasks) + len(self._generators)) + 64
 
@@ -332,7 +328,7 @@ class Loop(asyncio.AbstractEventLoop):
     def create_future(self) -> Promise:
         return Promise(self)
 
-    def create_task(  # type: ignore[override]
+    def create_task(
         self, coro: Any, *, name: object = None, context: contextvars.Context | None = None, **options: Any
     ) -> WorkflowTask:
         if get_ident() != self._thread:
@@ -402,8 +398,8 @@ class Loop(asyncio.AbstractEventLoop):
     def tell_unretrieved(self, main: WorkflowTask | None) -> None:
         """Log the errors nobody asked for, found by walking the tasks."""
         for task in self.tasks.values():
-            if task.done() and not task.cancelled() and task._log_traceback:  # type: ignore[attr-defined]
-                task._log_traceback = False  # type: ignore[attr-defined]
+            if task.done() and not task.cancelled() and task._log_traceback:
+                task._log_traceback = False
                 error = task.exception()
                 if task is not main and not isinstance(error, Unwound):
                     logger.warning("%s failed and nobody asked for its result", task.get_name(), exc_info=error)
@@ -419,7 +415,7 @@ class Loop(asyncio.AbstractEventLoop):
         self.alarms.clear()
         self._inside(self._unwind)
         for task in self.tasks.values():
-            task._log_traceback = False  # type: ignore[attr-defined]
+            task._log_traceback = False
         self.tasks.clear()
         self._generators.clear()
         self._ready.clear()
@@ -488,7 +484,7 @@ def _step_wrapper() -> type[Any]:
         def get_debug(self) -> bool:
             return False
 
-        def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
             Probe.seen = type(callback)
 
     coro = _nothing()
@@ -580,12 +576,12 @@ def _throw_until_done(coro: Any, variables: contextvars.Context) -> bool:
     return False
 
 
-def _close(agen: AsyncGenerator[Any, Any]) -> bool:
+def _close(agen: AsyncGeneratorType[Any, Any]) -> bool:
     """The same for an async generator left half way. It may yield, it may wait."""
     for _ in range(MAX_REFUSALS):
         waiting = agen.athrow(Unwound("The run is leaving memory."))
         try:
-            waiting.send(None)  # type: ignore[attr-defined]
+            waiting.send(None)
             if _throw_until_done(waiting, contextvars.Context()) and agen.ag_frame is None:
                 return True
         except StopIteration:

@@ -105,7 +105,7 @@ class Machine:
         self.outstanding: dict[str, Command] = {}
         """Asked for and unanswered, by key, in order of ordinals."""
         self.outcome: Outcome | None = None
-        self.loop = Loop()
+        self.loop = Loop()  # type: ignore[abstract]
         self._input = input
         self._main: WorkflowTask | None = None
         self._ending: Entry | None = None
@@ -193,7 +193,7 @@ class Machine:
         self._broken = self._broken or DurableError(f"Run {self.run_id} has left memory; replay it.")
         self.loop.drop()
         for failure in self._failures:
-            failure.promise._log_traceback = False  # type: ignore[attr-defined]
+            failure.promise._log_traceback = False
         for promise in self._promises.values():
             promise.release = None
         self._failures.clear()
@@ -296,8 +296,8 @@ class Machine:
             loop.turn(self._abandon_rest)
         loop.tell_unretrieved(main)
         for promise, error, _ in self._failures:
-            if promise._log_traceback:  # type: ignore[attr-defined]
-                promise._log_traceback = False  # type: ignore[attr-defined]
+            if promise._log_traceback:
+                promise._log_traceback = False
                 logger.warning("run %s: nobody asked for the result of %r: %s", self.run_id, error.key, error)
 
     def _abandon_rest(self) -> None:
