@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import durable.app
+from durable.app import open_store
 from tests.engine.world import World, memory_factory
 
 STORES = ["memory", "sqlite"]
@@ -16,9 +16,11 @@ STORES = ["memory", "sqlite"]
 
 def sqlite_factory(path: Path) -> Callable[[], Any]:
     """Handles on one database file."""
-    if durable.app.SqliteStore is None:
+    try:
+        open_store(f"sqlite:///{path}")
+    except ImportError:
         pytest.skip("the SQLite store is not there yet")
-    return lambda: durable.app.open_store(f"sqlite:///{path}")
+    return lambda: open_store(f"sqlite:///{path}")
 
 
 @pytest.fixture(params=STORES)

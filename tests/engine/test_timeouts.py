@@ -161,14 +161,15 @@ async def test_B44_a_run_timeout_ends_the_whole_tree_and_leaves_the_finished_alo
     async def tree(run_id: str) -> list[str]:
         found = []
         for child in await store.children(run_id):
-            found += [child.id, *await tree(child.id)]
+            found.append(child.id)
+            found.extend(await tree(child.id))
         return found
 
     ids = await tree(handle.id)
     assert len(ids) == 4
     for run_id in ids:
         await world.until(run_id, lambda r: r.status is not Status.ACTIVE, "the tree has ended")
-    outcomes = sorted((await world.record(run_id)).status for run_id in ids)
+    outcomes = sorted([(await world.record(run_id)).status for run_id in ids])
     assert outcomes == ["cancelled", "cancelled", "cancelled", "completed"]
     await world.sound(handle.id, *ids)
 
