@@ -306,9 +306,9 @@ class EventEmitterTransport:
             self._shelf.refill(server)
 
     async def _deliver(self, result: StepResult) -> None:
-        """Until one handler took it. A round in which all raised is repeated, ever more slowly."""
+        """Until one handler took it, or every end is closed. A round in which all raised is repeated, ever more slowly."""
         delay = REDELIVERY_FIRST
-        while not await self._offer(result):
+        while not await self._offer(result) and self._shelf.ends:
             await asyncio.sleep(delay)
             delay = min(delay * 2, REDELIVERY_MAX)
 

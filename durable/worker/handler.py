@@ -32,7 +32,7 @@ class StepHandler:
             at = self._clock.now() // 1_000
             events.append(StepEvent(at=at, level=level, message=message, data=fields or None))  # type: ignore[arg-type]
 
-        output: msgspec.Raw | None = None
+        output: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
         error: ErrorData | None = None
         try:
             output = msgspec.Raw(await self._run(task, write))

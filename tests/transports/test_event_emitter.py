@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import selectors
 from collections.abc import Awaitable, Callable
+
+import pytest
 
 from durable.protocol.messages import RemoteTask, StepResult
 from durable.testing.facts import eventually
@@ -231,3 +234,61 @@ def test_virtual_time_fixes_the_order() -> None:
     assert told[0] == (0.0, "begin r0")
     assert sum(line.startswith("result") for _, line in told) == 5
     assert told[-1][0] > 3600
+
+
+async def test_close_is_bounded_although_nobody_takes_the_result() -> None:
+    """A result that no engine can make durable does not keep `close` longer than its timeout, and leaves nothing behind."""
+
+    async def refuse(result: StepResult) -> None:
+        raise ConnectionError("the store is away")
+
+    emitter = EventEmitterTransport()
+    emitter.on_result(refuse)
+    await emitter.start()
+    await emitter.serve([ECHO], echo)
+    await emitter.dispatch(task("r"))
+    await emitter.reply(answer(task("by hand")))
+    await emitter.close(0.05)
+    assert await emitter.holding(["r:0"]) == []
+    assert [t for t in asyncio.all_tasks() if t.get_name().startswith(("step", "reply"))] == []
+
+
+async def test_a_handler_that_refuses_to_end_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that swallows its cancellation holds `close` up for a bounded moment, and its name is logged."""
+    release = asyncio.Event()
+
+    async def stubborn(task: RemoteTask) -> StepResult:
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+        return answer(task)
+
+    emitter, results = EventEmitterTransport(), Results()
+    emitter.on_result(results.take)
+    await emitter.start()
+    await emitter.serve([ECHO], stubborn)
+    await emitter.dispatch(task("r"))
+    await asyncio.sleep(0)
+    await emitter.close(0)
+    assert "step r:0 went on after it was cancelled" in caplog.text
+    release.set()
+    await eventually(lambda: not [t for t in asyncio.all_tasks() if t.get_name() == "step r:0"])
+    await emitter.start()
+    assert await emitter.holding(["r:0"]) == []
+    await emitter.close()
+
+
+async def test_cancelling_a_waiting_task_takes_it_back() -> None:
+    """A task cancelled before anybody began it never runs, and is no longer held."""
+    emitter, gate, results = EventEmitterTransport(), Gate(), Results()
+    emitter.on_result(results.take)
+    await emitter.start()
+    await emitter.serve([ECHO], gate.handle, concurrency=1)
+    for name in ("busy", "unwanted", "next"):
+        await emitter.dispatch(task(name))
+    await emitter.cancel("unwanted:0")
+    assert await emitter.holding(["unwanted:0"]) == []
+    gate.open()
+    await eventually(lambda: len(results) == 2)
+    await emitter.close()
+    assert gate.started == ["busy:0", "next:0"]
