@@ -37,7 +37,7 @@ class StepHandler:
         try:
             output = msgspec.Raw(await self._run(task, write))
         except NotRegistered:
-            error = ErrorData(message=f"no handler for {task.name}", code="no_handler", retryable=False)
+            error = ErrorData(message=f"no handler for {task.name}", code="unknown_step", retryable=False)
         except (Exception, SystemExit) as failure:
             error = describe(failure)
         return StepResult(

@@ -11,6 +11,7 @@ FLOORS = {
     "durable.protocol": 0,
     "durable.core.errors": 0,  # error codes are words of the wire
     "durable.core": 1,
+    "durable.protocol.codec": 1,  # checks payloads on their way in
     **dict.fromkeys(["durable.store.interface", "durable.store.records"], 2),
     **dict.fromkeys(["durable.transports.interface", "durable.transports.pool", "durable.transports.answers"], 2),
     "durable.control_plane.interface": 2,

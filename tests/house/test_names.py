@@ -5,7 +5,28 @@ from __future__ import annotations
 import durable
 from tests.house.sources import ROOT, tracked
 
-PUBLIC: list[str] = []
+PUBLIC = [
+    "ChildFailed",
+    "ChildHandle",
+    "Context",
+    "Durable",
+    "DurableError",
+    "NonRetryable",
+    "RetryAfter",
+    "RetryPolicy",
+    "RunCancelled",
+    "RunDead",
+    "RunFailed",
+    "RunHandle",
+    "RunTimeout",
+    "StartRequest",
+    "StepFailed",
+    "StepTimeout",
+    "WaitTimeout",
+    "current_step",
+    "durable_step",
+    "workflow",
+]
 
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "CONTRIBUTING.md", "SECURITY.md", "dev.py"),
