@@ -22,17 +22,19 @@ async def insure(what: str) -> str:
 
 @yesterday.workflow(name="parcel")
 async def parcel_as_it_was(ctx: Context, what: str) -> str:
+    packed = await ctx.step(pack, what)
     await ctx.wait_for_signal("go")
-    return await ctx.step(pack, what)
+    return packed
 
 
 @today.workflow(name="parcel")
 async def parcel(ctx: Context, what: str) -> str:
-    insured = ctx.patched("insure-first")  # False for runs that began without it
-    await ctx.wait_for_signal("go")
+    insured = ctx.patched("insure-first")  # False for a run that went past here without it
     if insured:
         what = await ctx.step(insure, what)
-    return await ctx.step(pack, what)
+    packed = await ctx.step(pack, what)
+    await ctx.wait_for_signal("go")
+    return packed
 
 
 async def main() -> None:
