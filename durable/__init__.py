@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from durable.core.errors import (
         ChildFailed,
         DurableError,
+        IdempotencyConflict,
         NonRetryable,
         RetryAfter,
         RunCancelled,
@@ -38,6 +39,7 @@ __all__ = [
     "Context",
     "Durable",
     "DurableError",
+    "IdempotencyConflict",
     "NonRetryable",
     "RetryAfter",
     "RetryPolicy",

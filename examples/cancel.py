@@ -1,6 +1,6 @@
 """Cancel: a run is asked to stop, and may put things in order first. Its clean-up is as durable as the rest.
 
-    python examples/cancel.py
+python examples/cancel.py
 """
 
 import asyncio

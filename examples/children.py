@@ -1,6 +1,6 @@
 """Children: runs started by a run. Each has its own journal, and the parent is told what became of it.
 
-    python examples/children.py
+python examples/children.py
 """
 
 import asyncio

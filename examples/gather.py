@@ -1,6 +1,6 @@
 """Many things at once, with plain asyncio: gather, TaskGroup, timeout. Order and winners are the same on every replay.
 
-    python examples/gather.py
+python examples/gather.py
 """
 
 import asyncio

@@ -1,13 +1,12 @@
 """Idempotent start: the same key and input find the run there is, so that a repeated request does nothing twice.
 
-    python examples/idempotent_start.py
+python examples/idempotent_start.py
 """
 
 import asyncio
 import uuid
 
-from durable import Context, Durable
-from durable.core.errors import IdempotencyConflict
+from durable import Context, Durable, IdempotencyConflict
 
 app = Durable("sqlite:///.durable/examples.db")
 

@@ -1,6 +1,6 @@
 """Logs: lines in the run's journal, written once however often the workflow replays, in order with all that happened.
 
-    python examples/logs.py
+python examples/logs.py
 """
 
 import asyncio

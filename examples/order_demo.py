@@ -102,7 +102,9 @@ class Demo:
         self.store = STORE
         self.fulfil = fulfil
         self.ledger = shop.ledger
-        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+        self.console = Console(
+            highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200
+        )
         self.engine = Engine()
         self.accepted: dict[str, str] = {}
         """Order → run."""
@@ -175,11 +177,16 @@ class Demo:
 
     async def _morning(self) -> None:
         await self._kill("inside a charge: the money has moved, and the answer is not back", self._money_moved)
-        await self._kill("between two steps: reserved, and not yet charged", lambda: self._count(BETWEEN, "reserve", "charge"))
+        await self._kill(
+            "between two steps: reserved, and not yet charged", lambda: self._count(BETWEEN, "reserve", "charge")
+        )
         await self._kill("while everything waits", lambda: self._all_wait(15))
 
     async def _afternoon(self) -> None:
-        await self._kill("inside a charge again, before the money moves", lambda: self._under_way("charge") and not self._money_moved())
+        await self._kill(
+            "inside a charge again, before the money moves",
+            lambda: self._under_way("charge") and not self._money_moved(),
+        )
         await self._kill("while parcels are packed", lambda: self._under_way("ship"))
 
     async def _kill(self, when: str, moment: Callable[[], object]) -> None:
@@ -193,10 +200,14 @@ class Demo:
         self.engine.kill()
         moved = [order for (order,) in self.ledger.ask(MONEY_MOVED, pid)]
         self.cut += moved
-        hit = f"{self._under_way('%', pid)} steps cut off"
+        hit = [f"{many(self._under_way('%', pid), 'step')} cut off"]
+        if between := self._count(BETWEEN, "reserve", "charge"):
+            hit.append(f"{many(between, 'order')} between two steps")
+        if waiting := self._count(BETWEEN, "charge", "ship"):
+            hit.append(f"{waiting} waiting")
         if moved:
-            hit += f", {len(moved)} of them after the money of {', '.join(moved)} had moved"
-        self.say(f"kill -9 {pid}, {when}: {hit}.", "bold red")
+            hit.append(f"the money of {', '.join(moved)} had moved")
+        self.say(f"kill -9 {pid}, {when}: {', '.join(hit)}.", "bold red")
         self.progress.update(self.bar, description=f"[red]killed {self.engine.kills} times")
         self.engine.start()
         self.say(f"A new engine starts: {self.engine.pid}.", "bold green")
@@ -253,13 +264,19 @@ class Demo:
             if cursor is None:
                 break
         lost = sorted(set(self.accepted) - completed)
-        twice = self.ledger.ask("SELECT order_id FROM facts WHERE kind = 'charged' GROUP BY order_id HAVING count(*) > 1")
-        uncharged = set(self.accepted) - {order for (order,) in self.ledger.ask("SELECT order_id FROM facts WHERE kind = 'charged'")}
+        twice = self.ledger.ask(
+            "SELECT order_id FROM facts WHERE kind = 'charged' GROUP BY order_id HAVING count(*) > 1"
+        )
+        uncharged = set(self.accepted) - {
+            order for (order,) in self.ledger.ask("SELECT order_id FROM facts WHERE kind = 'charged'")
+        }
         again = self._count(
             "SELECT coalesce(sum(n - 1), 0) FROM (SELECT count(*) n FROM facts WHERE kind = 'began' GROUP BY step, order_id)"
         )
         known = self._count("SELECT count(*) FROM facts WHERE kind = 'recognised'")
-        table = Table(title="\nThe ledger's account", title_style="bold", title_justify="left", show_header=False, box=None)
+        table = Table(
+            title="\nThe ledger's account", title_style="bold", title_justify="left", show_header=False, box=None
+        )
         table.add_column(min_width=34)
         table.add_column(justify="right")
         table.add_column(style="dim")
@@ -267,7 +284,12 @@ class Demo:
         rows: list[tuple[str, int, str, str]] = [
             ("orders in", len(self.accepted), "", ""),
             ("receipts out", len(completed & set(self.accepted)), "", good if not lost else "bold red"),
-            ("engine killed with -9", self.engine.kills, f"{len(self.cut)} charges cut off after the money had moved", ""),
+            (
+                "engine killed with -9",
+                self.engine.kills,
+                f"{len(self.cut)} charges cut off after the money had moved",
+                "",
+            ),
             ("step bodies run twice", again, "they were cut off, so they ran again", ""),
             ("charge requests recognised by key", known, "asked twice, made once", ""),
             ("charges made twice", len(twice), "", good if not twice else "bold red"),
@@ -287,7 +309,10 @@ class Demo:
         command = shown(script) if script.exists() else f"{shown(Path(sys.executable))} -m durable"
         # Three slashes for a relative path, four for an absolute one.
         store = f"--store sqlite:///{shown(HOME / 'orders.db')}"
-        run = next((self.accepted[order] for order in self.cut if order in self.accepted), next(iter(self.accepted.values()), "ID"))
+        run = next(
+            (self.accepted[order] for order in self.cut if order in self.accepted),
+            next(iter(self.accepted.values()), "ID"),
+        )
         self.console.print(Text(f"\nIt took {seconds:.0f} s. Everything is kept; look at it:\n", style="bold"))
         about = f"order {self.cut[0]}, cut off inside its charge" if self.cut else "one order"
         for line, note in (
@@ -322,6 +347,10 @@ def read_orders() -> Iterator[tuple[int, object]]:
                 yield rows.line_num, f"total {row['total']!r} is not an amount"
                 continue
             yield rows.line_num, Order(row["order_id"], row["customer"], row["item"], quantity, total)
+
+
+def many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def shown(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Signals: something from outside, kept for the run even if it comes before anybody waits. Here an approval with a timeout.
 
-    python examples/signals.py
+python examples/signals.py
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Sleep: a durable timer. The engine is stopped while the run sleeps; the next one wakes it when the time has come.
 
-    python examples/sleep.py
+python examples/sleep.py
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Steps: recorded work. What is recorded is never done again; what fails is tried again, and the tries are counted.
 
-    python examples/steps_and_retries.py
+python examples/steps_and_retries.py
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Values keep their type: what a step returns comes back as its annotation says, live and after a replay alike.
 
-    python examples/typed_values.py
+python examples/typed_values.py
 """
 
 import asyncio

@@ -69,7 +69,9 @@ async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
     opened = open_store(store or (loaded.store if loaded else DEFAULT_STORE))
     # What happens is read through a node of its own, so that the last rows of a drain are seen too.
     shared = opened.capabilities.shared
-    looker = Durable(open_store(store or (loaded.store if loaded else DEFAULT_STORE)) if shared else opened, worker=False)
+    looker = Durable(
+        open_store(store or (loaded.store if loaded else DEFAULT_STORE)) if shared else opened, worker=False
+    )
     stopping = _stop_signals(as_json)
     _logs_to_stderr()
     async with looker:
@@ -113,7 +115,9 @@ def _stop_signals(as_json: bool) -> asyncio.Event:
             sys.stdout.flush()
             os._exit(Exit.INTERRUPTED)
         if not as_json:
-            click.echo("\nDraining: steps under way finish, runs are handed over. Ctrl-C again stops at once.", err=True)
+            click.echo(
+                "\nDraining: steps under way finish, runs are handed over. Ctrl-C again stops at once.", err=True
+            )
         stopping.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -172,7 +176,9 @@ class _JsonPrinter:
 
 
 def _logs_to_stderr() -> None:
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
 
 
 # ------------------------------------------------------------------ finding the app
@@ -191,7 +197,11 @@ def load_app(target: str) -> Durable:
         app = getattr(module, name, None)
         if not isinstance(app, Durable):
             what = "is not there" if app is None else f"is a {type(app).__name__}, not a Durable"
-            raise Problem(f"{safe(place)} was imported, but its {safe(name)} {what}.{_known(module)}", code="no_app", exit=Exit.USAGE)
+            raise Problem(
+                f"{safe(place)} was imported, but its {safe(name)} {what}.{_known(module)}",
+                code="no_app",
+                exit=Exit.USAGE,
+            )
         return app
     apps = _apps(module)
     if "app" in apps:
@@ -251,4 +261,6 @@ def _broken(target: str, error: BaseException) -> Problem:
     place = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
     if isinstance(error, SyntaxError) and error.filename:
         place = f" at {error.filename}:{error.lineno}"
-    return Problem(f"{safe(target)} cannot be imported: {type(error).__name__}: {safe(error)}{safe(place)}", code="no_app")
+    return Problem(
+        f"{safe(target)} cannot be imported: {type(error).__name__}: {safe(error)}{safe(place)}", code="no_app"
+    )

@@ -6,6 +6,7 @@ import asyncio
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 SHOWN = 5
 """Runs named under one finding."""
 
-_MARKS = {"ok": ("✔", "ok", "green"), "note": ("•", "--", "yellow"), "action": ("✘", "!!", "bold red"), "detail": (" ", "  ", "")}
+_MARKS = {"ok": ("✔", "ok", "green"), "note": ("•", "--", "yellow"), "action": ("✘", "!!", "bold red")}
 
 
 @click.command(epilog=EXIT_HELP)
@@ -59,10 +60,10 @@ class Findings:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, level: str, check: str, found: str, remedy: str = "", runs: list[str] | None = None) -> None:
-        """`level` is ok, note (nothing to do now), action, or detail (of the finding above)."""
+    def add(self, level: str, check: str, found: str, remedy: str = "", details: Sequence[str] = ()) -> None:
+        """`level` is ok, note (nothing to do now) or action."""
         row: dict[str, Any] = {"level": level, "check": check, "found": found}
-        self.rows.append(row | ({"remedy": remedy} if remedy else {}) | ({"runs": runs} if runs else {}))
+        self.rows.append(row | ({"details": list(details)} if details else {}) | ({"remedy": remedy} if remedy else {}))
 
     @property
     def action(self) -> bool:
@@ -78,6 +79,8 @@ class Findings:
             line = Text(fancy if unicode_output() else plain, style=style)
             line.append(f" {row['check']:<12}", style="bold").append(safe(row["found"]), style="")
             out.print(line)
+            for detail in row.get("details", ()):
+                out.print(Text(f"{'':<14}{safe(detail)}", no_wrap=True, overflow="ellipsis"))
             if remedy := row.get("remedy"):
                 out.print(Text(f"{'':<14}{safe(remedy)}", style="yellow"))
         count = sum(row["level"] == "action" for row in self.rows)
@@ -113,7 +116,12 @@ async def _examine(findings: Findings, store: str, accept_restore: bool) -> None
     except StoreError as error:
         findings.add("action", "store", f"{error} [{error.code}]")
     except DurableError as error:
-        findings.add("action", "store", f"{error} [{error.code}]", "Check the URL: sqlite:///relative.db or sqlite:////absolute.db")
+        findings.add(
+            "action",
+            "store",
+            f"{error} [{error.code}]",
+            "Check the URL: sqlite:///relative.db or sqlite:////absolute.db",
+        )
 
 
 def _python(findings: Findings) -> None:
@@ -134,7 +142,9 @@ def _no_file_yet(findings: Findings, path: Path) -> None:
     if os.access(parent, os.W_OK):
         findings.add("note", "store", f"{path} is not there yet; the first engine or start makes it.")
     else:
-        findings.add("action", "store", f"{path} is not there, and {parent} cannot be written.", "Give another --store URL.")
+        findings.add(
+            "action", "store", f"{path} is not there, and {parent} cannot be written.", "Give another --store URL."
+        )
 
 
 def _file(findings: Findings, path: Path) -> Any:
@@ -144,7 +154,11 @@ def _file(findings: Findings, path: Path) -> Any:
     seen = report(path)
     log = f" and {size(seen.log_bytes)} of write-ahead log" if seen.log_bytes else ""
     findings.add("ok", "file", f"{path}: {size(seen.bytes)}{log}, journal mode {seen.journal_mode}")
-    findings.add("ok", "tables", f"version {seen.schema_version}, opened {seen.generation} times")
+    findings.add(
+        "ok",
+        "tables",
+        f"version {seen.schema_version}, generation {seen.generation} (raised whenever the file is opened)",
+    )
     total = sum(seen.runs.values())
     by_status = ", ".join(f"{count} {status}" for status, count in sorted(seen.runs.items())) or "none yet"
     findings.add("ok", "runs", f"{total:,} ({by_status}), {seen.journal_rows:,} journal rows" if total else by_status)
@@ -164,14 +178,17 @@ def _engines(findings: Findings, engines: list[Any], now: int) -> None:
     alive = [engine for engine in engines if not engine.dead and engine.expires_at > now]
     lately = [engine for engine in engines if engine not in alive]
     for engine in alive:
-        findings.add("ok", "engine", f"{engine.incarnation[:8]} is alive; its lease ends {ago(engine.expires_at, now)} if not renewed")
+        findings.add(
+            "ok",
+            "engine",
+            f"{engine.incarnation[:8]} is alive; its lease ends {ago(engine.expires_at, now)} if not renewed",
+        )
     if not alive:
         last = f"; the last one's lease ended {ago(lately[0].expires_at, now)}" if lately else ""
         findings.add("note", "engine", f"none is alive{last}")
 
 
 async def _runs(findings: Findings, app: Durable, engines: list[Any] | None) -> None:
-    from durable.cli.view import error_line, error_of
     from durable.protocol.states import Activity, Status
 
     now = app.engine.clock.now()
@@ -187,10 +204,7 @@ async def _runs(findings: Findings, app: Durable, engines: list[Any] | None) -> 
     }
     for name, found in (("blocked", blocked), ("dead", dead), ("undoing", stuck)):
         if found:
-            findings.add("action", name, _count(found), remedies[name], [run.id for run in found])
-            for run in found[:SHOWN]:
-                error = error_of(run.error)
-                findings.add("detail", "", f"{run.id}  {run.workflow}@{run.version}  {error_line(error) if error else ''}".rstrip())
+            findings.add("action", name, _count(found), remedies[name], _named(found))
     if not (blocked or dead or stuck):
         findings.add("ok", "trouble", "no blocked and no dead runs")
     if engines is not None and not any(not e.dead and e.expires_at > now for e in engines):
@@ -201,7 +215,7 @@ async def _runs(findings: Findings, app: Durable, engines: list[Any] | None) -> 
                 "waiting",
                 f"{_count(due)} could go on, and no engine is alive",
                 "Start one: durable dev MODULE:app, or your app.",
-                [run.id for run in due],
+                _named(due),
             )
 
 
@@ -215,6 +229,17 @@ def _is_due(run: RunRecord, now: int) -> bool:
     if run.activity in ("paused", "blocked"):
         return False
     return run.owner is not None or (run.wake_at is not None and run.wake_at <= now)
+
+
+def _named(runs: list[RunRecord]) -> list[str]:
+    """The first few, each with its error."""
+    from durable.cli.view import error_line, error_of
+
+    lines = []
+    for run in runs[:SHOWN]:
+        error = error_of(run.error)
+        lines.append(f"{run.id}  {run.workflow}@{run.version}  {error_line(error) if error else ''}".rstrip())
+    return lines + ([f"and {len(runs) - SHOWN} more: durable runs list"] if len(runs) > SHOWN else [])
 
 
 def _count(runs: list[RunRecord]) -> str:

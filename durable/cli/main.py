@@ -47,8 +47,10 @@ def _problem(error: Exception) -> Exception:
     return Problem(message, code=error.code, exit=exit)
 
 
-@click.group(cls=Cli, epilog=EXIT_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="durable")
+@click.group(
+    cls=Cli, epilog=EXIT_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, prog_name="durable", message="%(prog)s %(version)s")
 def cli() -> None:
     """Workflows that survive crashes.
 

@@ -49,7 +49,9 @@ class Problem(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """To stderr."""
-        click.echo(f"{click.style('error', fg='red', bold=True)} [{self.code}]: {safe(self.message)}", err=True, file=file)
+        click.echo(
+            f"{click.style('error', fg='red', bold=True)} [{self.code}]: {safe(self.message)}", err=True, file=file
+        )
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -58,7 +60,9 @@ def console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     tty = stream.isatty()
-    return Console(file=stream, width=None if tty else 100_000, highlight=False, markup=False, emoji=False, soft_wrap=not tty)
+    return Console(
+        file=stream, width=None if tty else 100_000, highlight=False, markup=False, emoji=False, soft_wrap=not tty
+    )
 
 
 def unicode_output() -> bool:

@@ -11,7 +11,7 @@ import click
 
 from durable.cli.node import api_node, find_run, json_option, store_option
 from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json, show_table
-from durable.cli.text import ago, moment, pretty, safe, shorten, span
+from durable.cli.text import ago, moment, pretty, preview, safe, shorten, span
 
 if TYPE_CHECKING:
     from durable.core.journal import Entry
@@ -198,7 +198,10 @@ def _show_run(run: RunRecord, journal: list[Entry], children: list[RunRecord], n
         field("finished", f"{moment(run.finished_at)} ({ago(run.finished_at, now)})")
     elif run.owner is None and run.wake_at is not None:
         field("wakes", f"{moment(run.wake_at)} ({ago(run.wake_at, now)}), sooner if something arrives for it")
-    field("took", f"{span(end - run.created_at)}: {span(ran)} executing, {span(max(0, end - run.created_at - ran))} waiting")
+    field(
+        "took",
+        f"{span(end - run.created_at)}: {span(ran)} executing, {span(max(0, end - run.created_at - ran))} waiting",
+    )
     if run.idempotency_key is not None:
         field("key", safe(run.idempotency_key))
     if run.tags:
@@ -209,6 +212,8 @@ def _show_run(run: RunRecord, journal: list[Entry], children: list[RunRecord], n
         field("parent", safe(f"{run.parent.run_id} ({run.parent.key})"))
     for child in children:
         field("child", Text(f"{safe(child.id)} {kind_of(child)} ").append_text(state(child)))
+    if run.epoch > 1:
+        field("taken up", f"{run.epoch} times: after waits that left memory, and by engines that took over from others")
     if run.recovery_attempts:
         field("crashes", f"{run.recovery_attempts} in a row while it was executing")
     _show_value("input", run.input)
@@ -237,11 +242,8 @@ def _show_value(name: str, payload: bytes) -> None:
 
     text = pretty(payload)
     head = Text(f"{name:<10}", style="bold" if name.startswith("\n") else "dim")
-    lines = text.splitlines()
-    if len(text) <= 100:
-        body = shorten(" ".join(line.strip() for line in lines), 100)
-    else:
-        body = "".join(f"\n  {line}" for line in lines)
+    short = preview(payload, 10_000) or text
+    body = short if len(short) <= 90 else "".join(f"\n  {line}" for line in text.splitlines())
     console().print(head.append(body, style=""))
 
 
@@ -261,7 +263,9 @@ def _remedy(run: RunRecord) -> str:
 
 @runs.command()
 @click.argument("run_id", metavar="ID")
-@click.option("--from", "from_seq", type=click.IntRange(1), default=1, show_default=True, help="First journal row to show.")
+@click.option(
+    "--from", "from_seq", type=click.IntRange(1), default=1, show_default=True, help="First journal row to show."
+)
 @json_option
 @store_option
 def watch(run_id: str, from_seq: int, as_json: bool, store: str) -> None:
@@ -428,6 +432,8 @@ async def _requeue(store: str, part: str, as_json: bool) -> None:
     if as_json:
         show_json({"id": run.id, "requeued": reopened, "status": run.status, "activity": run.activity})
     elif reopened:
-        click.echo(f"Run {safe(run.id)} was {state(before).plain} and is {state(run).plain}; the next free engine takes it.")
+        click.echo(
+            f"Run {safe(run.id)} was {state(before).plain} and is {state(run).plain}; the next free engine takes it."
+        )
     else:
         click.echo(f"Run {safe(run.id)} is {state(run).plain}: there is nothing to reopen.")

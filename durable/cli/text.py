@@ -124,8 +124,12 @@ def clock(at: int) -> str:
 
 
 def ago(at: int, now: int) -> str:
-    """A stored time as seen from now."""
-    return f"in {span(at - now)}" if at > now else f"{span(now - at)} ago"
+    """A stored time as seen from now, roughly."""
+    distance = abs(at - now)
+    rough = f"{distance // 1_000_000} s" if 1_000_000 <= distance < 60_000_000 else span(distance)
+    if at > now:
+        return f"in {rough}"
+    return "just now" if distance < 1_000_000 else f"{rough} ago"
 
 
 def span(us: int) -> str:

@@ -6,13 +6,13 @@ Pure: rows in, rich text out. `runs show`, `runs watch`, `dev` and the demo prin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from rich.text import Text
 
 from durable.cli.output import unicode_output
-from durable.cli.text import ago, preview, safe, safe_lines, shorten, span
+from durable.cli.text import preview, safe, safe_lines, shorten, span
 from durable.core.errors import ErrorData
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, PATCHED, RUN, SIGNAL, TIMER, Entry
 from durable.core.payload import decode_error
@@ -117,6 +117,7 @@ class Teller:
     def __init__(self) -> None:
         self._since: dict[tuple[str, str], int] = {}
         self._previous: int | None = None
+        self._published: set[tuple[str | None, int]] = set()
         self.executing: list[tuple[int, int]] = []
         """(from, to) of every body that ran, µs."""
 
@@ -126,6 +127,10 @@ class Teller:
         row.what = _what(entry)
         self._measure(row)
         _describe(row)
+        if entry.status == "published":
+            # By the engine that took over from one that died: the same task, under the same id.
+            row.what += " again" if (entry.key, entry.attempt) in self._published else ""
+            self._published.add((entry.key, entry.attempt))
         self._previous = entry.at
         return row
 
@@ -185,14 +190,16 @@ def _describe(row: Row) -> None:
         due = note.get("next_at")
         row.note = error_line(row.error) if row.error else ""
         if isinstance(due, int):
-            row.note += f"; next try {ago(due, entry.at)}"
+            row.note += f"; next try in {span(max(0, due - entry.at))}"
     elif entry.kind == LOG:
         line = _object(entry.payload)
         fields = " ".join(f"{safe(key)}={safe(value)}" for key, value in dict(line.get("fields") or {}).items())
         row.note = f"{safe(line.get('level', 'info'))}: {safe(line.get('message', ''))} {fields}".rstrip()
     elif entry.kind == CHILD and entry.status == "started":
         child = _object(entry.payload)
-        row.note = f"{safe(child.get('workflow', ''))} {safe(child.get('version', ''))} as {safe(child.get('run_id', ''))}"
+        row.note = (
+            f"{safe(child.get('workflow', ''))} {safe(child.get('version', ''))} as {safe(child.get('run_id', ''))}"
+        )
     elif entry.kind == RUN:
         row.note = _run_note(entry)
     elif entry.status in ("completed", "received", "late"):
@@ -230,7 +237,9 @@ def row_text(row: Row, origin: int, *, who: Text | None = None, width: int | Non
     if who is not None:
         line.append_text(who).append(" ")
     else:
-        line.append(f"{row.entry.seq:>4}  ", style="dim").append(f"+{span(row.entry.at - origin):<12}", style="dim")
+        line.append(f"{row.entry.seq:>4}  ", style="dim").append(
+            f"{'+' + span(max(0, row.entry.at - origin)):>11}  ", style="dim"
+        )
     line.append(f"{symbol} ", style=style).append(row.what, style=dim or ("bold" if row.entry.kind == RUN else ""))
     for part in durations(row):
         line.append(f"  {part}", style="dim")
@@ -254,4 +263,3 @@ def durations(row: Row) -> list[str]:
 def kind_of(run: RunRecord) -> str:
     """`order@2`."""
     return safe(f"{run.workflow}@{run.version}")
-
