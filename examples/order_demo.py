@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -33,13 +33,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
+from orders import STORE, Order, fulfil, shop  # noqa: E402
+
 from durable import Durable, DurableError  # noqa: E402
 from durable.cli.feed import Feed  # noqa: E402
 from durable.cli.text import clock, safe  # noqa: E402
 from durable.cli.view import Teller, row_text  # noqa: E402
 
 GIVE_UP_AFTER = 120.0
-"""Seconds. Normally it takes about twenty."""
+"""Seconds. Normally it takes about ten."""
 
 UNDER_WAY = """
   SELECT count(*) FROM facts b WHERE b.kind = 'began' AND b.pid = ? AND b.step LIKE ?
@@ -97,10 +99,6 @@ class Demo:
     """One performance."""
 
     def __init__(self) -> None:
-        from orders import STORE, fulfil, shop
-
-        self.store = STORE
-        self.fulfil = fulfil
         self.ledger = shop.ledger
         self.console = Console(
             highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200
@@ -129,8 +127,8 @@ class Demo:
 
     async def play(self) -> int:
         started = time.monotonic()
-        self.say(f"{CSV.relative_to(ROOT)} → {self.store}", "dim")
-        async with Durable(self.store, workflows=[self.fulfil], worker=False, poll_every=0.2) as app:
+        self.say(f"{CSV.relative_to(ROOT)} → {STORE}", "dim")
+        async with Durable(STORE, workflows=[fulfil], worker=False, poll_every=0.2) as app:
             with self.progress:
                 try:
                     async with asyncio.timeout(GIVE_UP_AFTER):
@@ -157,15 +155,15 @@ class Demo:
         self.progress.update(self.bar, total=len(self.accepted))
         await watching
 
-    async def _start(self, app: Durable, lines: list[tuple[int, object]], *, again: bool = False) -> None:
+    async def _start(self, app: Durable, lines: list[tuple[int, Order | str]], *, again: bool = False) -> None:
         """Start a run for each line, by its order id. A broken line is told, and the rest goes on."""
         for number, order in lines:
             if isinstance(order, str):
                 problem: str | None = order
             else:
                 try:
-                    run = await app.start(self.fulfil, order, key=order.id, tags=["demo"])  # type: ignore[attr-defined]
-                    self.accepted[order.id] = run.id  # type: ignore[attr-defined]
+                    run = await app.start(fulfil, order, key=order.id, tags=["demo"])
+                    self.accepted[order.id] = run.id
                     problem = None
                 except DurableError as error:
                     problem = f"{error} [{error.code}]"
@@ -325,10 +323,8 @@ class Demo:
         self.console.print()
 
 
-def read_orders() -> Iterator[tuple[int, object]]:
+def read_orders() -> Iterator[tuple[int, Order | str]]:
     """(line, order), or (line, what is wrong with it)."""
-    from orders import Order
-
     with CSV.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         for row in rows:
@@ -358,14 +354,14 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def main() -> Awaitable[int]:
+def main() -> int:
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir(parents=True)
-    return Demo().play()
+    return asyncio.run(Demo().play())
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(asyncio.run(main()))  # type: ignore[arg-type]
+        sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)

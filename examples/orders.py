@@ -65,7 +65,8 @@ async def fulfil(ctx: Context, order: Order) -> Receipt:
     ctx.log("paid", payment=payment, total=order.total)
     await ctx.sleep("3s")  # time to change one's mind
     parcel = await ctx.step(ship, order)
-    return await ctx.step(receipt, order, payment, parcel)
+    done: Receipt = await ctx.step(receipt, order, payment, parcel)
+    return done
 
 
 async def serve() -> None:

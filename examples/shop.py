@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,15 @@ class Ledger:
     """Facts, in the order in which they became true."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.executescript(_TABLES)
+        self._path = path
+
+    @cached_property
+    def _db(self) -> sqlite3.Connection:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self._path, timeout=30, isolation_level=None)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(_TABLES)
+        return db
 
     def write(self, kind: str, step: str, order: str, key: str | None = None, amount: Decimal | None = None) -> bool:
         """Add a fact. False: a charge with this key is in the ledger already, and none was added."""

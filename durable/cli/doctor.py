@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import click
 from durable import __version__
 from durable.cli.node import api_node, json_option, must_exist, sqlite_path, store_option
 from durable.cli.output import EXIT_HELP, Exit, console, show_json, unicode_output
-from durable.cli.text import ago, safe, size
+from durable.cli.text import ago, safe, size, span
 
 if TYPE_CHECKING:
     from durable.app import Durable
@@ -129,9 +128,7 @@ def _python(findings: Findings) -> None:
 
     version = platform.python_version()
     found = f"durable {__version__} on Python {version}, SQLite {sqlite3.sqlite_version}"
-    if sys.version_info < (3, 11):
-        findings.add("action", "python", found, "Durable needs Python 3.11 or later.")
-    elif sqlite3.sqlite_version_info < (3, 35):
+    if sqlite3.sqlite_version_info < (3, 35):
         findings.add("action", "python", found, "SQLite 3.35 or later is needed; use a newer Python build.")
     else:
         findings.add("ok", "python", found)
@@ -157,7 +154,7 @@ def _file(findings: Findings, path: Path) -> Any:
     findings.add(
         "ok",
         "tables",
-        f"version {seen.schema_version}, generation {seen.generation} (raised whenever the file is opened)",
+        f"version {seen.schema_version}, generation {seen.generation} (raised at every opening)",
     )
     total = sum(seen.runs.values())
     by_status = ", ".join(f"{count} {status}" for status, count in sorted(seen.runs.items())) or "none yet"
@@ -178,11 +175,8 @@ def _engines(findings: Findings, engines: list[Any], now: int) -> None:
     alive = [engine for engine in engines if not engine.dead and engine.expires_at > now]
     lately = [engine for engine in engines if engine not in alive]
     for engine in alive:
-        findings.add(
-            "ok",
-            "engine",
-            f"{engine.incarnation[:8]} is alive; its lease ends {ago(engine.expires_at, now)} if not renewed",
-        )
+        left = span(engine.expires_at - now)
+        findings.add("ok", "engine", f"{engine.incarnation[:8]} is alive; its lease is good for {left}")
     if not alive:
         last = f"; the last one's lease ended {ago(lately[0].expires_at, now)}" if lately else ""
         findings.add("note", "engine", f"none is alive{last}")

@@ -65,11 +65,7 @@ def must_exist(store: str) -> None:
     path = sqlite_path(store)
     if path is None or path.exists():
         return
-    others = (
-        sorted(found.with_suffix("") for found in Path(".durable").glob("**/*.db.generation"))
-        if Path(".durable").is_dir()
-        else []
-    )
+    others = sorted(found.with_suffix("") for found in Path(".durable").glob("**/*.db.generation"))
     hint = (
         "There is " + ", ".join(f"--store sqlite:///{other}" for other in others[:3]) + "."
         if others

@@ -45,7 +45,7 @@ class Problem(click.ClickException):
     def __init__(self, message: str, *, code: str = "error", exit: Exit = Exit.FAILED) -> None:
         super().__init__(message)
         self.code = code
-        self.exit_code = exit
+        self.exit_code = exit  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
         """To stderr."""

@@ -309,12 +309,12 @@ async def _watch_text(app: Any, run: RunRecord, from_seq: int, teller: Any, row_
     with out.status("") if out.is_terminal else nullcontext() as status:
 
         async def tell_state() -> None:
-            while True:
+            while status is not None:
                 now = await app.get(run.id)
                 status.update(state(now).append(f"  {span(app.engine.clock.now() - run.created_at)}", style="dim"))
                 await asyncio.sleep(0.5)
 
-        ticker = asyncio.create_task(tell_state()) if status is not None else None
+        ticker = asyncio.create_task(tell_state())
         try:
             # Earlier rows are read too: they say since when something waits.
             async for entry in app.watch(run.id):
@@ -322,8 +322,7 @@ async def _watch_text(app: Any, run: RunRecord, from_seq: int, teller: Any, row_
                 if entry.seq >= from_seq:
                     out.print(row_text(row, run.created_at))
         finally:
-            if ticker is not None:
-                ticker.cancel()
+            ticker.cancel()
     run = await app.get(run.id)
     end = Text("Ended: ").append_text(state(run))
     error = error_of(run.error)

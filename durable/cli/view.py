@@ -237,9 +237,8 @@ def row_text(row: Row, origin: int, *, who: Text | None = None, width: int | Non
     if who is not None:
         line.append_text(who).append(" ")
     else:
-        line.append(f"{row.entry.seq:>4}  ", style="dim").append(
-            f"{'+' + span(max(0, row.entry.at - origin)):>11}  ", style="dim"
-        )
+        line.append(f"{row.entry.seq:>4}  ", style="dim")
+        line.append(f"{'+' + span(max(0, row.entry.at - origin)):>11}  ", style="dim")
     line.append(f"{symbol} ", style=style).append(row.what, style=dim or ("bold" if row.entry.kind == RUN else ""))
     for part in durations(row):
         line.append(f"  {part}", style="dim")
