@@ -18,7 +18,7 @@ import click
 
 from durable.cli.node import DEFAULT_STORE, json_option
 from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json
-from durable.cli.text import clock, safe
+from durable.cli.text import safe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,21 +147,17 @@ class _Printer:
     """One line for each row, under the run's short id."""
 
     def __init__(self) -> None:
-        from durable.cli.view import Teller, kind_of, row_text
+        from durable.cli.view import Teller, kind_of, show_event
 
         self._tellers: dict[str, Teller] = {}
         self._teller = Teller
         self._kind_of = kind_of
-        self._row_text = row_text
+        self._show = show_event
         self._console = console()
 
     def __call__(self, run: RunRecord, entry: Entry) -> None:
-        from rich.text import Text
-
         row = self._tellers.setdefault(run.id, self._teller()).tell(entry)
-        who = Text(f"{clock(entry.at)}  ", style="dim").append(f"…{safe(run.id[-6:])} ", style="cyan")
-        who.append(self._kind_of(run) + " ")
-        self._console.print(self._row_text(row, run.created_at, who=who))
+        self._show(self._console, f"{safe(run.id[-6:])} {self._kind_of(run)}", row)
         if run.status != "active" and entry.seq >= run.seq:
             self._tellers.pop(run.id, None)
 
