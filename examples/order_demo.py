@@ -141,7 +141,7 @@ class Demo:
     async def _perform(self, app: Durable) -> None:
         watching = asyncio.create_task(self._watch(app))
         lines = list(read_orders())
-        self.progress.update(self.bar, total=sum(not isinstance(order, str) for _, order in lines))
+        self.progress.update(self.bar, total=len({order.id for _, order in lines if not isinstance(order, str)}))
         morning, afternoon = lines[: len(lines) // 2], lines[len(lines) // 2 :]
         self.engine.start()
         await asyncio.gather(self._start(app, morning), self._morning())

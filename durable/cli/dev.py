@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from durable.app import Durable
     from durable.core.journal import Entry
+    from durable.store.interface import Capabilities
     from durable.store.records import RunRecord
 
 LOOK_EVERY = 0.1
@@ -79,12 +80,12 @@ async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
         active = await feed.skip()
         printer = _JsonPrinter() if as_json else _Printer()
         if loaded is None:
-            _greet(None, opened, active, as_json)
+            _greet(None, place, opened.capabilities, active, as_json)
             await _follow(feed, printer, stopping.wait())
             return Exit.OK
         loaded.store = opened
         async with loaded:
-            _greet(loaded, opened, active, as_json)
+            _greet(loaded, place, opened.capabilities, active, as_json)
             await _follow(feed, printer, stopping.wait())
             await _follow(feed, printer, loaded.close())
     if not as_json:
@@ -128,12 +129,12 @@ def _stop_signals(as_json: bool) -> asyncio.Event:
     return stopping
 
 
-def _greet(app: Durable | None, store: Any, active: int, as_json: bool) -> None:
+def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as_json: bool) -> None:
     if as_json:
         return
     from durable import __version__
 
-    click.echo(f"Durable {__version__} on {safe(store)}: {store.capabilities.durability}")
+    click.echo(f"Durable {__version__} on {safe(place if isinstance(place, str) else store.name)}. {store.durability}")
     if app is None:
         click.echo(f"Nothing is executed here; {active} runs are active. What other engines do is shown. Ctrl-C ends.")
         return

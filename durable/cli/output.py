@@ -67,7 +67,8 @@ def console(*, stderr: bool = False) -> Console:
 
 def unicode_output() -> bool:
     """Whether stdout can write the symbols we like."""
-    return (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "").startswith("utf")
+    stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # what rich puts there while something is live
+    return (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "").startswith("utf")
 
 
 def show_json(value: Any, *, indent: int | None = 2) -> None:
