@@ -67,12 +67,10 @@ async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
     from durable.cli.feed import Feed
 
     loaded = load_app(target) if target else None
-    opened = open_store(store or (loaded.store if loaded else DEFAULT_STORE))
+    place = store or (loaded.store if loaded else DEFAULT_STORE)
+    opened = open_store(place)
     # What happens is read through a node of its own, so that the last rows of a drain are seen too.
-    shared = opened.capabilities.shared
-    looker = Durable(
-        open_store(store or (loaded.store if loaded else DEFAULT_STORE)) if shared else opened, worker=False
-    )
+    looker = Durable(open_store(place) if opened.capabilities.shared else opened, worker=False)
     stopping = _stop_signals(as_json)
     _logs_to_stderr()
     async with looker:
