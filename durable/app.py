@@ -163,6 +163,7 @@ class Durable:
             store=store,
             registry=self.registry,
             transport=transport,
+            handler=StepHandler(self.registry, self._clock) if self.settings.execute else None,
             control_plane=self._control_plane or LocalControlPlane(),
             clock=self._clock,
             ids=self._ids,
@@ -171,9 +172,6 @@ class Durable:
         await store.open()
         engine = WorkflowEngine(deps)
         try:
-            if self.settings.execute:
-                steps = [step.name for step in self.registry.steps() if not step.needs_instance]
-                await transport.serve(steps, StepHandler(self.registry, self._clock))
             await engine.start()
         except BaseException:
             await store.close()

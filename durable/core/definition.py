@@ -42,7 +42,7 @@ _UNNAMEABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # The definitions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Definition:
     """What a workflow and a step have in common. `fn` is the author's own function or class, untouched."""
 
@@ -94,7 +94,7 @@ class _Definition:
         return (payload.decode(data or b"null", self.input_type, what=self._input),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WorkflowDefinition(_Definition):
     """A named, versioned workflow. `fn` is an async function `(ctx, input?)`, or a class with such a `run`."""
 
@@ -123,7 +123,7 @@ class WorkflowDefinition(_Definition):
         return _code_hash(self.fn)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepDefinition(_Definition):
     """A named step: a sync or async function or method of at most one input."""
 
@@ -298,7 +298,7 @@ def steps_in(provider: Any) -> list[StepDefinition]:
     for base in reversed(cls.__mro__):
         for attribute, member in vars(base).items():
             found.pop(attribute, None)  # an override replaces its parent's step, or hides it
-            definition = getattr(member, _STEP, None)
+            definition = getattr(getattr(member, "__func__", member), _STEP, None)  # a staticmethod hides it
             if isinstance(definition, StepDefinition):
                 found[attribute] = definition
     return [step if isinstance(provider, type) else step.bind(provider) for step in found.values()]
@@ -368,7 +368,7 @@ def _retry(retries: object, shape: _Shape) -> RetryPolicy:
 # Reading the author's code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Scope:
     """Names visible where the decorator stands, for annotations kept as text inside functions."""
 
@@ -386,7 +386,7 @@ class _Scope:
         return cls({name: value for layer in reversed(layers) for name, value in layer.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Shape:
     """A checked signature, whose types are read when first asked for: a forward reference may not exist yet."""
 

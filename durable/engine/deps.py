@@ -11,7 +11,7 @@ from durable.core.ids import Ids
 from durable.core.registry import Registry
 from durable.store.interface import Store
 from durable.store.records import DEFAULT_WORKSPACE
-from durable.transports.interface import Transport
+from durable.transports.interface import TaskHandler, Transport
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -59,6 +59,8 @@ class Deps(Struct, frozen=True, kw_only=True):
     store: Store
     registry: Registry
     transport: Transport
+    handler: TaskHandler | None = None
+    """Serves the registry's steps from this process, over the transport; None: workers elsewhere do."""
     control_plane: ControlPlane
     clock: Clock
     """The machine's clock; the engine corrects it to the store's."""

@@ -86,6 +86,9 @@ class WorkflowEngine:
         deps.transport.on_result(self._results.take)
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
         await deps.transport.start()
+        if deps.handler is not None:
+            steps = [step.name for step in deps.registry.steps() if not step.needs_instance]
+            await deps.transport.serve(steps, deps.handler)
         await deps.control_plane.start()
         self._unlisten.append(deps.store.listen(self._hint))
         self._unlisten.append(deps.control_plane.on_control(lease.incarnation, self._control))

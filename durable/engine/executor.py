@@ -172,8 +172,8 @@ class Executor:
         for command in list(run.machine.outstanding.values()):
             if command.key not in issued:
                 apply.resume(self, run, command, run.machine.trace(command.key))
-        for command in fresh:
-            apply.apply(self, run, command)
+        for asked in fresh:
+            apply.apply(self, run, asked)
 
     def _recall(self, run: Resident, entry: Entry) -> None:
         """Take the run's own deadlines from its journal."""
@@ -268,7 +268,7 @@ class Executor:
         if run.actions or run.acks:
             self._release_barrier(run, run.actions, run.acks)
             run.actions, run.acks = [], []
-            if run.committing or run.dropped:
+            if self._left(run):
                 return
         if run.arrivals and not run.held:
             self.wake(run)
@@ -303,6 +303,10 @@ class Executor:
             if not self.deps.transport.capabilities.shared:
                 return False
         return True
+
+    def _left(self, run: Resident) -> bool:
+        """An action may have ended or committed it; a function, since it changes behind the reader's back."""
+        return run.committing or run.dropped
 
     def _far(self, run: Resident, wake: int | None) -> bool:
         """Whether only time can wake it, and not soon: no reason to keep it in memory."""

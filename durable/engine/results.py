@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from durable.core.errors import ErrorData
 from durable.core.journal import REMOTE
 from durable.core.payload import encode_error
@@ -73,5 +75,5 @@ class Results:
 
 def _payload(result: StepResult) -> bytes:
     if result.status == "completed":
-        return b"null" if result.output is None else bytes(result.output)
+        return bytes(result.output) if isinstance(result.output, msgspec.Raw) else b"null"
     return encode_error(result.error or ErrorData(message="The worker gave no reason."))

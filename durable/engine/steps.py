@@ -130,7 +130,7 @@ class LocalSteps:
 
     async def _call(self, command: RunStep) -> Any:
         body, args = command.body, command.args
-        if self._executor.settings.threads and not inspect.iscoroutinefunction(body):
+        if self._executor.settings.threads and not _is_async(body):
             result = await self._in_thread(body, args)
         else:
             result = body(*args)
@@ -158,3 +158,9 @@ class LocalSteps:
             )
 
         self._executor.call(write)
+
+
+def _is_async(body: Callable[..., Any]) -> bool:
+    """Whether calling it on the loop cannot block: an `async def`, seen by its flag; anything else is looked at closer."""
+    code = getattr(body, "__code__", None)
+    return (code is not None and bool(code.co_flags & inspect.CO_COROUTINE)) or inspect.iscoroutinefunction(body)

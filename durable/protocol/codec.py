@@ -7,10 +7,11 @@ always an answer: if its content cannot be kept, that step has failed, so that n
 
 from __future__ import annotations
 
+import json
 from typing import TypeVar
 
 import msgspec
-from msgspec import Raw, Struct, structs
+from msgspec import UNSET, Raw, Struct, structs
 
 from durable.core import payload
 from durable.core.errors import ErrorData, PayloadError, PayloadText, PayloadTooLarge
@@ -100,8 +101,20 @@ def _address(data: bytes) -> _Address:
     what = "a StepResult"
     if len(data) > MAX_MESSAGE:
         raise PayloadTooLarge(f"{what} is {len(data)} bytes; nothing over {MAX_MESSAGE} is read.")
-    address: _Address = payload.decode(data, _Address, what=what)
+    try:
+        address: _Address = payload.decode(data, _Address, what=what)
+    except PayloadError as error:
+        address = _lenient_address(data, error)
     _check_address(address.run_id, address.seq, address.step_id)
+    return address
+
+
+def _lenient_address(data: bytes, refused: PayloadError) -> _Address:
+    """Half a surrogate pair or a NaN breaks a strict parser on the whole message; whose it is can still be told."""
+    try:
+        address: _Address = msgspec.convert(json.loads(data), _Address)
+    except (ValueError, RecursionError):
+        raise refused from None
     return address
 
 
@@ -116,12 +129,12 @@ def _result(data: bytes, limit: int) -> StepResult:
     result: StepResult = payload.decode(data, StepResult, what="a StepResult")
     events = None if result.events is None else [_tidy(event) for event in result.events[:MAX_EVENTS]]
     if result.status == "failed":
-        error = result.error or ErrorData(message="The worker said failed, and not why.")
         # Errors are kept whatever they say: cleaned, bounded, never refused.
-        return structs.replace(result, events=events, output=None, error=_kept(error))
-    output = b"null" if result.output is None else bytes(result.output)
-    payload.check(output, what=f"the result of {result.step_id}", limit=limit)
-    return structs.replace(result, events=events, output=Raw(output), error=None)
+        error = _kept(result.error or ErrorData(message="The worker said failed, and not why."))
+        return structs.replace(result, events=events, output=UNSET, error=error)
+    output = result.output if isinstance(result.output, Raw) else Raw(b"null")
+    payload.check(bytes(output), what=f"the result of {result.step_id}", limit=limit)
+    return structs.replace(result, events=events, output=output, error=None)
 
 
 def _kept(error: ErrorData) -> ErrorData:

@@ -16,7 +16,7 @@ from msgspec import Raw
 
 from durable.control_plane.interface import ControlHandler
 from durable.control_plane.local import LocalControlPlane
-from durable.core.errors import TransportError
+from durable.core.errors import EngineStopped, TransportError
 from durable.protocol.messages import ControlMessage, Heartbeat, RemoteTask, StepResult
 from durable.transports.answers import crashed, no_handler, too_large
 from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler
@@ -75,7 +75,7 @@ class _Shelf:
     def put(self, held: _Held) -> None:
         """Start it where there is room, or let it wait."""
         name = held.task.name
-        candidates = [s for s in self.servers if s.free > 0 and name in s.steps]
+        candidates = [s for s in self.servers if s.free > 0 and name in s.steps and s.end._starts]
         if candidates:
             # The freest, and of equals the first: two engines of one process share the load.
             server = max(candidates, key=lambda s: s.free)
@@ -85,7 +85,7 @@ class _Shelf:
 
     def refill(self, server: _Server) -> None:
         """Give a server with room what has waited longest among its names, higher priority first."""
-        while server.free > 0 and server in self.servers:
+        while server.free > 0 and server in self.servers and server.end._starts:
             heaps = [heap for name in server.steps if (heap := self.waiting[name])]
             if not heaps:
                 return
@@ -150,6 +150,8 @@ class EventEmitterTransport:
         await self._control.start()
         if self not in self._shelf.ends:
             self._shelf.ends.append(self)
+            for server in [server for server in self._shelf.servers if server.end is self]:
+                self._shelf.refill(server)
 
     async def close(self, timeout: float = 10.0) -> None:
         """Take no new task, let those under way finish and be heard, cancel the rest. What was cancelled here waits for
@@ -177,7 +179,7 @@ class EventEmitterTransport:
     # -- engine end
 
     async def dispatch(self, task: RemoteTask) -> None:
-        """Take a task. The same attempt while it is held is the same task, an older one is out of date; a newer one
+        """Take a task. The same attempt while it is held is the same task, unless it was cancelled since; a newer one
         takes the place of one that still waits."""
         self._open()
         size, limit = len(bytes(task.input)), self._capabilities.max_message
@@ -188,11 +190,12 @@ class EventEmitterTransport:
             )
         shelf = self._shelf
         attempts = shelf.held.get(task.step_id, {})
-        if any(attempt >= task.attempt for attempt in attempts):
+        same = attempts.get(task.attempt)
+        if same and not same.dropped:
             return
-        for older in list(attempts.values()):
-            if not older.work:
-                shelf.take_back(older)
+        for other in list(attempts.values()):
+            if not other.work and other.task.attempt < task.attempt:
+                shelf.take_back(other)
         shelf.number += 1
         held = _Held(task, shelf.number)
         shelf.hold(held)
@@ -225,8 +228,7 @@ class EventEmitterTransport:
     # -- worker end
 
     async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
-        """Take tasks of these names. Each call has its own bound; calls for the same name share its tasks."""
-        self._open()
+        """Take tasks of these names, from `start` on. Each call has its own bound; calls for the same name share tasks."""
         server = _Server(self, steps, handler, concurrency)
         for name in server.steps:
             self._shelf.waiting.setdefault(name, [])
@@ -306,9 +308,10 @@ class EventEmitterTransport:
             self._shelf.refill(server)
 
     async def _deliver(self, result: StepResult) -> None:
-        """Until one handler took it. A round in which all raised is repeated, ever more slowly."""
+        """Until one handler took it, or this end closes and nobody is left to take it. A round in which all raised is
+        repeated, ever more slowly."""
         delay = REDELIVERY_FIRST
-        while not await self._offer(result):
+        while not await self._offer(result) and (self._starts or self._shelf.listeners):
             await asyncio.sleep(delay)
             delay = min(delay * 2, REDELIVERY_MAX)
 
@@ -316,9 +319,12 @@ class EventEmitterTransport:
         shelf = self._shelf
         shelf.turn += 1
         first = shelf.turn % max(1, len(shelf.listeners))
-        for _, handler in shelf.listeners[first:] + shelf.listeners[:first]:
+        for listener in shelf.listeners[first:] + shelf.listeners[:first]:
             try:
-                await handler(result)
+                await listener[1](result)
+            except EngineStopped:
+                if listener in shelf.listeners:
+                    shelf.listeners.remove(listener)  # it hears again when it starts again
             except Exception as error:
                 log.warning("The result of %s was not taken and is delivered again: %r", result.step_id, error)
             else:

@@ -15,7 +15,7 @@ from durable.protocol.messages import Heartbeat, RemoteTask, StepResult
 
 ResultHandler = Callable[[StepResult], Awaitable[None]]
 """Returns once the result is durable (or known to be superfluous); only then may a transport acknowledge it. If it
-raises, the result must be delivered again."""
+raises, the result must be delivered again; after EngineStopped to another engine, since this one hears no more."""
 HeartbeatHandler = Callable[[Heartbeat], None]
 TaskHandler = Callable[[RemoteTask], Awaitable[StepResult]]
 """Runs one task. Cancelled when the task is cancelled or the transport gives up waiting for it in `close`."""
@@ -76,6 +76,7 @@ class Transport(Protocol):
     # -- worker end
     async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
         """Begin taking tasks of these step names, at most `concurrency` at once, and reply with what `handler` returns.
+        May be called before `start`, which then begins; an engine that recovers finds its steps served.
         A task of a name nobody serves here is answered failed, `no handler for <name>`, not retryable."""
         ...
 

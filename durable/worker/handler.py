@@ -32,12 +32,12 @@ class StepHandler:
             at = self._clock.now() // 1_000
             events.append(StepEvent(at=at, level=level, message=message, data=fields or None))  # type: ignore[arg-type]
 
-        output: msgspec.Raw | None = None
+        output: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
         error: ErrorData | None = None
         try:
             output = msgspec.Raw(await self._run(task, write))
         except NotRegistered:
-            error = ErrorData(message=f"no handler for {task.name}", code="no_handler", retryable=False)
+            error = ErrorData(message=f"no handler for {task.name}", code="unknown_step", retryable=False)
         except (Exception, SystemExit) as failure:
             error = describe(failure)
         return StepResult(

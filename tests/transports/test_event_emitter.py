@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import selectors
 from collections.abc import Awaitable, Callable
 
+import pytest
+
+from durable.core.errors import EngineStopped
 from durable.protocol.messages import RemoteTask, StepResult
 from durable.testing.facts import eventually
 from durable.testing.suites.transport import ECHO, Gate, Results, answer, echo, task
@@ -67,18 +71,35 @@ async def test_the_same_attempt_while_held_runs_once() -> None:
 
 
 async def test_a_newer_attempt_replaces_a_waiting_one() -> None:
-    """Of two attempts of one step in the queue only the newest runs, whichever came first."""
+    """Of two attempts of one step in the queue only the newer runs."""
     emitter, gate, results = EventEmitterTransport(), Gate(), Results()
     emitter.on_result(results.take)
     await emitter.start()
     await emitter.serve([ECHO], gate.handle, concurrency=1)
     await emitter.dispatch(task("busy"))
-    for attempt in (1, 2, 1):
+    for attempt in (1, 2, 2):
         await emitter.dispatch(task("r", attempt=attempt))
     gate.open()
     await eventually(lambda: len(results) == 2)
     await emitter.close()
     assert [r.attempt for r in results.heard if r.run_id == "r"] == [2]
+
+
+async def test_a_cancelled_attempt_asked_for_again_runs_again() -> None:
+    """An attempt that is still unwinding after its cancel does not swallow a new request for the same attempt."""
+    emitter, gate, results = EventEmitterTransport(), Gate(), Results()
+    emitter.on_result(results.take)
+    await emitter.start()
+    await emitter.serve([ECHO], gate.handle)
+    await emitter.dispatch(task("r"))
+    await eventually(lambda: gate.started)
+    await emitter.cancel("r:0")
+    await emitter.dispatch(task("r"))
+    gate.open()
+    await eventually(lambda: "r:0" in results)
+    assert gate.cancelled == ["r:0"]
+    await eventually(lambda: not emitter._shelf.held)
+    await emitter.close()
 
 
 async def test_higher_priority_goes_first_and_equals_in_order() -> None:
@@ -231,3 +252,75 @@ def test_virtual_time_fixes_the_order() -> None:
     assert told[0] == (0.0, "begin r0")
     assert sum(line.startswith("result") for _, line in told) == 5
     assert told[-1][0] > 3600
+
+
+async def test_close_is_bounded_although_nobody_takes_the_result() -> None:
+    """A result that no engine can make durable does not keep `close` longer than its timeout, and leaves nothing behind."""
+
+    async def refuse(result: StepResult) -> None:
+        raise ConnectionError("the store is away")
+
+    emitter = EventEmitterTransport()
+    emitter.on_result(refuse)
+    await emitter.start()
+    await emitter.serve([ECHO], echo)
+    await emitter.dispatch(task("r"))
+    await emitter.reply(answer(task("by hand")))
+    await emitter.close(0.05)
+    assert await emitter.holding(["r:0"]) == []
+    assert [t for t in asyncio.all_tasks() if t.get_name().startswith(("step", "reply"))] == []
+
+
+async def test_close_does_not_wait_for_an_engine_that_has_stopped() -> None:
+    """A result nobody is left to take ends `close` as soon as the work is done, not at its timeout."""
+
+    async def stopped(result: StepResult) -> None:
+        raise EngineStopped("stopped")
+
+    emitter = EventEmitterTransport()
+    emitter.on_result(stopped)
+    await emitter.start()
+    await emitter.serve([ECHO], echo)
+    await emitter.dispatch(task("r"))
+    await asyncio.wait_for(emitter.close(3600), timeout=30)
+
+
+async def test_a_handler_that_refuses_to_end_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that swallows its cancellation holds `close` up for a bounded moment, and its name is logged."""
+    release = asyncio.Event()
+
+    async def stubborn(task: RemoteTask) -> StepResult:
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+        return answer(task)
+
+    emitter, results = EventEmitterTransport(), Results()
+    emitter.on_result(results.take)
+    await emitter.start()
+    await emitter.serve([ECHO], stubborn)
+    await emitter.dispatch(task("r"))
+    await asyncio.sleep(0)
+    await emitter.close(0)
+    assert "step r:0 went on after it was cancelled" in caplog.text
+    release.set()
+    await eventually(lambda: not [t for t in asyncio.all_tasks() if t.get_name() == "step r:0"])
+    await emitter.start()
+    assert await emitter.holding(["r:0"]) == []
+    await emitter.close()
+
+
+async def test_cancelling_a_waiting_task_takes_it_back() -> None:
+    """A task cancelled before anybody began it never runs, and is no longer held."""
+    emitter, gate, results = EventEmitterTransport(), Gate(), Results()
+    emitter.on_result(results.take)
+    await emitter.start()
+    await emitter.serve([ECHO], gate.handle, concurrency=1)
+    for name in ("busy", "unwanted", "next"):
+        await emitter.dispatch(task(name))
+    await emitter.cancel("unwanted:0")
+    assert await emitter.holding(["unwanted:0"]) == []
+    gate.open()
+    await eventually(lambda: len(results) == 2)
+    await emitter.close()
+    assert gate.started == ["busy:0", "next:0"]

@@ -139,6 +139,24 @@ class TransportSuite:
             assert (result.run_id, result.seq, result.status, result.attempt) == ("r", 3, "completed", 2)
             assert msgspec.json.decode(output_of(result))["text"] == "ünï\u2028☃"
 
+    async def test_serving_may_be_arranged_before_start(self) -> None:
+        """A worker end told what to serve before `start` begins with it; until then it takes nothing."""
+        make = await self.build()
+        engine, worker, results = make(), make(), Results()
+        engine.on_result(results.take)
+        gate = Gate()
+        gate.open()
+        await worker.serve([ECHO], gate.handle)
+        await engine.start()
+        try:
+            await engine.dispatch(task("r"))
+            assert gate.started == []
+            await worker.start()
+            await eventually(lambda: "r:0" in results, "it was answered once the worker had started")
+        finally:
+            await worker.close(0.1)
+            await engine.close(0.1)
+
     async def test_many_tasks_each_answered(self) -> None:
         """A hundred tasks of three names, dispatched at once, give a hundred results, each its own."""
         names = ["suite.a", "suite.b", "suite:c"]
