@@ -179,7 +179,7 @@ class Connection:
         answer: Any
         error: BaseException | None = None
         try:
-            answer = _at_once(act())
+            answer = at_once(act())
         except Exception as raised:
             answer, error = None, raised
         if when == "after":
@@ -368,7 +368,7 @@ class Connection:
 _LOST = frozenset({"lost_commit", "lost_claim", "lost_start", "lost_send"})
 
 
-def _at_once(coro: Coroutine[Any, Any, T]) -> T:
+def at_once(coro: Coroutine[Any, Any, T]) -> T:
     """What a coroutine that waits for nothing returns: an operation of the server's is one moment."""
     try:
         coro.send(None)
