@@ -28,7 +28,6 @@ from durable.engine.start import StartRequest
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
 from durable.store.records import RunPage, RunQuery, RunRecord
-from durable.store.sqlite import SqliteStore
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
 from durable.worker.handler import StepHandler
@@ -47,6 +46,8 @@ def open_store(store: Store | str) -> Store:
     if store in ("memory", "memory://"):
         return MemoryStore()
     if store.startswith("sqlite:"):
+        from durable.store.sqlite import SqliteStore  # only who uses it loads a driver
+
         return SqliteStore(store)
     raise DurableError(f"No store is known for {store!r}. Give sqlite:///path/to/file.db or memory://.")
 
