@@ -16,7 +16,7 @@ from durable.core.clock import SECOND
 from durable.core.commands import Cancelled, Command, Completed, Failed
 from durable.core.definition import workflow_of
 from durable.core.errors import DeterminismError
-from durable.core.journal import CHILD, LOG, REMOTE, RUN, SIGNAL, STEP, TIMER
+from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.replay import Machine
 from durable.protocol.states import TERMINAL, Status
 from durable.testing.simulation.programs import RETRY, WORKFLOWS
@@ -235,7 +235,7 @@ def replays(evidence: Evidence) -> Iterator[str]:
             continue
         # The last life: after the last requeue.
         machine = _machine(stored)
-        entries = [entry for entry in journal if entry.kind != LOG]
+        entries = _until_the_end(journal)
         try:
             machine.replay(entries)
         except DeterminismError as error:
@@ -258,6 +258,15 @@ def replays(evidence: Evidence) -> Iterator[str]:
         elif run.status is not Status.CANCELLED:
             # Only a clean-up that took too long is ended from outside.
             yield f"{run_id} is {run.status.value}, and its journal leads to no end"
+
+
+def _until_the_end(journal: list[Entry]) -> list[Entry]:
+    """What the outcome was computed from: without the last entry, and what was given up because of it."""
+    entries = [entry for entry in journal if entry.kind != LOG]
+    entries.pop()
+    while entries and entries[-1].status == "cancelled" and entries[-1].kind in COMMAND_KINDS:
+        entries.pop()
+    return entries
 
 
 def behind_the_barrier(evidence: Evidence) -> Iterator[str]:

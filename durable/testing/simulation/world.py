@@ -203,15 +203,27 @@ class World:
         finally:
             witnesses.install(None)
             report = self._report(stuck)
-            self.loop.close()
-            self._grave.clear()
             logger.removeHandler(logs)
+            logger.setLevel(logging.CRITICAL + 1)
+            self._bury()
             logger.propagate = propagate
             logger.setLevel(level)
             if collecting:
                 gc.enable()
             sys.unraisablehook = hook
         return report
+
+    def _bury(self) -> None:
+        """Let go of everything that is left, now: destructors must not run in the midst of another seed."""
+        self.loop.close()
+        self.slots.clear()
+        self._grave.clear()
+        self.server.listeners.clear()
+        self.bus.listeners.clear()
+        self.broker.ends.clear()
+        self.broker.workers.clear()
+        self.broker.jobs.clear()
+        gc.collect()
 
     async def _main(self) -> None:
         swarm, loop = self.swarm, self.loop
