@@ -167,7 +167,9 @@ class Executor:
             run.last_at = entries[-1].at
             fresh = run.machine.replay(entries)
         else:
-            fresh = run.machine.deliver(apply.started(self, run))
+            begun = apply.started(self, run)
+            self._recall(run, begun)
+            fresh = run.machine.deliver(begun)
         issued = {command.key for command in fresh if isinstance(command, Command)}
         for command in list(run.machine.outstanding.values()):
             if command.key not in issued:
