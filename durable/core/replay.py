@@ -444,7 +444,8 @@ class Machine:
         if answer is None:
             answer = self._patches[id] = not self._behind
             if answer and not self.loop.closing:
-                self._issued.append(Patch(id))
+                # Before the turn's commands: no crash can leave a trace of them without the marker.
+                self._issued.insert(self._turn_from, Patch(id))
         return answer
 
     def write_log(self, level: str, message: str, fields: bytes | None) -> None:
