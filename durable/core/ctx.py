@@ -230,6 +230,12 @@ class Context:
         code = getattr(fn, "__code__", None)
         if code is not None and code.co_flags & _GENERATORS:
             raise DefinitionError(f"Step {name!r} is a generator; a step returns one value. Return a list.")
+        if inspect.iscoroutine(fn):
+            fn.close()
+            raise DefinitionError(
+                f"Step {name!r} was given a call, not a function. Give the function and its arguments apart: "
+                f"ctx.step({name!r}, {fn.__name__}, ...)."
+            )
         if not callable(fn):
             raise DefinitionError(f"Step {name!r} needs a function to run, not {fn!r:.100}.")
         fingerprint = _NO_ARGUMENTS

@@ -59,6 +59,11 @@ class ErrorData(Struct, frozen=True, rename="camel", omit_defaults=True):
     details: Any = None
     stack: str | None = None
 
+    @property
+    def line(self) -> str:
+        """For people. An error of somebody else's class bears its name: of a KeyError the message alone says nothing."""
+        return f"{self.type}: {self.message}" if self.code == "error" and self.type else self.message
+
 
 class DurableError(Exception):
     """The root. `code` is stable; `str(error)` says what to do next."""

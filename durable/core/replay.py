@@ -87,9 +87,14 @@ class Asked(Promise):
         try:
             value = self.read(payload)
         except DurableError as error:
-            self.set_exception(error)
+            what = f"the result of {self.command.kind} {self.command.key!r}"
+            self.set_exception(type(error)(f"{what}: {error}"))
         else:
             self.set_result(value)
+
+
+# What an author reads who forgot an await: "unsupported operand type(s) for +: 'NotAwaited' and 'int'".
+Asked.__name__ = Asked.__qualname__ = "NotAwaited"
 
 
 class Machine:
@@ -564,7 +569,7 @@ def _failure_of(command: Command, entry: Entry) -> StepFailed:
     elif data.code == "step_timeout":
         cls = StepTimeout
     what = "Child" if command.kind == CHILD else "Step"
-    return cls(f"{what} {command.key!r} failed: {data.message}", key=command.key, error=data, attempts=entry.attempt)
+    return cls(f"{what} {command.key!r} failed: {data.line}", key=command.key, error=data, attempts=entry.attempt)
 
 
 def _origins(error: BaseException) -> Iterator[BaseException]:

@@ -160,6 +160,8 @@ class WorkflowEngine:
         if is_workflow(workflow):
             found = workflow_of(workflow)
             return registry.workflow(found.name, version or found.version)
+        if not isinstance(workflow, str):
+            workflow_of(workflow)  # says what is missing
         return registry.workflow(str(workflow), version) if version else registry.latest(str(workflow))
 
     async def start_run(self, workflow: Any, input: Any = None, **options: Any) -> RunHandle[Any]:

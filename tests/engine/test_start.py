@@ -119,7 +119,7 @@ async def test_an_input_that_cannot_be_kept_is_refused_at_the_call(
 async def test_an_input_of_the_wrong_type_is_refused_at_the_call(world: World) -> None:
     """The workflow's annotation decides what its input may be, before the run exists."""
     app = await world.engine(double)
-    with pytest.raises(PayloadError, match="not a int"):
+    with pytest.raises(PayloadError, match="not an int"):
         await app.start("double", "twelve")
     assert (await app.find()).runs == []
 
