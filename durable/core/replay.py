@@ -87,8 +87,9 @@ class Asked(Promise):
         try:
             value = self.read(payload)
         except DurableError as error:
-            what = f"the result of {self.command.kind} {self.command.key!r}"
-            self.set_exception(type(error)(f"{what}: {error}"))
+            what = {SIGNAL: "signal", CHILD: "the result of child"}.get(self.command.kind, "the result of step")
+            name = self.command.name if self.command.kind == SIGNAL else self.command.key
+            self.set_exception(type(error)(f"{what} {name!r}: {error}"))
         else:
             self.set_result(value)
 
