@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -111,6 +112,9 @@ class SqliteStore:
     async def open(self) -> None:
         if not isinstance(self._writer, _Closed):
             return
+        if self._location.path is not None:
+            with suppress(OSError):  # the sentence for it comes from opening
+                self._location.path.parent.mkdir(exist_ok=True)
         if self._inline:
             cx = self._connect()
             self._prepare(cx)
