@@ -28,7 +28,6 @@ from durable.engine.start import StartRequest
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
 from durable.store.records import RunPage, RunQuery, RunRecord
-from durable.store.sqlite import SqliteStore
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
 from durable.worker.handler import StepHandler
@@ -47,6 +46,8 @@ def open_store(store: Store | str) -> Store:
     if store in ("memory", "memory://"):
         return MemoryStore()
     if store.startswith("sqlite:"):
+        from durable.store.sqlite import SqliteStore  # only who uses it loads a driver
+
         return SqliteStore(store)
     raise DurableError(f"No store is known for {store!r}. Give sqlite:///path/to/file.db or memory://.")
 
@@ -74,7 +75,8 @@ class Durable:
         **settings: Any,
     ) -> None:
         self.registry = Registry([*workflows, *steps])
-        self._store = store
+        self.store = store
+        """Read when the app is opened; a command line may put another in its place before."""
         self._transport = transport
         self._control_plane = control_plane
         self._clock = clock or SystemClock()
@@ -157,7 +159,7 @@ class Durable:
         """Open the store and start the engine. Raises StoreError with what to do."""
         if self._engine is not None:
             raise DurableError("The app is running already.")
-        store = open_store(self._store)
+        store = open_store(self.store)
         transport = self._transport or EventEmitterTransport()
         deps = Deps(
             store=store,

@@ -46,11 +46,11 @@ class StoreClock:
         self._base = local.now()
         self._base_monotonic = local.monotonic()
 
-    def synchronise(self, store_now: int, asked_at: float, answered_at: float) -> None:
-        """Take the store's `now`, read between two local monotonic instants. Never steps back by itself: stamps of
-        a run are kept rising by the run."""
+    def synchronise(self, store_now: int, answered_at: float) -> None:
+        """Take the store's `now`, whose answer came at this local monotonic instant. So this clock lags by as long as the
+        answer took and never runs ahead: a timer is never early. It may step back; a run keeps its own stamps rising."""
         self._base = store_now
-        self._base_monotonic = (asked_at + answered_at) / 2
+        self._base_monotonic = answered_at
 
     def now(self) -> int:
         return self._base + int((self._local.monotonic() - self._base_monotonic) * SECOND)

@@ -1,13 +1,22 @@
-"""What workflow code can ask for. Plain functions that hand out futures: key and ordinal are given at the call."""
+"""What workflow code can ask for.
+
+Every method is a plain function: the key and the ordinal are given out at the call, what is waited for is a future.
+So `asyncio.gather`, `TaskGroup.create_task`, `asyncio.wait` take what it returns as it is, and cancelling it tells
+the engine at once. Decides names, keys, options and types at the edge; `core/replay.py` keeps the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
-from collections.abc import Awaitable, Callable
+import typing
+from asyncio import Future
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from random import Random
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, TypeVarTuple, overload
 from uuid import UUID
 
 from durable.core import payload
@@ -19,201 +28,622 @@ from durable.core.options import ChildOptions, RemoteOptions, StepOptions
 from durable.core.retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from durable.core.replay import Machine
+    from durable.core.replay import Asked, Machine
 
 T = TypeVar("T")
+I = TypeVar("I", contravariant=True)  # noqa: E741
+O = TypeVar("O", covariant=True)  # noqa: E741
+D = TypeVar("D")
+Ts = TypeVarTuple("Ts")
+
+Retries = int | RetryPolicy | None
+"""`3`: three more tries after the first."""
+
 _UNSET: Any = object()
+_STEP_OPTIONS = StepOptions()
+_REMOTE_OPTIONS = RemoteOptions()
+_ONCE = StepOptions(RetryPolicy(max_attempts=1))
+_NO_ARGUMENTS = payload.fingerprint(b"[]")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class WorkflowClass(Protocol[I, O]):
+    """A class-based workflow, as a type."""
+
+    def run(self, ctx: Any, input: I, /) -> Coroutine[Any, Any, O]: ...
 
 
 class ChildHandle(Generic[T]):
-    """A child that was started and is not waited for yet."""
+    """A child run that goes on by itself."""
 
-    def __init__(self, run_id: str, future: Awaitable[T]) -> None:
+    def __init__(self, run_id: str, answer: Future[T]) -> None:
         self.run_id = run_id
-        self._future = future
+        self._answer = answer
 
-    def result(self) -> Awaitable[T]:
-        """Wait for what it returns. Raises ChildFailed."""
-        return self._future
+    def result(self) -> Future[T]:
+        """What it returns, as often as you ask. Raises ChildFailed. Giving up this wait leaves the child alone."""
+        return asyncio.shield(self._answer)
+
+    def cancel(self) -> bool:
+        """Cancel the child. False if it has ended."""
+        return self._answer.cancel()
 
 
-class Context:
-    """Handed to workflow code."""
+class Log:
+    """`ctx.log`: lines that are written once, however often the body is replayed."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
-    @property
-    def run_id(self) -> str:
-        return self._machine.run_id
+    def __call__(self, message: str, *, level: str = "info", **fields: Any) -> None:
+        self._write(level, message, fields)
 
-    def step(self, name: Any, fn: Any = None, /, *args: Any, retries: int | RetryPolicy | None = None,
-             timeout: Duration | None = None, returns: Any = _UNSET) -> Any:
-        machine = self._machine
-        machine.check()
-        if not isinstance(name, str):
-            if fn is not None:
-                args = (fn, *args)
-            fn, name = name, None
-        options = StepOptions()
+    def debug(self, message: str, **fields: Any) -> None:
+        self._write("debug", message, fields)
+
+    def info(self, message: str, **fields: Any) -> None:
+        self._write("info", message, fields)
+
+    def warning(self, message: str, **fields: Any) -> None:
+        self._write("warn", message, fields)
+
+    def error(self, message: str, **fields: Any) -> None:
+        self._write("error", message, fields)
+
+    def _write(self, level: str, message: str, fields: dict[str, Any]) -> None:
+        self._machine.loop.admit()
+        # Encoded even where the line is stored already: a value that is refused must be refused on every replay.
+        data = payload.encode(fields, what="the fields of a log line") if fields else None
+        self._machine.write_log(level, payload.clean(str(message)), data)
+
+
+class Context:
+    """A workflow's first argument."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._loop = machine.loop
+        self._random: Random | None = None
+        self.log = Log(machine)
+        self.run_id = machine.run_id
+        self.workflow = machine.definition.name
+        self.version = machine.definition.version
+
+    # ------------------------------------------------------------------ steps
+
+    @overload
+    def step(
+        self,
+        name: str,
+        fn: Callable[[*Ts], Awaitable[T]],
+        /,
+        *args: *Ts,
+        retries: Retries = None,
+        timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def step(
+        self,
+        name: str,
+        fn: Callable[[*Ts], T],
+        /,
+        *args: *Ts,
+        retries: Retries = None,
+        timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def step(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        returns: type[T],
+        retries: Retries = None,
+        timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def step(
+        self,
+        fn: Callable[[*Ts], Awaitable[T]],
+        /,
+        *args: *Ts,
+        retries: Retries = None,
+        timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def step(
+        self,
+        fn: Callable[[*Ts], T],
+        /,
+        *args: *Ts,
+        retries: Retries = None,
+        timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def step(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        returns: type[T],
+        retries: Retries = None,
+        timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def step(
+        self,
+        name: str | Callable[..., Any],
+        /,
+        *args: Any,
+        returns: Any = ...,
+        retries: Retries = None,
+        timeout: Duration | None = None,
+    ) -> Future[Any]: ...
+    def step(  # type: ignore[misc]  # mypy loses *Ts of an overload here
+        self,
+        name: Any,
+        /,
+        *args: Any,
+        returns: Any = _UNSET,
+        retries: Retries = None,
+        timeout: Duration | None = None,
+    ) -> Future[Any]:
+        """Run a body once and for all: `ctx.step("reserve", fn, a, b)` or `ctx.step(fn, a, b)`.
+
+        The body runs in the engine's process, on the application's loop or, a plain `def`, in a thread. What it
+        returns is journaled, and every replay gets that. It may run again if the process dies before: make it
+        idempotent. Raises StepFailed after the last attempt.
+        """
+        self._loop.admit()
+        fn = name
+        if isinstance(name, str):
+            if not args:
+                raise DefinitionError(f"Step {name!r} needs a body: ctx.step({name!r}, fn, *args).")
+            fn, *args = args  # type: ignore[assignment]
+        options = _STEP_OPTIONS
         if is_step(fn):
             definition = step_of(fn)
-            name = name or definition.name
             options = StepOptions(definition.options.retry, definition.options.timeout)
+            if fn is name:
+                name = definition.name
             fn = definition.body
-        name = name or getattr(fn, "__name__", "step")
-        return self._step(name, fn, args, options, retries, timeout, returns)
+            returns = definition.output_type if returns is _UNSET else returns
+        elif fn is name:
+            name = getattr(fn, "__name__", None)
+            if name is None:
+                raise DefinitionError(f"This step needs a name: ctx.step('name', fn, ...). It was given {fn!r:.100}.")
+        return self._step(name, fn, tuple(args), _step_options(options, retries, timeout), returns)
 
-    def _step(self, name: str, fn: Any, args: Any, options: StepOptions, retries: Any, timeout: Any, returns: Any) -> Any:
+    def side_effect(self, fn: Callable[[], T], *, name: str = "side_effect", returns: Any = _UNSET) -> Future[T]:
+        """Record what a small function returns, without retries: a random number, the time, a flag."""
+        self._loop.admit()
+        return self._step(name, fn, (), _ONCE, returns)
+
+    def _step(
+        self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], options: StepOptions, returns: Any
+    ) -> Future[Any]:
         machine = self._machine
-        check_name(name, "step name")
-        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        if name not in machine.keys:
+            check_name(name, "step name")
+        code = getattr(fn, "__code__", None)
+        if code is not None and code.co_flags & _GENERATORS:
             raise DefinitionError(f"Step {name!r} is a generator; a step returns one value. Return a list.")
         if not callable(fn):
-            raise DefinitionError(f"Step {name!r} needs a function, not {fn!r:.100}.")
-        data = payload.encode(args, what=f"the arguments of step {name!r}") if args else b"[]"
+            raise DefinitionError(f"Step {name!r} needs a function to run, not {fn!r:.100}.")
+        fingerprint = _NO_ARGUMENTS
+        if args:
+            fingerprint = payload.fingerprint(payload.canonical(args, what=f"the arguments of step {name!r}"))
         if returns is _UNSET:
-            returns = getattr(fn, "__annotations__", {}).get("return", Any)
-            if isinstance(returns, str):
-                import typing
-                returns = typing.get_type_hints(fn).get("return", Any)
-        ordinal = machine.next_ordinal()
+            returns = _return_type(fn, name)
+        read = payload.decoder(returns)
         command = RunStep(
-            ordinal, machine.next_key(name), name, payload.fingerprint(data), fn, args,
-            _options(options, retries, timeout), returns, contextvars.copy_context(),
+            next(self._loop.ordinals),
+            machine.key(name),
+            name,
+            fingerprint,
+            fn,
+            args,
+            options,
+            returns,
+            contextvars.copy_context(),
         )
-        return machine.issue(command, payload.decoder(returns))
+        return machine.ask(command, read)
 
-    def remote(self, step: Any, input: Any = None, /, *, returns: Any = _UNSET, timeout: Duration | None = None,
-               retries: int | RetryPolicy | None = None, transport: str | None = None, group: str | None = None,
-               priority: int | None = None, heartbeat_timeout: Duration | None = None) -> Any:
-        machine = self._machine
-        machine.check()
-        base = RemoteOptions()
+    @overload
+    def remote(
+        self,
+        step: str,
+        input: Any = None,
+        /,
+        *,
+        returns: type[T],
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: Callable[[Any, I], Awaitable[T]],
+        input: I,
+        /,
+        *,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: Callable[[I], Awaitable[T]],
+        input: I,
+        /,
+        *,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: Callable[..., Awaitable[T]],
+        /,
+        *,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: Any,
+        input: Any = None,
+        /,
+        *,
+        returns: Any = ...,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[Any]: ...
+    def remote(
+        self,
+        step: Any,
+        input: Any = None,
+        /,
+        *,
+        returns: Any = _UNSET,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[Any]:
+        """Send a step to a worker, by reference (`Payments.charge`) or by name, and wait for its result.
+
+        Options given here win over those of the step's definition. Raises StepFailed.
+        """
+        self._loop.admit()
+        base = _REMOTE_OPTIONS
         if is_step(step):
             definition = step_of(step)
             name, base = definition.name, definition.options
             data = definition.encode_input(input)
             returns = definition.output_type if returns is _UNSET else returns
         else:
-            name = step
-            check_name(name, "step name")
+            name = _named(step, "step", "@durable_step")
             data = payload.encode(input, what=f"the input of step {name!r}")
             returns = Any if returns is _UNSET else returns
         options = RemoteOptions(
             retry=_policy(retries) or base.retry,
-            timeout=seconds(timeout) if timeout is not None else base.timeout,
-            heartbeat_timeout=seconds(heartbeat_timeout) if heartbeat_timeout is not None else base.heartbeat_timeout,
+            timeout=base.timeout if timeout is None else seconds(timeout),
+            heartbeat_timeout=base.heartbeat_timeout if heartbeat_timeout is None else seconds(heartbeat_timeout),
             transport=transport or base.transport,
             group=group or base.group,
-            priority=priority if priority is not None else base.priority,
+            priority=base.priority if priority is None else priority,
         )
-        command = SendTask(machine.next_ordinal(), machine.next_key(name), name, payload.fingerprint(data), data, options, returns)
-        return machine.issue(command, payload.decoder(returns))
+        read = payload.decoder(returns)
+        command = SendTask(
+            next(self._loop.ordinals),
+            self._machine.key(name),
+            name,
+            _fingerprint(input, name),
+            data,
+            options,
+            returns,
+        )
+        return self._machine.ask(command, read)
 
-    def side_effect(self, fn: Callable[[], T], *, name: str = "side_effect", returns: Any = _UNSET) -> Awaitable[T]:
-        self._machine.check()
-        return self._step(name, fn, (), StepOptions(RetryPolicy(max_attempts=1)), None, None, returns)  # type: ignore[no-any-return]
+    # ------------------------------------------------------------------ children
 
-    def child(self, workflow: Any, input: Any = None, *, version: str | None = None, returns: Any = _UNSET) -> Any:
+    @overload
+    def child(self, workflow: str, input: Any = None, *, version: str | None = None, returns: type[T]) -> Future[T]: ...
+    @overload
+    def child(self, workflow: type[WorkflowClass[I, O]], input: I, *, version: str | None = None) -> Future[O]: ...
+    @overload
+    def child(
+        self, workflow: Callable[[Context, I], Awaitable[O]], input: I, *, version: str | None = None
+    ) -> Future[O]: ...
+    @overload
+    def child(self, workflow: Callable[[Context], Awaitable[O]], *, version: str | None = None) -> Future[O]: ...
+    @overload
+    def child(
+        self, workflow: Any, input: Any = None, *, version: str | None = None, returns: Any = ...
+    ) -> Future[Any]: ...
+    def child(
+        self, workflow: Any, input: Any = None, *, version: str | None = None, returns: Any = _UNSET
+    ) -> Future[Any]:
+        """Start another run and wait for what it returns. Raises ChildFailed. Cancelling the wait cancels the child."""
         return self._child(workflow, input, version, returns, ChildOptions())[1]
 
-    def start_child(self, workflow: Any, input: Any = None, *, version: str | None = None, returns: Any = _UNSET,
-                    on_parent_close: Literal["cancel", "abandon"] = "cancel") -> ChildHandle[Any]:
-        return ChildHandle(*self._child(workflow, input, version, returns, ChildOptions(awaited=False, on_parent_close=on_parent_close)))
+    @overload
+    def start_child(
+        self,
+        workflow: type[WorkflowClass[I, O]],
+        input: I,
+        *,
+        version: str | None = None,
+        on_parent_close: Literal["cancel", "abandon"] = "cancel",
+    ) -> ChildHandle[O]: ...
+    @overload
+    def start_child(
+        self,
+        workflow: Callable[[Context, I], Awaitable[O]],
+        input: I,
+        *,
+        version: str | None = None,
+        on_parent_close: Literal["cancel", "abandon"] = "cancel",
+    ) -> ChildHandle[O]: ...
+    @overload
+    def start_child(
+        self,
+        workflow: Any,
+        input: Any = None,
+        *,
+        version: str | None = None,
+        returns: Any = ...,
+        on_parent_close: Literal["cancel", "abandon"] = "cancel",
+    ) -> ChildHandle[Any]: ...
+    def start_child(
+        self,
+        workflow: Any,
+        input: Any = None,
+        *,
+        version: str | None = None,
+        returns: Any = _UNSET,
+        on_parent_close: Literal["cancel", "abandon"] = "cancel",
+    ) -> ChildHandle[Any]:
+        """Start another run and go on. `on_parent_close`: what becomes of it if this run ends other than completed."""
+        options = ChildOptions(awaited=False, on_parent_close=on_parent_close)
+        return ChildHandle(*self._child(workflow, input, version, returns, options))
 
-    def _child(self, workflow: Any, input: Any, version: str | None, returns: Any, options: ChildOptions) -> Any:
-        machine = self._machine
-        machine.check()
+    def _child(
+        self, workflow: Any, input: Any, version: str | None, returns: Any, options: ChildOptions
+    ) -> tuple[str, Future[Any]]:
+        self._loop.admit()
         if is_workflow(workflow):
             definition = workflow_of(workflow)
             name, version = definition.name, version or definition.version
             data = definition.encode_input(input)
             returns = definition.output_type if returns is _UNSET else returns
         else:
-            name = workflow
+            name = _named(workflow, "workflow", "@workflow")
             data = payload.encode(input, what=f"the input of workflow {name!r}")
             returns = Any if returns is _UNSET else returns
-        ordinal, key = machine.next_ordinal(), machine.next_key(name)
-        child_id = machine.child_id(ordinal, key)
-        command = StartChild(ordinal, key, name, payload.fingerprint(data), name, version, data, child_id, options, returns)
-        return child_id, machine.issue(command, payload.decoder(returns))
+        read = payload.decoder(returns)
+        fingerprint = _fingerprint(input, name)
+        ordinal, key = next(self._loop.ordinals), self._machine.key(name)
+        child_id = self._machine.child_id(ordinal, key)
+        command = StartChild(ordinal, key, name, fingerprint, name, version, data, child_id, options, returns)
+        return child_id, self._machine.ask(command, read)
 
-    def wait_for_signal(self, name: str, *, type: Any = Any, timeout: Duration | None = None, default: Any = _UNSET) -> Any:
-        machine = self._machine
-        machine.check()
+    # ------------------------------------------------------------------ waiting
+
+    @overload
+    def wait_for_signal(self, name: str, *, type: type[T], timeout: Duration | None = None) -> Future[T]: ...
+    @overload
+    def wait_for_signal(
+        self, name: str, *, type: type[T], timeout: Duration | None = None, default: D
+    ) -> Future[T | D]: ...
+    @overload
+    def wait_for_signal(
+        self, name: str, *, type: Any = ..., timeout: Duration | None = None, default: Any = ...
+    ) -> Future[Any]: ...
+    def wait_for_signal(
+        self, name: str, *, type: Any = Any, timeout: Duration | None = None, default: Any = _UNSET
+    ) -> Future[Any]:
+        """The next signal of that name, oldest first; one that came early is taken at once, and each only once.
+
+        After `timeout` the wait raises WaitTimeout, or gives `default` where one is given.
+        """
+        self._loop.admit()
         check_name(name, "signal name")
-        command = WaitSignal(machine.next_ordinal(), machine.next_key(f"signal:{name}"), name, "")
-        future = machine.issue(command, payload.decoder(type))
-        if timeout is not None and not future.done():
-            def over() -> None:
-                if machine.withdraw(future):
-                    if default is _UNSET:
-                        future.set_exception(WaitTimeout(f"No signal {name!r} within {timeout}."))
-                    else:
-                        future.set_result(default)
-            handle = machine.loop.call_later(seconds(timeout), over)
-            future.add_done_callback(lambda _: handle.cancel())
-        return future
-
-    def sleep(self, delay: Duration) -> Awaitable[None]:
-        return self._until(self._machine.now + int(seconds(delay) * 1_000_000))
-
-    def sleep_until(self, moment: datetime) -> Awaitable[None]:
-        if moment.tzinfo is None:
-            raise DefinitionError("sleep_until needs a time with a zone: datetime(..., tzinfo=UTC).")
-        return self._until(int(moment.timestamp() * 1_000_000))
-
-    def _until(self, deadline: int) -> Awaitable[None]:
+        read = payload.decoder(type)
+        limit = None if timeout is None else seconds(timeout)
         machine = self._machine
-        machine.check()
-        future = machine.loop.create_future()
-        handle = machine.loop.call_later((deadline - machine.now) / 1_000_000, _ring, future)
-        future.add_done_callback(lambda _: handle.cancel())
-        return future
+        command = WaitSignal(next(self._loop.ordinals), machine.key(f"signal:{name}"), name, "")
+
+        def give_up(promise: Asked) -> None:
+            if default is _UNSET:
+                promise.set_exception(WaitTimeout(f"No signal {name!r} came within {limit:g} s."))
+            else:
+                promise.set_result(default)
+
+        return machine.wait_signal(command, read, None if limit is None else round(limit * 1e6), give_up)
+
+    def sleep(self, duration: Duration) -> Future[None]:
+        """Sleep, for a second or a year: `ctx.sleep("3d")`. The run needs no memory meanwhile."""
+        self._loop.admit()
+        return self._loop.sleep_until(self._loop.now + round(seconds(duration) * 1e6))
+
+    def sleep_until(self, moment: datetime) -> Future[None]:
+        """Sleep until a moment, which needs a time zone; one that has passed is no wait at all."""
+        self._loop.admit()
+        if not isinstance(moment, datetime) or moment.tzinfo is None:
+            raise DefinitionError(f"sleep_until needs a datetime with a time zone, not {moment!r}: datetime.now(UTC).")
+        return self._loop.sleep_until((moment - _EPOCH) // timedelta(microseconds=1))
+
+    @overload
+    def gather(self, *awaitables: Awaitable[T], mode: Literal["all"] = "all") -> Future[list[T]]: ...
+    @overload
+    def gather(self, *awaitables: Awaitable[T], mode: Literal["settled"]) -> Future[list[T | BaseException]]: ...
+    @overload
+    def gather(self, *awaitables: Awaitable[T], mode: Literal["first"]) -> Future[T]: ...
+    def gather(self, *awaitables: Awaitable[Any], mode: str = "all") -> Future[Any]:
+        """Wait for several. `all`: every result in order, or the first error, and then the rest is cancelled.
+        `settled`: results and errors in order. `first`: the first to end, result or error; the rest is cancelled."""
+        self._loop.admit()
+        if mode not in _GATHER:
+            raise DefinitionError(f"gather knows the modes {', '.join(_GATHER)}, not {mode!r}.")
+        if mode == "first" and not awaitables:
+            raise DefinitionError("gather(mode='first') needs something to wait for.")
+        futures: list[Future[Any]] = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+        return self._loop.create_task(_GATHER[mode](futures), name=f"gather-{mode}")
+
+    # ------------------------------------------------------------------ the rest
 
     def now(self) -> datetime:
-        return datetime.fromtimestamp(0, UTC) + timedelta(microseconds=self._machine.now)
+        """The time, UTC. It moves from turn to turn, and is the same on every replay."""
+        self._loop.admit()
+        return _EPOCH + timedelta(microseconds=self._loop.now)
 
     def uuid(self) -> UUID:
-        return UUID(int=self._machine.random.getrandbits(128), version=4)
+        """A random UUID, the same on every replay."""
+        self._loop.admit()
+        return UUID(int=self._generator().getrandbits(128), version=4)
 
     def random(self) -> float:
-        return self._machine.random.random()
+        """A random number in [0, 1), the same on every replay."""
+        self._loop.admit()
+        return self._generator().random()
+
+    def _generator(self) -> Random:
+        if self._random is None:
+            self._random = Random(self.run_id)
+        return self._random
 
     def patched(self, id: str) -> bool:
-        self._machine.check()
+        """Whether to take the new way: True for runs that get here for the first time, False for those who have
+        been past here with the old code. The answer is journaled and stays."""
+        self._loop.admit()
+        check_name(id, "patch id")
         return self._machine.patched(id)
 
-    async def gather(self, *awaitables: Awaitable[Any], mode: Literal["all", "settled", "first"] = "all") -> Any:
-        if mode == "all":
-            return await asyncio.gather(*awaitables)
-        if mode == "settled":
-            return await asyncio.gather(*awaitables, return_exceptions=True)
-        futures = [asyncio.ensure_future(a) for a in awaitables]
+
+# ------------------------------------------------------------------ gather
+
+
+async def _all(futures: list[Future[Any]]) -> list[Any]:
+    try:
+        if futures:
+            await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
+        for future in futures:  # whatever ended badly comes out, though others before it are still under way
+            if future.done():
+                future.result()
+        return [future.result() for future in futures]
+    finally:
+        _cancel(futures)
+
+
+async def _settled(futures: list[Future[Any]]) -> list[Any]:
+    try:
+        if futures:
+            await asyncio.wait(futures)
+        return [_outcome(future) for future in futures]
+    finally:
+        _cancel(futures)
+
+
+async def _first(futures: list[Future[Any]]) -> Any:
+    try:
         await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-        winner = next(f for f in futures if f.done())
-        for future in futures:
-            if future is not winner:
-                future.cancel()
-        return winner.result()
-
-    def log(self, message: str, *, level: str = "info", **fields: Any) -> None:
-        self._machine.check()
-        data = payload.encode(fields, what="the fields of a log line") if fields else None
-        self._machine.write_log(level, message, data)
+        return next(future for future in futures if future.done()).result()
+    finally:
+        _cancel(futures)
 
 
-def _ring(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+_GATHER: dict[str, Callable[[list[Future[Any]]], Coroutine[Any, Any, Any]]] = {
+    "all": _all,
+    "settled": _settled,
+    "first": _first,
+}
 
 
-def _policy(retries: int | RetryPolicy | None) -> RetryPolicy | None:
-    return RetryPolicy(max_attempts=retries + 1) if isinstance(retries, int) else retries
+def _outcome(future: Future[Any]) -> Any:
+    if future.cancelled():
+        return asyncio.CancelledError()
+    error = future.exception()
+    return future.result() if error is None else error
 
 
-def _options(base: StepOptions, retries: Any, timeout: Any) -> StepOptions:
+def _cancel(futures: list[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+# ------------------------------------------------------------------ reading what was given
+
+
+def _policy(retries: Retries) -> RetryPolicy | None:
+    if retries is None or isinstance(retries, RetryPolicy):
+        return retries
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise DefinitionError(f"retries is a number from 0 or a RetryPolicy, not {retries!r}.")
+    return RetryPolicy(max_attempts=retries + 1)
+
+
+def _step_options(base: StepOptions, retries: Retries, timeout: Duration | None) -> StepOptions:
     if retries is None and timeout is None:
         return base
-    return StepOptions(_policy(retries) or base.retry, seconds(timeout) if timeout is not None else base.timeout)
+    return StepOptions(_policy(retries) or base.retry, base.timeout if timeout is None else seconds(timeout))
+
+
+def _named(given: Any, what: str, decorator: str) -> str:
+    if not isinstance(given, str):
+        raise DefinitionError(f"{given!r:.100} is no {what}. Put {decorator} on it, or give its name.")
+    check_name(given, f"{what} name")
+    return given
+
+
+def _fingerprint(input: Any, name: str) -> str:
+    return payload.fingerprint(payload.canonical(input, what=f"the input of {name!r}"))
+
+
+def _return_type(fn: Callable[..., Any], name: str) -> Any:
+    annotation = getattr(fn, "__annotations__", _NOTHING).get("return", Any)
+    if isinstance(annotation, type) or annotation is Any:
+        return annotation
+    if annotation is None:
+        return Any
+    try:
+        return _hints(inspect.unwrap(fn)).get("return", Any)
+    except Exception as error:
+        raise DefinitionError(
+            f"The return annotation of step {name!r} cannot be read: {error}. Define the type in a module, or say "
+            "ctx.step(..., returns=TheType)."
+        ) from error
+
+
+_NOTHING: dict[str, Any] = {}
+
+
+@functools.lru_cache(maxsize=1024)
+def _hints(fn: Any) -> dict[str, Any]:
+    return typing.get_type_hints(fn, include_extras=True)

@@ -50,7 +50,7 @@ _DELIVERED = frozenset(
 )
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):
     """One journal row. Times are integer microseconds since the epoch, UTC; payloads are encoded JSON bytes.
 
     `payload` by kind and status:

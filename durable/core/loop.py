@@ -1,400 +1,605 @@
-"""The loop that workflows run on: deterministic, driven turn by turn, with no I/O, no thread and no clock of its own (D6).
+"""The loop that workflow code runs on: deterministic, driven turn by turn, with no clock, socket or thread of its own.
 
-A turn runs until nothing is ready, so the engine knows exactly when a run waits and on what. Plain `asyncio.gather`,
-`TaskGroup`, `wait`, `timeout`, `Event`, `Queue` work on it and are durable; `call_later` is a durable timer.
+Decides in which order workflow code runs, what a timer is, and what code may not wait for. Driven by `core/replay.py`
+from a plain callback. A turn runs until nothing is ready, so whoever drives it knows that the run now waits. Never
+does I/O, never reads a clock: `now` is set from outside, and timers only say when they are due.
 
-Called by core/replay.py only. It never calls the application's loop, and refuses whatever would.
+Sets of tasks iterate by hash, and asyncio keeps such sets (TaskGroup, wait), so tasks and futures of this loop hash
+by creation number. They are held strongly, so that the garbage collector decides nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import heapq
+import itertools
 import logging
-import math
 import sys
-import threading
-import types
+from asyncio import events, tasks
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
+from threading import get_ident
+from types import AsyncGeneratorType, CodeType, FrameType
 from typing import Any, NoReturn
 
 from durable.core.errors import DeterminismError, ForeignAwait, Stalled, Unwound
 
-log = logging.getLogger("durable.workflow")
+logger = logging.getLogger("durable.workflow")
 
-MAX_CALLBACKS = 100_000
-"""Callbacks one turn may run: 5,000 steps asked for at once need about 20,000."""
-MAX_UNWINDING_ROUNDS = 50
-"""How often a coroutine that refuses to be unwound is asked again."""
+MAX_CALLBACKS = 250_000
+"""Callbacks one turn may run: well under a second of work, far more than any turn that ends."""
+MAX_REFUSALS = 100
+"""Waits that a coroutine being dropped may try before it is abandoned."""
+MAX_REFUSED_CALLS = 1_000
+"""ctx calls of a run being dropped that raise; later ones hand out a wait that never ends, to stop a sync loop."""
+
+_ASYNCIO = asyncio.__path__[0]
+_HERE = __file__.rpartition("loop.py")[0]
+
+_ABANDONED: list[object] = []
+"""Coroutines that would not end. Kept for good: collected, they would run user code at any moment, in any thread."""
 
 
-class TurnFuture(asyncio.Future[Any]):
-    """A future that hashes by creation number: sets of futures iterate by hash, and addresses differ on replay."""
+class Promise(asyncio.Future[Any]):
+    """A future of this loop. `release`, where there is one, hears of a cancellation at once."""
 
-    def __init__(self, loop: TurnLoop) -> None:
-        self.number = loop.next_number()
+    def __init__(self, loop: Loop, release: Callable[[Promise], None] | None = None) -> None:
         super().__init__(loop=loop)
+        self.number = next(loop.numbers)
+        self.release = release
 
     def __hash__(self) -> int:
         return self.number
 
     def cancel(self, msg: Any | None = None) -> bool:
-        return False if self.get_loop().unwinding else super().cancel(msg)  # type: ignore[attr-defined]
-
-
-class TurnTask(asyncio.Task[Any]):
-    """A task that hashes by creation number, and that cannot be cancelled while its run is being unwound: a TaskGroup
-    would turn Unwound into CancelledError, which authors do catch."""
-
-    def __init__(self, coro: Coroutine[Any, Any, Any], *, loop: TurnLoop, number: int, **options: Any) -> None:
-        self.number = number
-        self.inner = coro
-        super().__init__(_guarded(coro, loop), loop=loop, **options)
-
-    def __hash__(self) -> int:
-        return self.number
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        return False if self.get_loop().unwinding else super().cancel(msg)  # type: ignore[attr-defined]
-
-    def where(self) -> str:
-        """file:line at which it waits."""
-        at: Any = self.inner
-        place = repr(at)
-        while at is not None:
-            frame = getattr(at, "cr_frame", None) or getattr(at, "gi_frame", None) or getattr(at, "ag_frame", None)
-            if frame is None:
-                break
-            place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-            at = getattr(at, "cr_await", None) or getattr(at, "gi_yieldfrom", None) or getattr(at, "ag_await", None)
-        return place
-
-
-@types.coroutine
-def _guarded(coro: Coroutine[Any, Any, Any], loop: TurnLoop) -> Generator[Any, Any, Any]:
-    """Run a coroutine, and see to it that it awaits nothing but what lives on this loop."""
-    send, throw = coro.send, coro.throw
-    try:
-        waits_on = send(None)
-        while True:
-            if waits_on is not None and getattr(waits_on, "_loop", None) is not loop:
-                waits_on = throw(loop.foreign(f"await {waits_on!r:.200}"))
-                continue
-            try:
-                yield waits_on
-            except BaseException as error:
-                waits_on = throw(error)
-            else:
-                waits_on = send(None)
-    except StopIteration as stop:
-        return stop.value
-    finally:
-        coro.close()
-
-
-class TurnLoop(asyncio.AbstractEventLoop):
-    """One run's loop."""
-
-    def __init__(self, next_ordinal: Callable[[], int]) -> None:
-        self._next_ordinal = next_ordinal
-        self._ready: deque[asyncio.Handle] = deque()
-        self._timers: list[tuple[int, int, asyncio.TimerHandle]] = []
-        self._armed: dict[int, asyncio.TimerHandle] = {}
-        self._numbers = 0
-        self._turning = False
-        self._thread = 0
-        self._generators: list[AsyncGenerator[Any, Any]] = []
-        self.tasks: dict[int, TurnTask] = {}
-        """The living ones, in creation order, held strongly."""
-        self.now = 0
-        """µs: the time of the turn."""
-        self.epoch = 0
-        """µs: what `time()` counts from, so that floats stay exact."""
-        self.unwinding = False
-        self.error: DeterminismError | None = None
-        """Sticks: the turn fails with it even if the code caught it."""
-
-    # ------------------------------------------------------------------ a turn
-
-    def turn(self) -> None:
-        """Run until nothing is ready. Raises what sticks, and Stalled if it does not come to rest."""
-        before = asyncio._get_running_loop()
-        swap = getattr(asyncio.tasks, "_swap_current_task", None) if sys.version_info >= (3, 14) else None
-        outer_task = swap(before, None) if swap is not None and before is not None else None
-        hooks = sys.get_asyncgen_hooks()
-        asyncio._set_running_loop(self)
-        sys.set_asyncgen_hooks(firstiter=self._generators.append, finalizer=_never)
-        self._turning = True
-        self._thread = threading.get_ident()
-        try:
-            self._drain()
-        finally:
-            self._turning = False
-            sys.set_asyncgen_hooks(*hooks)
-            asyncio._set_running_loop(before)
-            if swap is not None and before is not None:
-                swap(before, outer_task)
-        if self.error is not None and not self.unwinding:
-            raise self.error
-
-    def _drain(self) -> None:
-        ready = self._ready
-        left = MAX_CALLBACKS
-        while ready:
-            handle = ready.popleft()
-            if handle._cancelled:  # type: ignore[attr-defined]
-                continue
-            left -= 1
-            if left == 0:
-                ready.clear()
-                raise Stalled(f"A turn did not come to rest in {MAX_CALLBACKS} callbacks. {self.places()}")
-            try:
-                handle._run()  # type: ignore[attr-defined]
-            except SystemExit:
-                continue  # the task has it too, and fails with it
-
-    def within(self, function: Callable[[], None]) -> None:
-        """Do something that only a turn may do, before one."""
-        self._turning = True
-        self._thread = threading.get_ident()
-        try:
-            function()
-        finally:
-            self._turning = False
-
-    def places(self) -> str:
-        """Where each living task waits."""
-        return "Waiting: " + "; ".join(task.where() for task in self.tasks.values()) + "."
-
-    # ------------------------------------------------------------------ timers
-
-    def next_timer(self) -> tuple[int, int] | None:
-        """(deadline µs, ordinal) of the earliest."""
-        timers = self._timers
-        while timers:
-            deadline, ordinal, handle = timers[0]
-            if not handle.cancelled():
-                return deadline, ordinal
-            heapq.heappop(timers)
-            self._armed.pop(ordinal, None)
-        return None
-
-    def fire(self, ordinal: int) -> bool:
-        """Let a timer ring in the coming turn. False: there is none by that ordinal."""
-        handle = self._armed.pop(ordinal, None)
-        if handle is None or handle.cancelled():
+        if not super().cancel(msg):
             return False
-        self._timers = [timer for timer in self._timers if timer[1] != ordinal] if self._timers[0][1] != ordinal else self._timers
-        if self._timers and self._timers[0][1] == ordinal:
-            heapq.heappop(self._timers)
-        else:
-            heapq.heapify(self._timers)
-        self._ready.append(handle)
+        release, self.release = self.release, None
+        if release is not None:
+            release(self)
         return True
 
-    # ------------------------------------------------------------------ asyncio's side
 
-    def next_number(self) -> int:
-        self._numbers += 1
-        return self._numbers
+class WorkflowTask(asyncio.Task[Any]):
+    """A task of this loop."""
+
+    number: int | None = None
+
+    def __init__(
+        self, coro: Coroutine[Any, Any, Any], *, loop: Loop, number: int, context: contextvars.Context, **options: Any
+    ) -> None:
+        self.home = loop
+        self.variables = context
+        if options.get("eager_start"):  # its body runs before this returns, and may put it into a set
+            self.number = number
+        # asyncio's own weak set of all tasks hashes the task here. It is shared by all loops: numbers, small and the
+        # same in each, would collide there by the thousand. So until then the hash is the usual one.
+        super().__init__(coro, loop=loop, context=context, **options)
+        self.number = number
+        self._log_destroy_pending = False
+
+    def __hash__(self) -> int:
+        return object.__hash__(self) if self.number is None else self.number
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        # While a run is dropped, TaskGroup would turn the unwinding into a CancelledError that code may catch.
+        return False if self.home.dropping else super().cancel(msg)
+
+
+class Callback(asyncio.Handle):
+    """A call to be made in this turn. Lighter than asyncio's: no debug mode, no reference to the loop."""
+
+    __slots__ = ()
+
+    def __init__(self, callback: Callable[..., Any], args: tuple[Any, ...], context: contextvars.Context) -> None:
+        self._callback = callback
+        self._args = args
+        self._context = context
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def __repr__(self) -> str:
+        return f"<Callback {self._callback!r}>"
+
+
+class Alarm(asyncio.TimerHandle):
+    """A durable timer. It has an ordinal, no row: only its firing is journaled."""
+
+    __slots__ = ("_home", "deadline", "name", "ordinal")
+
+    def __init__(
+        self,
+        home: Loop,
+        deadline: int,
+        ordinal: int,
+        name: str,
+        callback: Callable[..., Any],
+        args: tuple[Any, ...],
+        context: contextvars.Context,
+    ) -> None:
+        self._home = home
+        self.deadline = deadline
+        self.ordinal = ordinal
+        self.name = name
+        self._callback = callback
+        self._args = args
+        self._context = context
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._home.alarms.pop(self.ordinal, None)
+
+    def release(self, _promise: Promise) -> None:
+        self.cancel()
+
+    def when(self) -> float:
+        return self.deadline / 1e6
+
+    def __repr__(self) -> str:
+        return f"<Alarm {self.ordinal} {self.name} at {self.deadline}>"
+
+
+class Loop(asyncio.AbstractEventLoop):
+    """One run's loop. `ordinals` is shared with the run's commands."""
+
+    def __init__(self, *, max_callbacks: int = MAX_CALLBACKS) -> None:
+        self.now = 0
+        """The turn's time, µs since the epoch."""
+        self.ordinals = itertools.count()
+        self.numbers = itertools.count()
+        self.tasks: dict[int, WorkflowTask] = {}
+        """Every task that lives or has an error nobody asked for, by creation number."""
+        self.alarms: dict[int, Alarm] = {}
+        """Pending timers by ordinal."""
+        self.error: DeterminismError | None = None
+        """A broken rule. It sticks: code cannot catch it away."""
+        self.closing = False
+        """The main task has ended: the rest winds up, and may ask for nothing."""
+        self.dropping = False
+        """The run is leaving memory."""
+        self._ready: deque[asyncio.Handle] = deque()
+        self._by_deadline: list[tuple[int, int]] = []
+        self._generators: list[Any] = []
+        self._tidy_at = 64
+        self._thread = 0
+        self._refused = 0
+        self._max_callbacks = max_callbacks
+
+    # ------------------------------------------------------------------ turns
+
+    def turn(self, action: Callable[..., None], *args: Any) -> None:
+        """Run `action`, and then all that became ready, until everything waits. Raises what broke the run's rules."""
+        self._inside(self._run, action, args)
+        if self.error is not None:
+            raise self.error
+        if len(self.tasks) + len(self._generators) > self._tidy_at:
+            self._tidy()
+
+    def _run(self, action: Callable[..., None], args: tuple[Any, ...]) -> None:
+        action(*args)
+        ready = self._ready
+        left = self._max_callbacks
+        while ready:
+            if self.error is not None:
+                return
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            if not left:
+                self._busy()
+            left -= 1
+            try:
+                handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
+            except (DeterminismError, KeyboardInterrupt):
+                raise
+            except SystemExit:
+                pass  # the task that raised it keeps it as its outcome
+            except BaseException:
+                logger.warning("an error in %r of a workflow", handle, exc_info=True)
+
+    def _inside(self, act: Callable[..., Any], *args: Any) -> Any:
+        """Call with this loop as the running one, and put back whatever was running."""
+        outer = events._get_running_loop()
+        hooks = sys.get_asyncgen_hooks()
+        task = _park(outer)
+        self._thread = get_ident()
+        events._set_running_loop(self)
+        sys.set_asyncgen_hooks(self._generators.append, _ignore)
+        try:
+            return act(*args)
+        finally:
+            sys.set_asyncgen_hooks(*hooks)
+            events._set_running_loop(outer)
+            self._thread = 0
+            _unpark(outer, task)
+
+    def _busy(self) -> NoReturn:
+        self.error = Stalled(
+            f"A turn did not end within {self._max_callbacks} callbacks. Something loops without waiting for anything "
+            f"durable; wait with ctx.sleep, a step or a signal. Living tasks: {self.whereabouts()}"
+        )
+        raise self.error
+
+    def stalled(self) -> NoReturn:
+        """The turn ended, the workflow did not, and nothing is outstanding that could wake it."""
+        self.error = Stalled(
+            "The workflow waits, but for nothing that can happen: no step, timer, child or signal is outstanding. "
+            f"Living tasks: {self.whereabouts()}"
+        )
+        raise self.error
+
+    def whereabouts(self) -> str:
+        """Each living task's name and line."""
+        return "; ".join(f"{task.get_name()} at {_line_of(task)}" for task in self.living()) or "none"
+
+    def living(self) -> list[WorkflowTask]:
+        """Tasks that are not done, in order of creation."""
+        return [task for task in self.tasks.values() if not task.done()]
+
+    def _tidy(self) -> None:
+        """Let go of what is over. A task with an error that nobody asked for stays, to be told of at the end."""
+        self.tasks = {number: task for number, task in self.tasks.items() if not task.done() or task._log_traceback}
+        self._generators = [agen for agen in self._generators if agen.ag_frame is not None]
+        self._tidy_at = 2 * (len(self.tasks) + len(self._generators)) + 64
+
+    # ------------------------------------------------------------------ callbacks and timers
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        if get_ident() != self._thread:
+            return self._called_from_outside(callback, args)
+        handle = Callback(callback, args, contextvars.copy_context() if context is None else context)
+        if type(callback) is _StepWrapper and (refusal := _refusal_in(callback)) is not None:
+            # A task's step that carries an exception: asyncio is about to throw its RuntimeError for a foreign
+            # future into the code. The code shall not see it, so that it cannot go on.
+            self._foreign(f"Workflow code waited for something foreign: {refusal}")
+        if not self.dropping:
+            self._ready.append(handle)
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at_microsecond(self.now + round(delay * 1e6), "timer", callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at_microsecond(round(when * 1e6), "timer", callback, *args, context=context)
+
+    def call_at_microsecond(
+        self,
+        deadline: int,
+        name: str,
+        callback: Callable[..., Any],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> Alarm:
+        """A durable timer: the next ordinal, no row. One already due is a plain `call_soon` without ordinal."""
+        if self.closing:
+            self.refuse()
+        context = contextvars.copy_context() if context is None else context
+        if deadline <= self.now or self.closing:
+            alarm = Alarm(self, deadline, -1, name, callback, args, context)
+            if get_ident() != self._thread:
+                self._called_from_outside(callback, args)
+            elif not self.closing:
+                self._ready.append(alarm)
+            return alarm
+        if get_ident() != self._thread:
+            self._called_from_outside(callback, args)
+        alarm = Alarm(self, deadline, next(self.ordinals), name, callback, args, context)
+        self.alarms[alarm.ordinal] = alarm
+        heapq.heappush(self._by_deadline, (deadline, alarm.ordinal))
+        return alarm
+
+    def sleep_until(self, deadline: int) -> Promise:
+        """A durable sleep. Cancelling the promise takes the timer away."""
+        promise = Promise(self)
+        promise.release = self.call_at_microsecond(deadline, "sleep", _ring, promise).release
+        return promise
+
+    def fire(self, alarm: Alarm) -> None:
+        """Make a pending timer's call ready."""
+        del self.alarms[alarm.ordinal]
+        self._ready.append(alarm)
+
+    def next_alarm(self) -> Alarm | None:
+        """The earliest pending timer; of equal ones the first asked for."""
+        heap, alarms = self._by_deadline, self.alarms
+        while heap and heap[0][1] not in alarms:
+            heapq.heappop(heap)
+        if len(heap) > 2 * len(alarms) + 64:  # cancelled ones further down
+            heap[:] = [(alarm.deadline, alarm.ordinal) for alarm in alarms.values()]
+            heapq.heapify(heap)
+        return alarms[heap[0][1]] if heap else None
 
     def time(self) -> float:
-        return (self.now - self.epoch) / 1_000_000
+        return self.now / 1e6
+
+    # ------------------------------------------------------------------ tasks and futures
+
+    def create_future(self) -> Promise:
+        return Promise(self)
+
+    def create_task(
+        self, coro: Any, *, name: object = None, context: contextvars.Context | None = None, **options: Any
+    ) -> WorkflowTask:
+        if get_ident() != self._thread:
+            self._called_from_outside(coro, ())
+        if self.dropping:
+            _discard(coro)
+            self.refuse()
+        if isinstance(coro, asyncio.Future):
+            coro = _wait_for(coro)
+        elif _from_as_completed(sys._getframe(1)):
+            _discard(coro)
+            raise DeterminismError(
+                "asyncio.as_completed starts bare coroutines in the order of their addresses, which differs between "
+                "runs. Give it tasks (asyncio.create_task, in a list) or steps (ctx.step(...))."
+            )
+        number = next(self.numbers)
+        if context is None:
+            context = contextvars.copy_context()
+        task = WorkflowTask(coro, loop=self, number=number, context=context, **options)
+        # The default name counts tasks of the whole process.
+        task.set_name(f"task-{number}" if name is None else name)
+        self.tasks[number] = task
+        return task
+
+    # ------------------------------------------------------------------ what is refused
+
+    def _foreign(self, message: str) -> NoReturn:
+        error = ForeignAwait(f"{message}. Do I/O and threads in a step: await ctx.step('name', fn, ...).")
+        if self.error is None:
+            self.error = error
+        raise error
+
+    def _called_from_outside(self, callback: object, args: tuple[Any, ...]) -> NoReturn:
+        where = "another thread" if self._thread else "outside its turn"
+        self._foreign(
+            f"A workflow's loop was called from {where} ({callback!r}). A step body may not touch the workflow's "
+            "futures, events or queues; return a value, or send a signal"
+        )
+
+    def admit(self) -> None:
+        """Let a ctx call pass, or raise: ForeignAwait outside of a turn, Unwound when the run is over."""
+        if get_ident() != self._thread:
+            self._called_from_outside("ctx", ())
+        if self.closing:
+            self.refuse()
+
+    def refuse(self) -> None:
+        """Raise Unwound: nothing durable can be done now. Code that asks on and on is let through in the end, and
+        then gets waits that never end: a loop around a call that raises would hold the thread for good."""
+        self._refused += 1
+        if self._refused <= MAX_REFUSED_CALLS:
+            raise Unwound("The run is leaving memory, or is over: ctx calls and timers are refused.")
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        # asyncio tells of errors nobody retrieved here, when the garbage collector finds them. No user code runs.
+        logger.warning("%s", context.get("message", "an error in a workflow"), exc_info=context.get("exception"))
+
+    # ------------------------------------------------------------------ the end
+
+    def finish(self) -> None:
+        """The main task is over: cancel the others in order of creation. To be called inside a turn."""
+        self.closing = True
+        self.alarms.clear()
+        for task in self.living():
+            task.cancel()
+
+    def tell_unretrieved(self, main: WorkflowTask | None) -> None:
+        """Log the errors nobody asked for, found by walking the tasks."""
+        for task in self.tasks.values():
+            if task.done() and not task.cancelled() and task._log_traceback:
+                task._log_traceback = False
+                error = task.exception()
+                if task is not main and not isinstance(error, Unwound):
+                    logger.warning("%s failed and nobody asked for its result", task.get_name(), exc_info=error)
+
+    def drop(self) -> None:
+        """Unwind every coroutine without a trace: each wait raises Unwound until the code has ended.
+
+        Not by `cancel()`, which code may catch, count and turn into something else, and not by the tasks' own
+        machinery, which would need turns. The coroutines are thrown into directly, in order of creation.
+        """
+        self.closing = self.dropping = True
+        self._ready.clear()
+        self.alarms.clear()
+        self._inside(self._unwind)
+        for task in self.tasks.values():
+            task._log_traceback = False
+        self.tasks.clear()
+        self._generators.clear()
+        self._ready.clear()
+
+    def _unwind(self) -> None:
+        for task in self.living():
+            coro = task.get_coro()
+            tasks._enter_task(self, task)
+            try:
+                ended = coro is None or _throw_until_done(coro, task.variables)
+            finally:
+                tasks._leave_task(self, task)
+            if not ended:
+                self._abandon(task, f"{task.get_name()} at {_line_of(task)}")
+        for agen in self._generators:
+            if agen.ag_frame is not None and not _close(agen):
+                self._abandon(agen, f"async generator {agen.__qualname__}")
+
+    def _abandon(self, stubborn: object, what: str) -> None:
+        _ABANDONED.append(stubborn)
+        logger.warning(
+            "%s refused to end after %d tries while its run left memory, and stays there. "
+            "Let BaseException pass in `except` and `finally`.",
+            what,
+            MAX_REFUSALS,
+        )
+
+    # ------------------------------------------------------------------ small answers asyncio needs
 
     def get_debug(self) -> bool:
         return False
 
-    def set_debug(self, enabled: bool) -> None:
-        raise self.foreign("set_debug()")
-
     def is_running(self) -> bool:
-        return self._turning
+        return self._thread != 0
 
     def is_closed(self) -> bool:
+        return self.dropping
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: Loop, *args: Any, **kwargs: Any) -> NoReturn:
+        self._foreign(f"Workflow code called loop.{name}, which would leave its own loop")
+
+    refuse.__name__ = name
+    return refuse
+
+
+# Everything else a loop can do touches the world: sockets, threads, processes, signals.
+for _name in dir(asyncio.AbstractEventLoop):
+    if not _name.startswith("_") and _name not in Loop.__dict__:
+        setattr(Loop, _name, _refusing(_name))
+
+
+# ------------------------------------------------------------------ what we rely on inside asyncio, pinned by a test
+
+
+async def _nothing() -> None: ...
+
+
+def _step_wrapper() -> type[Any]:
+    """The class of the callbacks in which asyncio's C tasks schedule their own steps."""
+
+    class Probe(asyncio.AbstractEventLoop):
+        seen: type[Any] = type(None)
+
+        def get_debug(self) -> bool:
+            return False
+
+        def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+            Probe.seen = type(callback)
+
+    coro = _nothing()
+    task = asyncio.Task(coro, loop=Probe())  # type: ignore[abstract]
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    coro.close()
+    return Probe.seen
+
+
+_StepWrapper = _step_wrapper()
+
+
+def _refusal_in(step: object) -> BaseException | None:
+    """The exception that a scheduled step will throw into its coroutine: asyncio only ever puts a refusal there."""
+    for held in gc.get_referents(step):
+        if isinstance(held, BaseException):
+            return held
+    return None
+
+
+_ENSURE_FUTURE: set[CodeType] = {
+    function.__code__
+    for name in ("ensure_future", "_ensure_future")
+    if (function := getattr(tasks, name, None)) is not None
+}
+
+
+def _from_as_completed(frame: FrameType | None) -> bool:
+    if frame is None or frame.f_code not in _ENSURE_FUTURE:
         return False
-
-    def call_soon(self, callback: Any, *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:
-        if not self._turning or threading.get_ident() != self._thread:
-            raise self.foreign("a callback from outside the run")
-        handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append(handle)
-        return handle
-
-    def call_later(
-        self, delay: float, callback: Any, *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.TimerHandle:
-        return self._timer(self.now + math.ceil(delay * 1_000_000), callback, args, context)
-
-    def call_at(
-        self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.TimerHandle:
-        return self._timer(self.epoch + math.ceil(when * 1_000_000), callback, args, context)
-
-    def _timer(
-        self, deadline: int, callback: Any, args: tuple[Any, ...], context: contextvars.Context | None
-    ) -> asyncio.TimerHandle:
-        if not self._turning or threading.get_ident() != self._thread:
-            raise self.foreign("a timer from outside the run")
-        handle = asyncio.TimerHandle((deadline - self.epoch) / 1_000_000, callback, args, self, context)
-        if deadline <= self.now:
-            self._ready.append(handle)
-        else:
-            ordinal = self._next_ordinal()
-            heapq.heappush(self._timers, (deadline, ordinal, handle))
-            self._armed[ordinal] = handle
-        return handle
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Looked at when it comes to the front."""
-
-    def create_future(self) -> asyncio.Future[Any]:
-        return TurnFuture(self)
-
-    def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:  # type: ignore[override]
-        if not self._turning or threading.get_ident() != self._thread:
-            if asyncio.iscoroutine(coro):
-                coro.close()
-            raise self.foreign("a task from outside the run")
-        if _by_as_completed(sys._getframe(1)):
-            coro.close()
-            raise self.foreign(
-                "asyncio.as_completed over bare coroutines, which starts them in the order of their addresses. "
-                "Give it tasks or steps: as_completed([asyncio.ensure_future(c) for c in ...])"
-            )
-        if isinstance(coro, asyncio.Future):
-            coro = _await(coro)
-        number = self.next_number()
-        task = TurnTask(coro, loop=self, number=number, **options)
-        self.tasks[number] = task
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        assert isinstance(task, TurnTask)
-        if self.unwinding or task.cancelled() or not task._log_traceback:  # type: ignore[attr-defined]
-            self.tasks.pop(task.number, None)
-
-    def call_exception_handler(self, context: dict[str, Any]) -> None:
-        if not self.unwinding:
-            log.warning("in a workflow: %s", context.get("message"), exc_info=context.get("exception"))
-
-    def default_exception_handler(self, context: dict[str, Any]) -> None:
-        self.call_exception_handler(context)
-
-    def get_task_factory(self) -> None:
-        return None
-
-    async def shutdown_asyncgens(self) -> None:
-        """Closed at the end of the run, in the order they were begun."""
-
-    def foreign(self, what: str) -> ForeignAwait:
-        """The error for something that is not of this loop. It sticks."""
-        error = ForeignAwait(
-            f"A workflow may not use {what}. Whatever talks to the outside — sockets, drivers, threads, other loops — "
-            "belongs in a step: `await ctx.step('name', function, ...)`."
-        )
-        if not self.unwinding:
-            self.error = self.error or error
-        return error
-
-    # ------------------------------------------------------------------ the end
-
-    def cancel_living(self) -> None:
-        """Cancel tasks in creation order."""
-        for task in list(self.tasks.values()):
-            task.cancel()
-
-    def close_generators(self) -> None:
-        """Close what was begun and not finished, in order."""
-        generators, self._generators = self._generators, []
-        for generator in generators:
-            self.create_task(generator.aclose())
-
-    def unretrieved(self) -> list[BaseException]:
-        """Errors of tasks that nobody asked for, found by walking, never by the garbage collector."""
-        errors = []
-        for task in list(self.tasks.values()):
-            if task.done():
-                del self.tasks[task.number]
-                if not task.cancelled() and task._log_traceback:  # type: ignore[attr-defined]
-                    error = task.exception()
-                    if error is not None:
-                        errors.append(error)
-        return errors
-
-    def unwind(self) -> list[str]:
-        """Raise Unwound at every wait until all tasks are done. Returns where those wait that refuse."""
-        self.unwinding = True
-        self._timers.clear()
-        self._armed.clear()
-        for _ in range(MAX_UNWINDING_ROUNDS):
-            try:
-                self.within(self._fail_waits)
-                self.turn()
-            except Stalled:
-                break
-            self.tasks = {number: task for number, task in self.tasks.items() if not task.done()}
-            if not self.tasks:
-                if not self._generators:
-                    return []
-                self.within(self.close_generators)
-        stubborn = []
-        for task in self.tasks.values():
-            if not task.done():
-                stubborn.append(task.where())
-                task._log_destroy_pending = False  # type: ignore[attr-defined]
-                _ABANDONED.append(task)
-        self._ready.clear()
-        self.tasks.clear()
-        return stubborn
-
-    def _fail_waits(self) -> None:
-        for task in list(self.tasks.values()):
-            waits_on = task._fut_waiter  # type: ignore[attr-defined]
-            if waits_on is not None and not isinstance(waits_on, asyncio.Task) and not waits_on.done():
-                waits_on.set_exception(Unwound())
-                waits_on._log_traceback = False
-
-
-_ABANDONED: list[TurnTask] = []
-"""Coroutines that refused to be unwound. Kept, so that the garbage collector does not run their `finally` some day."""
-
-
-def _never(generator: AsyncGenerator[Any, Any]) -> None:
-    """The loop holds generators itself; the garbage collector finds none."""
-
-
-async def _await(future: asyncio.Future[Any]) -> Any:
-    return await future
-
-
-_AS_COMPLETED = asyncio.as_completed.__code__ if hasattr(asyncio.as_completed, "__code__") else None
-
-
-def _by_as_completed(frame: types.FrameType | None) -> bool:
-    """Whether `ensure_future` is asked for a task by `as_completed` itself."""
-    depth = 0
-    while frame is not None and depth < 5 and frame.f_globals is vars(asyncio.tasks):
-        if frame.f_code.co_name in ("as_completed", "__init__") and "todo" not in frame.f_code.co_name:
-            if frame.f_code.co_name == "as_completed" or "as_completed" in frame.f_code.co_qualname.lower() or "AsCompleted" in frame.f_code.co_qualname:
-                return True
+    for _ in range(5):
         frame = frame.f_back
-        depth += 1
+        if frame is None or frame.f_code.co_filename != tasks.__file__:
+            return False
+        if "as_completed" in frame.f_code.co_name or "AsCompleted" in frame.f_code.co_qualname:
+            return True
     return False
 
 
-def _refuse(name: str) -> Callable[..., NoReturn]:
-    def method(self: TurnLoop, *args: Any, **options: Any) -> NoReturn:
-        raise self.foreign(f"loop.{name}()")
+if sys.version_info >= (3, 14):
+    # One current task per thread there, and entering another while one is current is refused.
+    def _park(loop: asyncio.AbstractEventLoop | None) -> Any:
+        return None if loop is None else tasks._swap_current_task(loop, None)
 
-    method.__name__ = name
-    return method
+    def _unpark(loop: asyncio.AbstractEventLoop | None, task: Any) -> None:
+        if loop is not None and task is not None:
+            tasks._swap_current_task(loop, task)
+else:
+
+    def _park(loop: asyncio.AbstractEventLoop | None) -> Any:
+        return None
+
+    def _unpark(loop: asyncio.AbstractEventLoop | None, task: Any) -> None:
+        pass
 
 
-_OURS = set(vars(TurnLoop))
-for _name, _member in list(vars(asyncio.AbstractEventLoop).items()):
-    if callable(_member) and not _name.startswith("__") and _name not in _OURS:
-        setattr(TurnLoop, _name, _refuse(_name))
-TurnLoop.__abstractmethods__ = frozenset()
+# ------------------------------------------------------------------ coroutines by hand
+
+
+def _ring(promise: Promise) -> None:
+    if not promise.done():
+        promise.release = None
+        promise.set_result(None)
+
+
+async def _wait_for(future: asyncio.Future[Any]) -> Any:
+    return await future
+
+
+def _ignore(_agen: object) -> None:
+    """The finalizer of async generators: they are held until the run ends, so it has nothing to do."""
+
+
+def _discard(coro: object) -> None:
+    """Close a coroutine that never began; no code of it runs."""
+    if asyncio.iscoroutine(coro):
+        coro.close()
+
+
+def _throw_until_done(coro: Any, variables: contextvars.Context) -> bool:
+    """Throw Unwound at every wait until the coroutine has ended. False: it would not."""
+    for _ in range(MAX_REFUSALS):
+        try:
+            variables.run(coro.throw, Unwound("The run is leaving memory."))
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            return True
+    return False
+
+
+def _close(agen: AsyncGeneratorType[Any, Any]) -> bool:
+    """The same for an async generator left half way. It may yield, it may wait."""
+    for _ in range(MAX_REFUSALS):
+        waiting = agen.athrow(Unwound("The run is leaving memory."))
+        try:
+            waiting.send(None)
+            if _throw_until_done(waiting, contextvars.Context()) and agen.ag_frame is None:
+                return True
+        except StopIteration:
+            continue  # it answered with another value
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            return agen.ag_frame is None
+    return False
+
+
+def _line_of(task: WorkflowTask) -> str:
+    """file:line of the innermost frame that is the author's."""
+    found = "?"
+    at: Any = task.get_coro()
+    while at is not None:
+        frame = getattr(at, "cr_frame", None) or getattr(at, "gi_frame", None) or getattr(at, "ag_frame", None)
+        if frame is not None and not frame.f_code.co_filename.startswith((_ASYNCIO, _HERE)):
+            found = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        at = getattr(at, "cr_await", None) or getattr(at, "gi_yieldfrom", None) or getattr(at, "ag_await", None)
+    return found

@@ -1,19 +1,19 @@
 """Replay is a function: (definition, journal) → commands. No I/O, no clock, no thread.
 
-A `Machine` is one run's workflow code on its own loop. Entries go in, one at a time, a full turn for each, live and on
-replay alike; commands come out. Before anything is done, what the journal says of a command is compared with what the
-code asks for: kind, key, name, position and the fingerprint of the arguments.
+A `Machine` is one run's workflow code on its own loop. Journal entries go in, one at a time, a full turn for each,
+live and on replay alike; what the code asks for comes out. Before an entry does anything it is compared with what the
+code asked for: kind, key, name, ordinal and the fingerprint of the arguments. Called by the engine, by runners, by
+replay tests and by `why`; never does what it asks for.
 """
 
 from __future__ import annotations
 
 import contextvars
 import logging
-import random
 import sys
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -38,22 +38,23 @@ from durable.core.errors import (
     DurableError,
     ErrorData,
     NonDeterminism,
-    Stalled,
     StepFailed,
     StepTimeout,
-    Unwound,
 )
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, PATCHED, RUN, SIGNAL, TIMER, Entry
-from durable.core.loop import TurnFuture, TurnLoop, TurnTask
-from durable.core.payload import decoder, describe, encode, encode_error, decode_error
+from durable.core.loop import Alarm, Loop, Promise, WorkflowTask
+from durable.core.payload import decode_error, describe, encode, encode_error
 
-log = logging.getLogger("durable.workflow")
+logger = logging.getLogger("durable.workflow")
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
+_ANSWERS = frozenset({"completed", "failed", "cancelled"})
+_NULL = b"null"
+
 
 class Timer(Struct, frozen=True):
-    """A timer of the run's own. `deadline` in µs."""
+    """The earliest of the run's own timers. `deadline` in µs since the epoch."""
 
     deadline: int
     ordinal: int
@@ -61,24 +62,38 @@ class Timer(Struct, frozen=True):
     name: str
 
 
-class CommandFuture(TurnFuture):
-    """What ctx hands out: answered by the journal. Cancelling it tells the engine at once."""
+class _Failure(NamedTuple):
+    """A failure that was handed to the workflow."""
 
-    def __init__(self, machine: Machine, command: Command, decode: Callable[[bytes], Any]) -> None:
-        self.machine = machine
+    promise: Promise
+    error: StepFailed
+    seq: int
+
+
+class Asked(Promise):
+    """The promise of a command's answer."""
+
+    def __init__(
+        self, loop: Loop, release: Callable[[Promise], None], command: Command, read: Callable[[bytes], Any]
+    ) -> None:
+        super().__init__(loop, release)
         self.command = command
-        self.decode = decode
-        super().__init__(machine.loop)
+        self.read = read
+        self.alarm: Alarm | None = None
+        """The timeout of a wait for a signal."""
 
-    def cancel(self, msg: Any | None = None) -> bool:
-        if super().cancel(msg):
-            self.machine.abandon(self)
-            return True
-        return False
+    def answer(self, payload: bytes) -> None:
+        """Settle it with what the journal says."""
+        try:
+            value = self.read(payload)
+        except DurableError as error:
+            self.set_exception(error)
+        else:
+            self.set_result(value)
 
 
 class Machine:
-    """One run's workflow code, driven entry by entry."""
+    """One run's workflow code, driven entry by entry. After an error it is good for `drop` only."""
 
     def __init__(
         self, definition: WorkflowDefinition, *, run_id: str, input: bytes, generation: int = 0, logs: int = 0
@@ -86,336 +101,500 @@ class Machine:
         self.definition = definition
         self.run_id = run_id
         self.generation = generation
+        """How often the run was requeued; children started since then have it in their ids."""
         self.outstanding: dict[str, Command] = {}
+        """Asked for and unanswered, by key, in order of ordinals."""
         self.outcome: Outcome | None = None
-        self.loop = TurnLoop(self.next_ordinal)
-        self.random = random.Random(f"{run_id}:{generation}")
-        self.signals: defaultdict[str, deque[bytes]] = defaultdict(deque)
-        self.closing = False
+        self.loop = Loop()  # type: ignore[abstract]
         self._input = input
-        self._logs_recorded = logs
+        self._main: WorkflowTask | None = None
+        self._ending: Entry | None = None
+        self._broken: BaseException | None = None
+        # Commands
+        self._issued: list[Command | Note] = []
+        self._turn_from = 0
+        self._promises: dict[str, Asked] = {}
+        self._release: Callable[[Any], None] = self._withdraw
+        self.keys: dict[str, int] = {}
+        """Every key given out, with the next number to try for a repeat of it."""
+        self._failures: list[_Failure] = []
+        # Signals
+        self._signals: dict[str, deque[bytes]] = {}
+        self._waiting: dict[str, deque[Asked]] = {}
+        # Notes
         self._logs = 0
-        self._ordinals = 0
-        self._keys: set[str] = set()
-        self._repeats: defaultdict[str, int] = defaultdict(int)
-        self._issued: dict[str, Command] = {}
-        self._futures: dict[str, CommandFuture] = {}
-        self._waiting: defaultdict[str, deque[CommandFuture]] = defaultdict(deque)
-        self._traces: defaultdict[str, list[Entry]] = defaultdict(list)
-        self._abandoned: set[str] = set()
-        self._patches: set[str] = set()
+        self._logs_stored = logs
+        self._patches: dict[str, bool] = {}
+        # Replay
+        self._replaying = False
+        self._behind = False
+        self._known: dict[str, Command] = {}
+        self._traces: dict[str, list[Entry]] = {}
         self._children: dict[str, str] = {}
-        self._fresh: list[Command | Note] = []
-        self._remaining = 0
-        self._main: TurnTask | None = None
+        self._cancelled: set[str] = set()
         self._recorded_on = PYTHON
-        self._ending: str | None = None
-        self._failed: dict[int, int] = {}
-        self._variables = contextvars.Context()
 
     # ------------------------------------------------------------------ driving
 
     @property
     def now(self) -> int:
-        """µs: the time of the turn."""
+        """The turn's time, µs since the epoch."""
         return self.loop.now
 
     def replay(self, entries: Sequence[Entry]) -> list[Command | Note]:
-        """Feed a recorded journal. Returns what was asked for that it does not show yet, in order."""
-        entries = _asked_again(entries)
-        self._patches = {entry.name or "" for entry in entries if entry.kind == PATCHED}
-        self._children = {e.key: msgspec.json.decode(e.payload)["run_id"] for e in entries if e.kind == CHILD and e.status == "started" and e.key and e.payload}
-        self._remaining = sum(1 for entry in entries if entry.delivers)
-        for entry in entries:
+        """Feed a recorded journal. Returns what was asked for that it does not show yet, in order.
+
+        Raises NonDeterminism at the first entry that disagrees with the code, before anything comes of it.
+        """
+        entries = self._prepare(entries)
+        significant = [entry.delivers or entry.kind in COMMAND_KINDS for entry in entries]
+        last = max((index for index, counts in enumerate(significant) if counts), default=-1)
+        self._replaying = True
+        for index, entry in enumerate(entries):
+            self._behind = index < last
             if entry.kind in COMMAND_KINDS and entry.status != "late":
-                self._verify(entry)
+                self._compare(entry)
             if entry.delivers:
-                self._remaining -= 1
                 self._turn(entry)
-        fresh, self._fresh = self._fresh, []
-        return [
-            command
-            for command in fresh
-            if (command.command.key not in self._abandoned if isinstance(command, Abandon) else self._is_news(command))
-        ]
+        issued = [item for item in self._issued if self._is_news(item)]
+        self._issued.clear()
+        self._known.clear()
+        self._cancelled.clear()
+        self._replaying = self._behind = False
+        return issued
 
     def deliver(self, entry: Entry) -> list[Command | Note]:
-        """Run one live turn. Returns what it asks for."""
+        """Run one live turn. Returns what it asked for."""
         self._turn(entry)
-        fresh, self._fresh = self._fresh, []
-        return fresh
+        issued, self._issued = self._issued, []
+        self._turn_from = 0
+        return issued
 
     def trace(self, key: str) -> list[Entry]:
-        """What the journal says of a command that is not answered."""
+        """What the replayed journal says of an outstanding command: started, dispatched, retrying …"""
         return self._traces.get(key, [])
 
     def next_timer(self) -> Timer | None:
-        """The earliest timer of the run's own."""
-        timer = self.loop.next_timer()
-        return None if timer is None else Timer(timer[0], timer[1], f"timer:{timer[1]}", "sleep")
+        """The earliest of the run's own timers."""
+        alarm = self.loop.next_alarm()
+        if alarm is None:
+            return None
+        return Timer(alarm.deadline, alarm.ordinal, f"timer:{alarm.ordinal}", alarm.name)
 
     def signals_waited(self) -> list[str]:
-        """Names of signals somebody waits for."""
+        """The names of signals that are waited for, in order of asking."""
         return [command.name for command in self.outstanding.values() if isinstance(command, WaitSignal)]
 
     def drop(self) -> None:
-        """Let the run leave memory: unwind without a trace."""
-        for place in self.loop.unwind():
-            log.warning("run %s: a coroutine refuses to be unwound and is abandoned at %s", self.run_id, place)
+        """Unwind without a trace: every wait and every ctx call raises Unwound until the code has ended.
 
-    def _is_news(self, command: Command | Note) -> bool:
-        if not isinstance(command, Command):
-            return True
-        return command.key in self.outstanding and command.key not in self._traces
+        No machine may be let go of without it, or the garbage collector would run the author's `finally`.
+        """
+        self._broken = self._broken or DurableError(f"Run {self.run_id} has left memory; replay it.")
+        self.loop.drop()
+        for failure in self._failures:
+            failure.promise._log_traceback = False
+        for promise in self._promises.values():
+            promise.release = None
+        self._failures.clear()
+        self._promises.clear()
+        self._waiting.clear()
+        self._issued.clear()
+        # No circle is left, so the run's memory is free now and not when the garbage collector comes by.
+        self._main = None
+        self._release = _let_go
 
     # ------------------------------------------------------------------ a turn
 
     def _turn(self, entry: Entry) -> None:
+        if self._broken is not None:
+            raise self._broken
         loop = self.loop
-        loop.now = entry.at
-        if self.outcome is not None:
-            raise self._mismatch(entry, "nothing: the code has finished")
-        loop.within(lambda: self._variables.run(self._hand_over, entry))
-        loop.turn()
-        assert self._main is not None
-        if self._main.done():
-            self._finish()
-        elif not self.outstanding and loop.next_timer() is None:
-            raise Stalled(f"The workflow waits for something that cannot come. {loop.places()}")
+        try:
+            if self.outcome is not None:
+                self._after_the_end(entry)
+                return
+            loop.now = entry.at
+            self._turn_from = len(self._issued)
+            loop.turn(self._hand_over, entry)
+            main = self._main
+            if main is not None and main.done():
+                self._finish(main)
+            elif not self.outstanding and not loop.alarms:
+                loop.stalled()
+        except BaseException as error:
+            self._broken = error
+            raise
 
     def _hand_over(self, entry: Entry) -> None:
         kind = entry.kind
-        if kind == RUN:
-            self._run_entry(entry)
-        elif kind == TIMER:
-            if not self.loop.fire(entry.ordinal or 0):
-                raise self._mismatch(entry, "no such timer")
-        elif kind == SIGNAL:
-            self.signals[entry.name or ""].append(entry.payload or b"null")
-            self._match(entry.name or "")
-        else:
+        if kind in COMMAND_KINDS:
             self._answer(entry)
+        elif kind == TIMER:
+            self._fire(entry)
+        elif kind == SIGNAL:
+            self._signal(entry)
+        elif entry.status == "started":
+            self._begin(entry)
+        elif self._main is not None:
+            self._ending = self._ending or entry
+            self._main.cancel()
 
-    def _run_entry(self, entry: Entry) -> None:
-        if entry.status == "started":
-            if self._main is not None:
-                raise self._mismatch(entry, "a run that has started")
-            if entry.payload:
-                self._recorded_on = msgspec.json.decode(entry.payload).get("python", PYTHON)
-            self.loop.epoch = entry.at
-            context = Context(self)
-            try:
-                main = self.definition.call(context, self._input)
-            except DurableError as error:
-                main = _raise(error)
-            task = self.loop.create_task(main)
-            assert isinstance(task, TurnTask)
-            self._main = task
-            return
-        if self._main is None:
-            raise self._mismatch(entry, "nothing: the run has not started")
-        self._ending = entry.status
-        self._failed[-1] = entry.seq
-        self._main.cancel()
+    def _begin(self, entry: Entry) -> None:
+        if self._main is not None:
+            raise self._mismatch(entry, "nothing: the run has begun already")
+        if entry.payload:
+            self._recorded_on = str(msgspec.json.decode(entry.payload).get("python", PYTHON))
+        try:
+            main = self.definition.call(Context(self), self._input)
+        except Exception as error:  # the input does not fit, or the class could not be made
+            main = _fail(error)
+        # An empty context: what the engine keeps in its own is none of the workflow's business.
+        self._main = self.loop.create_task(main, name="main", context=contextvars.Context())
 
     def _answer(self, entry: Entry) -> None:
         key = entry.key or ""
-        future = self._futures.pop(key, None)
-        command = self.outstanding.pop(key, None)
+        command = self.outstanding.get(key)
+        if command is None or not _same(command, entry):
+            raise self._mismatch(entry, self._asked_instead(entry))
+        del self.outstanding[key]
         self._traces.pop(key, None)
-        if future is None or command is None:
-            raise self._mismatch(entry, "nothing by that key")
+        promise = self._promises.pop(key)
+        promise.release = None
         if entry.status == "completed":
-            try:
-                future.set_result(future.decode(entry.payload or b"null"))
-            except DurableError as error:
-                future.set_exception(error)
+            promise.answer(entry.payload or _NULL)
             return
-        error = _step_error(command, entry)
-        self._failed[id(error)] = entry.seq
-        future.set_exception(error)
+        error = _failure_of(command, entry)
+        self._failures.append(_Failure(promise, error, entry.seq))
+        promise.set_exception(error)
 
-    def _match(self, name: str) -> None:
-        signals, waiting = self.signals[name], self._waiting[name]
-        while signals and waiting:
-            future = waiting.popleft()
-            if future.done():
-                continue
-            self.outstanding.pop(future.command.key, None)
-            self._futures.pop(future.command.key, None)
-            try:
-                future.set_result(future.decode(signals.popleft()))
-            except DurableError as error:
-                future.set_exception(error)
+    def _fire(self, entry: Entry) -> None:
+        alarm = self.loop.alarms.get(-1 if entry.ordinal is None else entry.ordinal)
+        if alarm is None or (entry.name is not None and entry.name != alarm.name):
+            raise self._mismatch(entry, self._asked_instead(entry))
+        self.loop.fire(alarm)
 
-    def _finish(self) -> None:
-        main = self._main
-        assert main is not None
+    def _signal(self, entry: Entry) -> None:
+        name, payload = entry.name or "", entry.payload or _NULL
+        waiting = self._waiting.get(name)
+        if not waiting:
+            self._signals.setdefault(name, deque()).append(payload)
+            return
+        promise = waiting.popleft()
+        self._settle_wait(promise)
+        promise.answer(payload)
+
+    def _after_the_end(self, entry: Entry) -> None:
+        """What the journal may hold behind the entry that ended the code: messages that came as it ended."""
+        if entry.kind not in (SIGNAL, RUN):
+            raise self._mismatch(entry, "nothing: the code has finished")
+
+    # ------------------------------------------------------------------ the end
+
+    def _finish(self, main: WorkflowTask) -> None:
+        self.outcome = self._outcome_of(main)
+        loop = self.loop
+        loop.turn(loop.finish)
+        if self.outstanding:
+            loop.turn(self._abandon_rest)
+        loop.tell_unretrieved(main)
+        for promise, error, _ in self._failures:
+            if promise._log_traceback:
+                promise._log_traceback = False
+                logger.warning("run %s: nobody asked for the result of %r: %s", self.run_id, error.key, error)
+
+    def _abandon_rest(self) -> None:
+        for key, command in list(self.outstanding.items()):
+            if not isinstance(command, StartChild):  # a child nobody waits for is the engine's to close or to leave
+                self._promises[key].cancel()
+
+    def _outcome_of(self, main: WorkflowTask) -> Outcome:
         if main.cancelled():
-            self.outcome = self._let_through()
-        elif (error := main.exception()) is not None:
-            self.outcome = Failed(encode_error(describe(error)), self._cut(error))
-        else:
+            return self._let_through()
+        error = main.exception()
+        if error is None:
             try:
-                self.outcome = Completed(encode(main.result(), self.definition.output_type, what="the workflow's result"))
+                name = self.definition.name
+                return Completed(encode(main.result(), self.definition.output_type, what=f"the result of {name}"))
             except DurableError as refused:
-                self.outcome = Failed(encode_error(describe(refused)))
-        self.closing = True
-        self.loop.tasks.pop(main.number, None)
-        if self.loop.tasks or self.loop._generators:
-            self.loop.within(lambda: (self.loop.cancel_living(), self.loop.close_generators())[0])
-            self.loop.turn()
-        for lost in self.loop.unretrieved():
-            log.warning("run %s: an error nobody asked for: %r", self.run_id, lost)
+                error = refused
+        return Failed(encode_error(describe(error)), self._cut(error))
 
     def _let_through(self) -> Outcome:
-        if self._ending == "timed_out":
-            data = ErrorData(message=f"The run took longer than its timeout of {self.definition.timeout} s.", code="run_timeout", type="RunTimeout")
-            return Failed(encode_error(data), self._failed.get(-1))
-        if self._ending is None:
-            return Failed(encode_error(ErrorData(message="The workflow cancelled itself.", code="run_cancelled")))
+        """A CancelledError came out of the workflow."""
+        ending = self._ending
+        if ending is None:
+            data = ErrorData(
+                message="The workflow ended in CancelledError, though nobody cancelled the run: it awaited something "
+                "that it had cancelled itself. Catch asyncio.CancelledError there.",
+                type="CancelledError",
+            )
+            return Failed(encode_error(data))
+        if ending.status == "timed_out":
+            limit = self.definition.timeout
+            data = ErrorData(
+                message=f"The run took longer than its timeout{'' if limit is None else f' of {limit:g} s'}.",
+                code="run_timeout",
+                type="RunTimeout",
+            )
+            return Failed(encode_error(data), ending.seq)
         return Cancelled(encode_error(ErrorData(message="The run was cancelled.", code="run_cancelled")))
 
-    def _cut(self, error: BaseException | None) -> int | None:
-        while error is not None:
-            if id(error) in self._failed and isinstance(error, StepFailed):
-                return self._failed[id(error)]
-            error = error.__cause__
-        return None
+    def _cut(self, error: BaseException) -> int | None:
+        """The first failed entry among those whose errors came out, by identity: a requeue asks again from there."""
+        seqs = {id(failure.error): failure.seq for failure in self._failures}
+        return min((seqs[id(origin)] for origin in _origins(error) if id(origin) in seqs), default=None)
 
     # ------------------------------------------------------------------ what ctx asks for
 
-    def check(self) -> None:
-        """Raise where ctx may not be used now."""
-        if self.loop.unwinding:
-            raise Unwound()
-        if not self.loop.is_running():
-            raise DurableError("ctx belongs to the workflow: it cannot be used in a step body, in a thread or after the run.")
-        if self.closing:
-            raise DurableError("The workflow has returned; ctx cannot be used any more.")
-
-    def next_ordinal(self) -> int:
-        """The next position by first call."""
-        ordinal = self._ordinals
-        self._ordinals += 1
-        return ordinal
-
-    def next_key(self, name: str) -> str:
-        """The name, or `name:1`, `name:2` … for repeats, and never another command's key."""
-        key = name
-        while key in self._keys:
-            self._repeats[name] += 1
-            key = f"{name}:{self._repeats[name]}"
-        self._keys.add(key)
+    def key(self, name: str) -> str:
+        """The name, or `name:1`, `name:2` … for repeats, and never the key of another command."""
+        keys = self.keys
+        if name not in keys:
+            keys[name] = 1
+            return name
+        repeat = keys[name]
+        while (key := f"{name}:{repeat}") in keys:
+            repeat += 1
+        keys[name] = repeat + 1
+        keys[key] = 1
         return key
 
-    def issue(self, command: Command, decode: Callable[[bytes], Any]) -> CommandFuture:
-        """A command of this turn, and the future its answer comes to."""
-        future = CommandFuture(self, command, decode)
+    def ask(self, command: Command, read: Callable[[bytes], Any]) -> Asked:
+        """Issue a command. What comes back is settled by the journal."""
+        promise = Asked(self.loop, self._release, command, read)
+        if self.loop.closing:
+            return promise  # refused so often that it is now ignored
         key = command.key
         self.outstanding[key] = command
-        self._issued[key] = command
-        self._futures[key] = future
-        self._fresh.append(command)
-        if isinstance(command, WaitSignal):
-            self._waiting[command.name].append(future)
-            self._match(command.name)
-        return future
+        self._promises[key] = promise
+        self._issued.append(command)
+        if self._replaying:
+            self._known[key] = command
+        return promise
 
-    def withdraw(self, future: CommandFuture) -> bool:
-        """A wait has ended by itself (its timeout). False: it had been answered."""
-        if future.done():
-            return False
-        self.outstanding.pop(future.command.key, None)
-        self._futures.pop(future.command.key, None)
-        return True
+    def wait_signal(
+        self, command: WaitSignal, read: Callable[[bytes], Any], timeout: int | None, give_up: Callable[[Asked], None]
+    ) -> Asked:
+        """The oldest signal of that name, or the next. After `timeout` µs `give_up` settles the promise."""
+        early = self._signals.get(command.name)
+        if early:
+            promise = Asked(self.loop, self._release, command, read)
+            promise.release = None
+            promise.answer(early.popleft())
+            return promise
+        promise = self.ask(command, read)
+        if self.loop.closing:
+            return promise
+        self._waiting.setdefault(command.name, deque()).append(promise)
+        if timeout is not None:
+            promise.alarm = self.loop.call_at_microsecond(
+                self.now + timeout, f"signal:{command.name}", self._give_up, promise, give_up
+            )
+        return promise
 
-    def abandon(self, future: CommandFuture) -> None:
-        """The wait was cancelled inside the run."""
-        command = future.command
-        if self.outstanding.pop(command.key, None) is None:
+    def _give_up(self, promise: Asked, give_up: Callable[[Asked], None]) -> None:
+        if not promise.done():
+            self._waiting[promise.command.name].remove(promise)
+            self._settle_wait(promise)
+            give_up(promise)
+
+    def _settle_wait(self, promise: Asked) -> None:
+        key = promise.command.key
+        del self.outstanding[key]
+        del self._promises[key]
+        promise.release = None
+        if promise.alarm is not None:
+            promise.alarm.cancel()
+
+    def _withdraw(self, promise: Promise) -> None:
+        """The wait on a command was cancelled inside the run."""
+        assert isinstance(promise, Asked)
+        command = promise.command
+        if self.loop.dropping or self.outstanding.get(command.key) is not command:
             return
-        self._futures.pop(command.key, None)
-        self._traces.pop(command.key, None)
+        if isinstance(command, WaitSignal):
+            self._waiting[command.name].remove(promise)
+            self._settle_wait(promise)
+        else:
+            del self.outstanding[command.key]
+            del self._promises[command.key]
+            self._traces.pop(command.key, None)
+        for index in range(self._turn_from, len(self._issued)):
+            if self._issued[index] is command:  # asked for in this very turn: as if it had never been
+                del self._issued[index]
+                return
         if not isinstance(command, WaitSignal):
-            self._fresh.append(Abandon(command))
+            self._issued.append(Abandon(command))
 
     def child_id(self, ordinal: int, key: str) -> str:
-        """The recorded one, or the next: `<run>.child.<ordinal>`, and the generation after a requeue."""
+        """The id a child of this call has, or is to get."""
         recorded = self._children.get(key)
         if recorded is not None:
             return recorded
-        suffix = f".{self.generation}" if self.generation else ""
-        return f"{self.run_id}.child.{ordinal}{suffix}"
+        plain = f"{self.run_id}.child.{ordinal}"
+        return f"{plain}.{self.generation}" if self.generation else plain
 
     def patched(self, id: str) -> bool:
-        """Whether the code after this patch is to be run here."""
-        if id in self._patches:
-            return True
-        if self._remaining > 0:
-            return False
-        self._patches.add(id)
-        self._fresh.append(Patch(id))
-        return True
+        """Whether the code behind this patch is to run: its marker is in the journal, or this is new ground.
+
+        The answer stays for the whole run: a loop that took the old way goes on taking it.
+        """
+        answer = self._patches.get(id)
+        if answer is None:
+            answer = self._patches[id] = not self._behind
+            if answer and not self.loop.closing:
+                # Before the turn's commands: no crash can leave a trace of them without the marker.
+                self._issued.insert(self._turn_from, Patch(id))
+        return answer
 
     def write_log(self, level: str, message: str, fields: bytes | None) -> None:
         """A log line, unless it is stored already."""
         index = self._logs
         self._logs += 1
-        if index >= self._logs_recorded:
-            self._fresh.append(WriteLog(index, level, message, fields))
+        if self.loop.closing:
+            return
+        if index >= self._logs_stored:
+            self._issued.append(WriteLog(index, level, message, fields))
 
-    # ------------------------------------------------------------------ comparing
+    # ------------------------------------------------------------------ journal and code, compared
 
-    def _verify(self, entry: Entry) -> None:
-        command = self._issued.get(entry.key or "")
-        if command is None:
-            raise self._mismatch(entry, "nothing by that key")
-        asked = (command.kind, command.ordinal, command.name, command.fingerprint)
-        if asked != (entry.kind, entry.ordinal, entry.name, entry.fingerprint):
-            raise self._mismatch(entry, f"{command.kind} {command.key!r} at {command.ordinal} ({command.fingerprint})")
+    def _prepare(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Leave out what a requeue asks again, and look ahead for what the code must be told at the call."""
+        kept: list[Entry] = []
+        requeued = 0
+        for entry in entries:
+            if entry.kind == RUN and entry.status == "requeued":
+                requeued += 1
+                cut = msgspec.json.decode(entry.payload).get("from") if entry.payload else None
+                kept = kept if cut is None else _without(kept, cut)
+            elif entry.kind != LOG:
+                kept.append(entry)
+        self.generation = max(self.generation, requeued)
+        for entry in kept:
+            if entry.kind == PATCHED:
+                self._patches[entry.name or entry.key or ""] = True
+            elif entry.kind == CHILD and entry.status == "started" and entry.key and entry.payload:
+                self._children[entry.key] = msgspec.json.decode(entry.payload)["run_id"]
+        return kept
+
+    def _compare(self, entry: Entry) -> None:
+        """Hold one recorded entry of a command against the command the code issued under that key."""
+        key = entry.key or ""
+        command = self._known.get(key)
+        if command is None or not _same(command, entry):
+            raise self._sticking(self._mismatch(entry, self._asked_instead(entry)))
+        waits = key in self.outstanding
         if entry.status == "cancelled":
-            if command.key in self.outstanding:
-                raise self._mismatch(entry, f"{command.kind} {command.key!r}, and waits for it")
-            self._abandoned.add(command.key)
-        elif not entry.delivers and command.key in self.outstanding:
-            self._traces[command.key].append(entry)
+            if waits and self.outcome is None:
+                raise self._sticking(self._mismatch(entry, f"{_shown(command)}, and still waits for it"))
+            self._cancelled.add(key)
+        elif entry.delivers:
+            if not waits:
+                raise self._sticking(self._mismatch(entry, f"{_shown(command)}, but no longer waits for it"))
+        elif waits:
+            self._traces.setdefault(key, []).append(entry)
+
+    def _is_news(self, item: Command | Note) -> bool:
+        if isinstance(item, Command):
+            return self.outstanding.get(item.key) is item and item.key not in self._traces
+        return not isinstance(item, Abandon) or item.command.key not in self._cancelled
+
+    def _sticking(self, error: NonDeterminism) -> NonDeterminism:
+        self._broken = error
+        return error
+
+    def _asked_instead(self, entry: Entry) -> str:
+        """What the code has at the place where the journal has `entry`: by key, else by ordinal."""
+        commands = {**self._known, **self.outstanding}
+        if (command := commands.get(entry.key or "")) is not None:
+            return _shown(command)
+        for command in commands.values():
+            if command.ordinal == entry.ordinal:
+                return _shown(command)
+        alarm = self.loop.alarms.get(-1 if entry.ordinal is None else entry.ordinal)
+        return "nothing there" if alarm is None else f"timer {alarm.name!r} at ordinal {alarm.ordinal}"
 
     def _mismatch(self, entry: Entry, asked: str) -> NonDeterminism:
-        recorded = f"{entry.kind} {entry.key or entry.name or ''!r} {entry.status} at {entry.ordinal} ({entry.fingerprint})"
-        python = "" if self._recorded_on == PYTHON else f" It was recorded on Python {self._recorded_on}, this is {PYTHON}."
+        named = repr(entry.key if entry.key is not None else entry.name or "")
+        recorded = f"{entry.kind} {named} {entry.status}"
+        if entry.ordinal is not None:
+            recorded += f" at ordinal {entry.ordinal}"
+        if entry.fingerprint is not None:
+            recorded += f" with arguments {entry.fingerprint}"
+        python = ""
+        if self._recorded_on != PYTHON:
+            python = (
+                f" The run was recorded on Python {self._recorded_on} and this is {PYTHON}: the order inside asyncio "
+                f"may differ. An engine on {self._recorded_on} can finish it."
+            )
         return NonDeterminism(
-            f"Journal and code disagree at entry {entry.seq}: recorded {recorded}, the code asks for {asked}.{python} Keep the "
-            "old path behind ctx.patched(), or register the old code under its version.",
+            f"Run {self.run_id}: journal and code disagree at seq {entry.seq}. Recorded: {recorded}. "
+            f"The code asks for: {asked}.{python} Put the change behind `if ctx.patched('...')`, or register the old "
+            "code under the run's version and the new code under another.",
             position=entry.seq,
             recorded=recorded,
             asked=asked,
         )
 
 
-async def _raise(error: Exception) -> None:
+async def _fail(error: Exception) -> None:
     raise error
 
 
-def _step_error(command: Command, entry: Entry) -> StepFailed:
-    data = decode_error(entry.payload) if entry.payload else ErrorData(message="It failed.")
-    kind: type[StepFailed] = StepFailed
-    if isinstance(command, StartChild):
-        kind = ChildFailed
+def _same(command: Command, entry: Entry) -> bool:
+    """Whether an entry tells of this command. Marks may leave out what their first entry has said."""
+    return (
+        command.kind == entry.kind
+        and (entry.ordinal is None or entry.ordinal == command.ordinal)
+        and (entry.name is None or entry.name == command.name)
+        and (entry.fingerprint is None or entry.fingerprint == command.fingerprint)
+    )
+
+
+def _shown(command: Command) -> str:
+    return f"{command.kind} {command.key!r} at ordinal {command.ordinal} with arguments {command.fingerprint}"
+
+
+def _failure_of(command: Command, entry: Entry) -> StepFailed:
+    data = decode_error(entry.payload) if entry.payload else ErrorData(message="no reason was given")
+    cls: type[StepFailed] = StepFailed
+    if command.kind == CHILD:
+        cls = ChildFailed
     elif data.code == "step_timeout":
-        kind = StepTimeout
-    what = "child" if kind is ChildFailed else "step"
-    return kind(f"{what} {command.key!r} failed: {data.message}", key=command.key, error=data, attempts=entry.attempt)
+        cls = StepTimeout
+    what = "Child" if command.kind == CHILD else "Step"
+    return cls(f"{what} {command.key!r} failed: {data.message}", key=command.key, error=data, attempts=entry.attempt)
 
 
-def _asked_again(entries: Sequence[Entry]) -> list[Entry]:
-    """Leave out what a requeue asks again, signals excepted."""
-    kept = list(entries)
-    for entry in entries:
-        if entry.kind == RUN and entry.status == "requeued" and entry.payload:
-            start = msgspec.json.decode(entry.payload)["from"]
-            kept = [e for e in kept if e.kind == SIGNAL or not start <= e.seq < entry.seq]
-    return [entry for entry in kept if entry.kind != LOG]
+def _origins(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and what a group holds."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        left.append(one.__cause__)
+        if isinstance(one, BaseExceptionGroup):
+            left.extend(one.exceptions)
 
 
-__all__ = ["CHILD", "Machine", "Timer", "decoder"]
+def _without(entries: list[Entry], cut: int) -> list[Entry]:
+    """Drop what was recorded from `cut` on, signals excepted, and all traces of commands that were answered there.
+
+    A command asked for before the cut and answered behind it is asked for again as if for the first time: its old
+    child has ended, its old attempts are spent.
+    """
+    again = {e.key for e in entries if e.seq >= cut and e.kind in COMMAND_KINDS and e.status in _ANSWERS}
+    return [
+        entry
+        for entry in entries
+        if (entry.seq < cut or entry.kind == SIGNAL) and not (entry.kind in COMMAND_KINDS and entry.key in again)
+    ]
+
+
+def _let_go(promise: Any) -> None:
+    """What is cancelled after its run has left memory concerns nobody."""

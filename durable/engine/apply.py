@@ -93,9 +93,7 @@ def abandon(executor: Executor, run: Resident, command: Command) -> None:
 
 
 def _note(executor: Executor, run: Resident, command: Command, kind: str, status: str, **fields: Any) -> Entry:
-    arrival = Arrival(executor.clock.now(), kind, status, key=command.key, ordinal=command.ordinal, **fields)
-    arrival.name = command.name
-    return executor.append(run, arrival)
+    return executor.append(run, Arrival(executor.clock.now(), kind, status, key=command.key, **fields), command)
 
 
 def _run_step(executor: Executor, run: Resident, command: RunStep) -> None:

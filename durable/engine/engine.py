@@ -51,7 +51,7 @@ class WorkflowEngine:
         self._starter = Starter(self._executor, self._scheduler, self.definition)
         self._mail = Mail(deps, self._nudge)
         self._results = Results(self._executor, self._mail)
-        self._timeline = Timeline(deps)
+        self._timeline = Timeline(deps, self._executor.residents.__contains__)
         self._unlisten: list[Callable[[], None]] = []
         self._running = False
         self._rebirth: asyncio.Task[None] | None = None
@@ -133,7 +133,8 @@ class WorkflowEngine:
         executor = self._executor
         deadline = self._local.monotonic() + timeout
         while self._local.monotonic() < deadline:
-            busy = [run for run in executor.residents.values() if not run.held and _busy(run)]
+            shared = self.deps.transport.capabilities.shared
+            busy = [run for run in executor.residents.values() if not run.held and _busy(run, shared)]
             if not busy:
                 return
             await asyncio.sleep(min(0.02, timeout))
@@ -311,9 +312,8 @@ class WorkflowEngine:
             return
 
 
-def _busy(run: Resident) -> bool:
-    return bool(
-        run.bodies or run.committing or run.pending or run.arrivals or run.actions or run.queued
-        or any(not sent.published for sent in run.sent.values())
-    )
-
+def _busy(run: Resident, shared: bool) -> bool:
+    """Whether stopping now would waste what is under way. A task in this process ends with it."""
+    if run.bodies or run.committing or run.pending or run.arrivals or run.actions or run.queued:
+        return True
+    return any(not sent.published or not shared for sent in run.sent.values())

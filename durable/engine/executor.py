@@ -167,7 +167,9 @@ class Executor:
             run.last_at = entries[-1].at
             fresh = run.machine.replay(entries)
         else:
-            fresh = run.machine.deliver(apply.started(self, run))
+            begun = apply.started(self, run)
+            self._recall(run, begun)
+            fresh = run.machine.deliver(begun)
         issued = {command.key for command in fresh if isinstance(command, Command)}
         for command in list(run.machine.outstanding.values()):
             if command.key not in issued:
@@ -224,17 +226,18 @@ class Executor:
             for command in run.machine.deliver(entry):
                 apply.apply(self, run, command)
 
-    def append(self, run: Resident, arrival: Arrival) -> Entry:
-        """Stamp and journal: never earlier than the run's last entry. Committed later."""
+    def append(self, run: Resident, arrival: Arrival, command: Command | None = None) -> Entry:
+        """Stamp and journal: never earlier than the run's last entry. Committed later. `command`: whose entry it is,
+        where it is no longer outstanding."""
         now = self.clock.now()
         at = now if now > run.last_at else run.last_at
         run.last_at = at
         run.tail += 1
         key, ordinal, name, fingerprint = arrival.key, arrival.ordinal, arrival.name, None
-        if key is not None and arrival.kind in COMMAND_KINDS:
+        if command is None and key is not None and arrival.kind in COMMAND_KINDS:
             command = run.machine.outstanding.get(key)
-            if command is not None:
-                ordinal, name, fingerprint = command.ordinal, command.name, command.fingerprint
+        if command is not None:
+            ordinal, name, fingerprint = command.ordinal, command.name, command.fingerprint
         entry = Entry(
             run.tail,
             at,
@@ -330,17 +333,17 @@ class Executor:
         wake = run.next_wake()
         if wake is None or (run.armed is not None and run.armed <= wake):
             return
+        if run.alarm is not None:
+            run.alarm.cancel()
         run.armed = wake
         delay = max(0.0, (wake - self.clock.now()) / SECOND)
-        self._loop.call_later(delay, self._ring, run, wake, context=self._variables)
+        run.alarm = self._loop.call_later(delay, self._ring, run, context=self._variables)
 
-    def _ring(self, run: Resident, wake: int) -> None:
-        if run.dropped:
-            return
-        if run.armed == wake:
-            run.armed = None
+    def _ring(self, run: Resident) -> None:
+        run.armed = run.alarm = None
         # A loop's timer may come a hair early by the store's clock; then it is simply armed again.
-        self.wake(run)
+        if not run.dropped:
+            self.wake(run)
 
     def later(self, run: Resident) -> None:
         """Commit within a tick: nothing waits for it but those who watch."""
@@ -403,15 +406,22 @@ class Executor:
     def _block(self, run: Resident, error: NonDeterminism) -> None:
         """Journal and code disagree: nothing has been done, nothing is lost; park it until the code is mended."""
         log.error("run %s is blocked: %s", run.run_id, error)
-        run.pending.clear()
-        run.effects.clear()
-        run.actions.clear()
-        run.tail = run.seq
+        self._forget(run)
         data = describe(error)
         details = {"position": error.position, "recorded": error.recorded, "asked": error.asked}
         payload = encode_error(ErrorData(message=data.message, code=data.code, type=data.type, details=details))
         self.append(run, Arrival(self.clock.now(), RUN, "blocked", name=run.definition.name, payload=payload))
         self._commit(run, suspend=True, blocked=payload)
+
+    def _forget(self, run: Resident) -> None:
+        """Undo, in memory, what is not committed. Inbox rows stay unread; what came directly is sent again."""
+        run.pending.clear()
+        run.effects.clear()
+        run.actions.clear()
+        run.marks.clear()
+        run.tail = run.seq
+        run.inbox_read = run.inbox_known = run.inbox_written
+        _tell(run.acks, _left())
 
     def forsake(self, run: Resident) -> None:
         """Give a run back without writing anything but that."""
@@ -533,11 +543,7 @@ class Executor:
         if run.final is not None and run.final.error is not None and run.final.status is Status.FAILED:
             self.forsake(run)
             return
-        run.pending.clear()
-        run.effects.clear()
-        run.actions.clear()
-        run.marks.clear()
-        run.tail = run.seq
+        self._forget(run)
         run.suspending = False
         run.ended = False
         run.final = Final(Status.FAILED, error=encode_error(describe(failure)))
@@ -550,6 +556,8 @@ class Executor:
         if run.dropped:
             return
         run.dropped = True
+        if run.alarm is not None:
+            run.alarm.cancel()
         self.residents.pop(run.run_id, None)
         self.idle.pop(run.run_id, None)
         self.dispatch.forget(run)

@@ -88,7 +88,7 @@ class Lease:
         if not beat.alive:
             self._lose("the store has declared it dead")
             return
-        self._clock.synchronise(beat.now, asked, self._local.monotonic())
+        self._clock.synchronise(beat.now, self._local.monotonic())
         self._taken_at = asked
 
     def _once(self) -> None:

@@ -35,17 +35,20 @@ async def requeue(deps: Deps, now: int, run_id: str) -> None:
 
 
 async def _cut(deps: Deps, run_id: str) -> int | None:
-    """From where a failed run asks again: the failed step whose error came out, or its timeout."""
+    """From where a failed run asks again: the failed step whose error came out, or its timeout; else only what the failure
+    itself gave up (waits that nobody waited for any more) is passed over."""
+    given_up: int | None = None
+    ending = False
     for entry in reversed((await deps.store.load([run_id]))[0].entries):
-        if entry.kind != RUN:
-            continue
-        if entry.status == "timed_out":
-            return entry.seq
-        if entry.status == "failed":
+        if entry.kind == RUN and entry.status == "failed" and not ending:
+            ending = True
             if entry.payload is not None:
                 cut: int = msgspec.json.decode(entry.payload)["cut"]
                 return cut
-            continue
-        if entry.status in ("started", "requeued"):
-            return None
-    return None
+        elif ending and entry.kind == RUN and entry.status == "timed_out":
+            return entry.seq
+        elif entry.status != "cancelled" or not ending:
+            return given_up
+        else:
+            given_up = entry.seq
+    return given_up

@@ -20,7 +20,7 @@ from durable.protocol.states import Activity, Status
 from durable.store.records import Effect, Journal, Parent
 
 
-class Arrival(Struct):
+class Arrival(Struct, gc=False):
     """Something that happened to a run and is not journaled yet. Fields as in Entry; `happened` orders it (µs)."""
 
     happened: int
@@ -71,6 +71,7 @@ class Resident:
         "acks",
         "actions",
         "activity",
+        "alarm",
         "armed",
         "arrivals",
         "attempts",
@@ -180,7 +181,8 @@ class Resident:
         """What is to be replayed before anything else."""
         self.final: Final | None = None
         self.armed: int | None = None
-        """The engine timer set for this run, µs."""
+        """When its alarm rings, µs."""
+        self.alarm: asyncio.TimerHandle | None = None
 
     def next_wake(self) -> int | None:
         """The earliest moment, µs, at which something is due for this run by the clock alone."""

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,10 @@ class LocalSteps:
             status = "failed"
             data = describe(error)
             payload = encode_error(ErrorData(data.message, data.code, data.type, retryable=False, stack=data.stack))
-        except (Exception, SystemExit) as error:
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            # SystemExit and whatever else is no Exception too: a body that ends without an answer would wedge its run.
             status = "failed"
             payload = encode_error(describe(error))
         if run.bodies.get(key) is asyncio.current_task():
@@ -107,15 +110,9 @@ class LocalSteps:
         )
 
     async def _body(self, run: Resident, command: RunStep, attempt: int) -> Any:
-        scope = StepScope(
-            run.run_id,
-            step_id(run.run_id, command.ordinal),
-            command.key,
-            command.name,
-            attempt,
-            partial(self._log, run, command.key),
-        )
-        enter_step(scope)
+        task = step_id(run.run_id, command.ordinal)
+        write = partial(self._log, run, command.key)
+        enter_step(StepScope(run.run_id, task, command.key, command.name, attempt, write))
         timeout = command.options.timeout
         if timeout is None:
             return await self._call(command)
@@ -128,12 +125,14 @@ class LocalSteps:
                 raise StepTimeout(f"The step took longer than its timeout of {timeout} s.") from None
             raise
 
-    async def _call(self, command: RunStep) -> Any:
-        body, args = command.body, command.args
-        if self._executor.settings.threads and not _is_async(body):
-            result = await self._in_thread(body, args)
-        else:
-            result = body(*args)
+    def _call(self, command: RunStep) -> Awaitable[Any]:
+        body = command.body
+        if _is_async(body):
+            return body(*command.args)  # type: ignore[no-any-return]
+        return self._plain(body, command.args)
+
+    async def _plain(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        result = await self._in_thread(body, args) if self._executor.settings.threads else body(*args)
         # A lambda or a partial around an async function hands back a coroutine.
         return await result if inspect.isawaitable(result) else result
 

@@ -4,14 +4,17 @@ by polling where hints are lost."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
-from durable.core.errors import RunNotFound
+from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import RUN, Entry
 from durable.engine.deps import Deps
 from durable.engine.residents import Final, Resident
 from durable.protocol.states import TERMINAL
+
+log = logging.getLogger("durable.timeline")
 
 PAGE = 500
 _LAST = frozenset(status.value for status in TERMINAL)
@@ -20,8 +23,10 @@ _LAST = frozenset(status.value for status in TERMINAL)
 class Timeline:
     """Who waits for which run, in this process."""
 
-    def __init__(self, deps: Deps) -> None:
+    def __init__(self, deps: Deps, is_here: Callable[[str], bool]) -> None:
         self._deps = deps
+        self._is_here = is_here
+        """Whether a run is resident: then its end will be told, and the store need not be asked."""
         self._waiting: dict[str, set[asyncio.Future[Final]]] = defaultdict(set)
         self._watching: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._poller: asyncio.Task[None] | None = None
@@ -60,18 +65,24 @@ class Timeline:
         future: asyncio.Future[Final] = asyncio.get_running_loop().create_future()
         self._waiting[run_id].add(future)
         try:
+            if timeout is None:
+                return await self._outcome(run_id, future)
             async with asyncio.timeout(timeout):
-                # After registering: an outcome between the look and the wait is not missed.
-                final = await self._look(run_id)
-                if final is not None:
-                    return final
-                self._poll()
-                return await future
+                return await self._outcome(run_id, future)
         finally:
             waiting = self._waiting[run_id]
             waiting.discard(future)
             if not waiting:
                 del self._waiting[run_id]
+
+    async def _outcome(self, run_id: str, future: asyncio.Future[Final]) -> Final:
+        if not self._is_here(run_id):
+            # After registering: an outcome between the look and the wait is not missed.
+            final = await self._look(run_id)
+            if final is not None:
+                return final
+        self._poll()
+        return await future
 
     async def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The journal above `after`, every kind, in order, without gap or repeat; ends with the run."""
@@ -126,10 +137,15 @@ class Timeline:
                         await self._hint.wait()
                 except TimeoutError:
                     pass
-                run_ids = list(self._waiting)
+                run_ids = [run_id for run_id in self._waiting if not self._is_here(run_id)]
                 for start in range(0, len(run_ids), PAGE):
                     part = run_ids[start : start + PAGE]
-                    for run_id, record in zip(part, await self._deps.store.get(part), strict=True):
+                    try:
+                        records = await self._deps.store.get(part)
+                    except StoreError as error:
+                        log.warning("cannot look for outcomes, trying again: %s", error)
+                        break
+                    for run_id, record in zip(part, records, strict=True):
                         if record is not None and record.status in TERMINAL:
                             self._settle(run_id, Final(record.status, record.output, record.error))
         finally:

@@ -22,7 +22,7 @@ class Parent(Struct, frozen=True):
     ordinal: int
 
 
-class NewRun(Struct, frozen=True):
+class NewRun(Struct, frozen=True, gc=False):
     """A run to be inserted. The id is the caller's, so a lost reply can be repeated.
 
     With `owner` the run is born claimed (epoch 1) with `entries` as its first journal rows; without, epoch 0, no
@@ -46,7 +46,7 @@ class NewRun(Struct, frozen=True):
     wake_at: int | None = None
 
 
-class RunRecord(Struct):
+class RunRecord(Struct, gc=False):
     """A run as stored."""
 
     id: str
@@ -89,7 +89,7 @@ class StartStatus(StrEnum):
     """The same key with another input."""
 
 
-class StartOutcome(Struct, frozen=True):
+class StartOutcome(Struct, frozen=True, gc=False):
     status: StartStatus
     run_id: str
     """The run that has the key: the new one, or the one there was."""
@@ -196,7 +196,7 @@ class FreeSlots(Struct, frozen=True):
 Effect = StartRun | PutMessage | OpenWaiter | CloseWaiter | SetAttributes | AddFire | FreeSlots
 
 
-class Commit(Struct):
+class Commit(Struct, gc=False):
     """The only way a run changes. Applied as a whole, or refused as a whole if `epoch` or `expected_seq` moved or the
     run is terminal. Refused by seq while the row carries this very `commit_id`: it had succeeded before.
 
@@ -240,7 +240,7 @@ class CommitStatus(StrEnum):
     """Another epoch, another seq, or the run is terminal. The engine drops the run; it never retries."""
 
 
-class CommitOutcome(Struct, frozen=True):
+class CommitOutcome(Struct, frozen=True, gc=False):
     """The answer to one commit. `failure` is set when this commit alone was refused by the store (too large for a
     column, a broken payload): a typed error, its batch-mates unharmed."""
 

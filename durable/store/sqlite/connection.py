@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
@@ -57,6 +57,10 @@ def connect(location: Location, busy_timeout_s: float, allow_weak: bool) -> sqli
     """A connection with every promise asked for and checked. Raises WeakDurability and what `translated` gives."""
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise StoreError(f"this Python carries SQLite {sqlite3.sqlite_version}; 3.35 or newer is needed")
+    if location.path is not None:
+        # The default's `.durable/` does not exist in a fresh project. One level only: a mistyped path makes no tree.
+        with suppress(OSError):
+            location.path.parent.mkdir(exist_ok=True)
     with translated(location):
         cx = sqlite3.connect(
             location.uri,
