@@ -146,16 +146,20 @@ class _Printer:
     """One line for each row, under the run's short id."""
 
     def __init__(self) -> None:
-        from durable.cli.view import Teller, kind_of, show_event
+        from durable.cli.view import Teller, error_line, error_of, kind_of, show_event
 
         self._tellers: dict[str, Teller] = {}
         self._teller = Teller
         self._kind_of = kind_of
         self._show = show_event
+        self._error_of, self._error_line = error_of, error_line
         self._console = console()
 
     def __call__(self, run: RunRecord, entry: Entry) -> None:
         row = self._tellers.setdefault(run.id, self._teller()).tell(entry)
+        error = self._error_of(run.error) if entry.kind == "run" and entry.status in ("failed", "dead") else None
+        if error is not None:
+            row.note = self._error_line(error)
         self._show(self._console, f"{safe(run.id[-6:])} {self._kind_of(run)}", row)
         if run.status != "active" and entry.seq >= run.seq:
             self._tellers.pop(run.id, None)

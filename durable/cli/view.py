@@ -220,7 +220,8 @@ def _run_note(entry: Entry) -> str:
     if entry.status == "started":
         return f"{safe(entry.name or '')} on Python {safe(payload.get('python', '?'))}"
     if entry.status == "blocked":
-        return f"at {safe(payload.get('position'))}: recorded {safe(payload.get('recorded'))}, asked {safe(payload.get('asked'))}"
+        error = error_of(entry.payload)
+        return error_line(error, 600) if error else ""
     if entry.status == "cancelling":
         return safe(payload.get("reason") or "")
     if entry.status == "requeued" and "from" in payload:

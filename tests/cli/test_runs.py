@@ -114,7 +114,8 @@ def test_show_tells_why_it_is_blocked(world: World) -> None:
     """A blocked run says what was recorded, what the code asks for, and what to do."""
     out = world.run("runs", "show", world["blocked"]).stdout
     assert "active · blocked" in out
-    assert "'first'" in out
+    [line] = [line for line in out.splitlines() if "run blocked" in line]
+    assert "'first'" in line
     assert "ctx.patched" in out
 
 

@@ -42,7 +42,7 @@ def test_demo(tmp_path: Path) -> None:
         return int(found[1])
 
     assert (counted("orders in"), counted("receipts out")) == (36, 36)
-    assert counted("engine killed with -9") == 5
+    assert counted("engine killed with -9") >= 5
     assert counted("step bodies run twice") > 0
     assert counted("charge requests recognised by key") > 0
     assert counted("charges made twice") == counted("lost") == 0
