@@ -163,6 +163,7 @@ class Executor:
         for entry in entries:
             if entry.kind == RUN:
                 self._recall(run, entry)
+        run.spent = attempts.spent(entries)
         if entries:
             run.last_at = entries[-1].at
             fresh = run.machine.replay(entries)
