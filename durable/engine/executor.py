@@ -50,6 +50,8 @@ class Executor:
             deps.store.commit,
             max_items=deps.store.capabilities.max_batch,
             size=lambda commit: commit.size,
+            # A run that was dropped with a commit still queued may be claimed anew and commit again.
+            alone=lambda commit: commit.run_id,
         )
         self.steps = LocalSteps(self)
         self.dispatch = Dispatch(self)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -232,6 +233,7 @@ def _lines(workers: Sequence[subprocess.Popen[str]]) -> Iterator[str]:
 
 def work(seeds: range, until: float | None, tell: Callable[[str], None]) -> None:
     """A worker's life: judge seeds, tell each verdict as a line of JSON."""
+    logging.getLogger("durable.workflow").setLevel(logging.CRITICAL + 1)  # what programs do wrong, they do on purpose
     gc.freeze()  # what is loaded by now need not be looked at after each seed
     for n, seed in enumerate(seeds):
         if until is not None and n and time.time() > until:
