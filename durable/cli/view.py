@@ -5,19 +5,24 @@ Pure: rows in, rich text out. `runs show`, `runs watch`, `dev` and the demo prin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from rich.console import Console
+from rich.style import Style
 from rich.text import Text
 
-from durable.cli.output import unicode_output
-from durable.cli.text import preview, safe, safe_lines, shorten, span
+from durable.cli.output import show_hanging, unicode_output
+from durable.cli.text import clock, preview, safe, safe_lines, shorten, span
 from durable.core.errors import ErrorData
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, PATCHED, RUN, SIGNAL, TIMER, Entry
 from durable.core.payload import decode_error
 from durable.protocol.states import TERMINAL
 from durable.store.records import RunRecord
+
+_OURS = re.compile(r"[/\\]durable[/\\](core|engine|worker)[/\\]\w+\.py:\d+")
 
 STATE_STYLES = {
     "completed": "green",
@@ -80,8 +85,10 @@ def error_line(error: ErrorData, width: int = 200) -> str:
 
 
 def stack_of(error: ErrorData) -> str:
-    """Where it happened, over several lines; empty if nobody said."""
-    return safe_lines((error.stack or "").rstrip())
+    """Where it happened, over several lines; empty if nobody said. The author's own lines, if there are any."""
+    lines = safe_lines((error.stack or "").rstrip()).splitlines()
+    own = [line for line in lines if not _OURS.search(line)]
+    return "\n".join(own or lines)
 
 
 class Row:
@@ -229,22 +236,30 @@ def _object(payload: bytes | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def row_text(row: Row, origin: int, *, who: Text | None = None, width: int | None = None) -> Text:
-    """A row as one line: offset, mark, what, how long, and what there is to say."""
-    symbol, style = row.mark()
-    dim = "dim" if row.minor else ""
-    line = Text(no_wrap=True, overflow="ellipsis")
-    if who is not None:
-        line.append_text(who).append(" ")
-    else:
-        line.append(f"{row.entry.seq:>4}  ", style="dim")
-        line.append(f"{'+' + span(max(0, row.entry.at - origin)):>11}  ", style="dim")
-    line.append(f"{symbol} ", style=style).append(row.what, style=dim or ("bold" if row.entry.kind == RUN else ""))
+def row_text(row: Row) -> Text:
+    """What happened, how long it waited and ran, and what there is to say."""
+    what = Text(row.what, style="dim" if row.minor else "bold" if row.entry.kind == RUN else "")
     for part in durations(row):
-        line.append(f"  {part}", style="dim")
+        what.append(f"  {part}", style="dim not bold")
     if row.note:
-        line.append("  ").append(row.note, style="red" if row.error and row.entry.status == "failed" else "dim")
-    return line
+        failed = row.error is not None and row.entry.status == "failed"
+        what.append("  ").append(row.note, style="red" if failed else "dim not bold")
+    return what
+
+
+def show_row(out: Console, row: Row, origin: int) -> None:
+    """A row of one run's timeline: number, offset, mark, and the rest wrapped under itself."""
+    symbol, style = row.mark()
+    head = Text(f"{row.entry.seq:>4}  {'+' + span(max(0, row.entry.at - origin)):>11}  ", style="dim")
+    show_hanging(out, head.append(f"{symbol} ", style=Style.parse(style) + Style(dim=False)), row_text(row))
+
+
+def show_event(out: Console, who: str, row: Row) -> None:
+    """A row among those of many runs: time, whose it is, and one line of what happened."""
+    symbol, style = row.mark()
+    line = Text(f"{clock(row.entry.at)}  ", style="dim").append(f"{who}  ", style=Style(color="cyan", dim=False))
+    line.append(f"{symbol} ", style=Style.parse(style) + Style(dim=False)).append_text(row_text(row))
+    out.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def durations(row: Row) -> list[str]:

@@ -63,6 +63,7 @@ class Dispatch:
         if not sent.published:
             run.actions.append(partial(self._publish, run, command, sent.attempt))
         elif self._executor.deps.transport.capabilities.holds:
+            # Not the coroutine itself: an action may never be called.
             run.actions.append(lambda: self._spawn(self._ask(run, command, sent)))
 
     def settle(self, run: Resident, key: str) -> None:

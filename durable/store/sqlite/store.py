@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from durable.core.clock import Clock, SystemClock
 from durable.core.errors import StoreError
@@ -52,7 +53,7 @@ class SqliteStore:
     """All runs in one file. Several processes on one machine may use it at once.
 
     `inline=True` runs every statement in the caller, with no thread: for tests under virtual time, and the only way for
-    `:memory:`. It looks for no other process's writes, knows no presence, and lends no transaction.
+    `:memory:`. It sees no other process's writes until it polls, knows no presence, and lends no transaction.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class SqliteStore:
         self._accept_restore = accept_restore
         self._inline = inline
         self._busy_timeout_s = busy_timeout_s
-        self._listeners = Listeners()
+        self._listeners = _neighbours(self._location.path) if inline else Listeners()
         self._presence = Presence(None if inline else self._location.path, self._clock)
         self._writer: Runner = _Closed(self._location)
         self._reader: Runner = self._writer
@@ -291,6 +292,14 @@ class SqliteStore:
             self._listeners.changed(None)
         self._data_version = version
         return HINT_EVERY_S
+
+
+_inline_listeners: WeakValueDictionary[Path, Listeners] = WeakValueDictionary()
+
+
+def _neighbours(path: Path | None) -> Listeners:
+    """Inline stores on one file run in one process, with no thread to look at the file: they tell each other."""
+    return Listeners() if path is None else _inline_listeners.setdefault(path, Listeners())
 
 
 class _Beats:
