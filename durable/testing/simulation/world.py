@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from durable.core.clock import SECOND
+from durable.core.clock import SECOND, Clock
 from durable.core.errors import DurableError, IdempotencyConflict, RunFinished, RunNotFound, StoreUnavailable
 from durable.core.ids import SeededIds
 from durable.core.registry import Registry
@@ -139,17 +139,21 @@ class Process:
         return self.ready and not self.node.dead
 
 
+STORES: dict[str, Callable[[Clock], Store]] = {"memory": MemoryStore}
+"""What may stand behind the server: a seed names one."""
+
 Engines = Callable[[Deps], WorkflowEngine]
 
 
 class World:
-    """A simulation of one seed. `engines` makes an engine: a test of the tests hands in a broken one."""
+    """A simulation of one seed. `base` and `engines` make the store and an engine: a test of the tests hands in
+    broken ones."""
 
     def __init__(
         self,
         swarm: Swarm,
         *,
-        base: Store | None = None,
+        base: Callable[[Clock], Store] | None = None,
         engines: Engines = WorkflowEngine,
         trace: Callable[[str], None] | None = None,
         tripwire: Tripwire | None = None,
@@ -159,7 +163,7 @@ class World:
         self.faults = Faults(swarm)
         self.tripwire = tripwire or Tripwire()
         self.time = StoreTime(self.loop)
-        self.base: Store = base or MemoryStore(self.time)
+        self.base: Store = (base or STORES[swarm.store])(self.time)
         self.server = StoreServer(self.loop, self.base, self.faults, self.tripwire)
         self.bus = Bus(self.loop, self.faults)
         self.broker = Broker(self.loop, self.faults, self.tripwire, holds=swarm.holds, seed=swarm.seed)
