@@ -157,6 +157,7 @@ class World:
         engines: Engines = WorkflowEngine,
         trace: Callable[[str], None] | None = None,
         tripwire: Tripwire | None = None,
+        plans: dict[int, Plan] | None = None,
     ) -> None:
         self.swarm = swarm
         self.loop = SimLoop(swarm.seed, order=swarm.order)
@@ -183,7 +184,7 @@ class World:
         self._grave: list[object] = []
         lossy = bool(swarm.kinds & LOSSES) and swarm.shared
         span = 0.8 * swarm.safety
-        self.plans = {n: Plan(swarm.seed, n, span=span, lossy=lossy) for n in swarm.runs}
+        self.plans = plans or {n: Plan(swarm.seed, n, span=span, lossy=lossy) for n in swarm.runs}
         self._open_plans = len(self.plans)
         self._closed: set[int] = set()
         """Plans whose runs have ended for good: nobody will reopen them."""
@@ -538,7 +539,8 @@ class World:
         draw = Random(f"client/{self.swarm.seed}/{plan.number}")
         work: list[Coroutine[Any, Any, None]] = []
         for index, name in enumerate(plan.signals + plan.extra):
-            work.append(self._signal(plan, run_id, name, f"{name}{index}", draw.random() * 4.0, draw.random() < 0.3))
+            delay = draw.random() * 4.0 if plan.delays is None else plan.delays[index]
+            work.append(self._signal(plan, run_id, name, f"{name}{index}", delay, draw.random() < 0.3))
         if plan.cancel_at is not None:
             work.append(self._cancel(plan, run_id))
         work.append(self._attend_end(plan, run_id, draw.random() * 2.0))
