@@ -613,8 +613,12 @@ def _final(run: Resident) -> Final:
     return Final(Status.FAILED, error=outcome.error)
 
 
-def _left() -> DurableError:
-    return DurableError("The run has left this engine; send it again.")
+class Left(DurableError):
+    """The run left this engine before what arrived for it was committed."""
+
+
+def _left() -> Left:
+    return Left("The run has left this engine; send it again.")
 
 
 def _tell(acks: list[Callable[[BaseException | None], None]], why: BaseException | None) -> None:
