@@ -15,13 +15,15 @@ from durable.control_plane.interface import ControlPlane
 from durable.control_plane.local import LocalControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
 from durable.core.ctx import Context
-from durable.core.definition import durable_step, workflow
+from durable.core.dead_letter import DeadLetter
+from durable.core.definition import durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, DurableError, EngineStopped
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
 from durable.core.retry import RetryPolicy
+from durable.engine.dead_letter import listen
 from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.handle import RunHandle
@@ -73,6 +75,7 @@ class Durable:
         clock: Clock | None = None,
         ids: Ids | None = None,
         lease: Duration | None = None,
+        dead_letter_workflow: Any = None,
         **settings: Any,
     ) -> None:
         self.registry = Registry([*workflows, *steps])
@@ -84,7 +87,7 @@ class Durable:
         self._ids = ids or SystemIds()
         if lease is not None:
             settings["lease"] = lease
-        self.settings = _settings(settings, worker)
+        self.settings = _settings(settings, execute=worker, dead_letter_workflow=workflow_name(dead_letter_workflow))
         self._engine: WorkflowEngine | None = None
 
     # ------------------------------------------------------------------ authoring
@@ -121,6 +124,11 @@ class Durable:
     def step(self, name: Any = None, **options: Any) -> Any:
         """Register a function as a step that `ctx.remote` can call by reference or by name."""
         return self._register(durable_step, name, options)
+
+    def on_dead(self, handler: Callable[[DeadLetter], Any]) -> Any:
+        """Have every dead run told to `handler`, a plain or async function; before the app is opened. Also a decorator."""
+        listen(self.registry, handler)
+        return handler
 
     def register(self, *things: Any) -> None:
         """Register workflows and steps decorated elsewhere with `@workflow` and `@durable_step`."""
@@ -238,7 +246,9 @@ class Durable:
         """Start many runs, each on its own: a handle, or why there is none."""
         return await self.engine.start_many(requests)
 
-    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+    async def start_and_wait(
+        self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any
+    ) -> Any:
         """Start a run and wait for what it returns."""
         handle = await self.start(workflow, input, **options)
         return await handle.result(timeout)
@@ -264,9 +274,9 @@ class Durable:
         return self.engine.watch(run_id, after)
 
 
-def _settings(given: dict[str, Any], worker: bool) -> Settings:
+def _settings(given: dict[str, Any], **ours: Any) -> Settings:
     """Durations as people write them; a misspelt name is an error that knows the right one."""
-    names = [name for name in Settings.__struct_fields__ if name != "execute"]
+    names = [name for name in Settings.__struct_fields__ if name not in ours]
     for name, value in given.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -274,4 +284,4 @@ def _settings(given: dict[str, Any], worker: bool) -> Settings:
             raise DefinitionError(f"Durable has no setting {name!r}. {known}")
         if name in DURATIONS and value is not None:
             given[name] = seconds(value)
-    return Settings(execute=worker, **given)
+    return Settings(**ours, **given)

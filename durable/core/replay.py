@@ -38,6 +38,7 @@ from durable.core.errors import (
     DurableError,
     ErrorData,
     NonDeterminism,
+    PayloadError,
     StepFailed,
     StepTimeout,
 )
@@ -86,10 +87,8 @@ class Asked(Promise):
         """Settle it with what the journal says."""
         try:
             value = self.read(payload)
-        except DurableError as error:
-            what = {SIGNAL: "signal", CHILD: "the result of child"}.get(self.command.kind, "the result of step")
-            name = self.command.name if self.command.kind == SIGNAL else self.command.key
-            self.set_exception(type(error)(f"{what} {name!r}: {error}"))
+        except PayloadError as error:
+            self.set_exception(PayloadError(f"What came for {self.command.kind} {self.command.key!r}: {error}"))
         else:
             self.set_result(value)
 
@@ -112,7 +111,7 @@ class Machine:
         """Asked for and unanswered, by key, in order of ordinals."""
         self.outcome: Outcome | None = None
         self.loop = Loop()  # type: ignore[abstract]
-        self._input = input
+        self.input = input
         self._main: WorkflowTask | None = None
         self._ending: Entry | None = None
         self._broken: BaseException | None = None
@@ -252,7 +251,7 @@ class Machine:
         if entry.payload:
             self._recorded_on = str(msgspec.json.decode(entry.payload).get("python", PYTHON))
         try:
-            main = self.definition.call(Context(self), self._input)
+            main = self.definition.call(Context(self), self.input)
         except Exception as error:  # the input does not fit, or the class could not be made
             main = _fail(error)
         # An empty context: what the engine keeps in its own is none of the workflow's business.

@@ -41,7 +41,7 @@ class Broker:
         *,
         error: ErrorData | None = None,
         through: BrokerTransport | None = None,
-        attempt: int | None | type = int,
+        attempt: int | type | None = int,
     ) -> None:
         """A worker's answer, delivered to one engine; raises what its handler raises."""
         result = StepResult(
