@@ -59,8 +59,8 @@ class Durable:
     """An application: workflows, steps, and the engine that runs them.
 
     `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `cold`, `lease` and the rest of
-    `settings` are those of docs/operate.md, durations in any spelling ("10s"). `worker=False` makes an API node: it starts and inspects runs and
-    never executes one.
+    `settings` are those of docs/operate.md, durations in any spelling ("10s"). `worker=False` makes an API node: it
+    starts and inspects runs and never executes one.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ DurableError
 │   └── RunTimeout             run_timeout
 ├── StepFailed                 step_failed: inside a workflow, after the last attempt
 │   ├── StepTimeout            step_timeout
+│   │                          (step_cancelled: in `error.code`, of a body that cancelled itself)
 │   └── ChildFailed            child_failed
 ├── WaitTimeout                wait_timeout: also a TimeoutError
 ├── IdempotencyConflict        idempotency_conflict: same key, other input
