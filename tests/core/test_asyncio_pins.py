@@ -1,4 +1,7 @@
-"""Each private thing of asyncio that the workflow loop relies on, on every Python at hand. If one of these breaks, so does replay."""
+"""Each private thing of asyncio that the workflow loop relies on, on every Python at hand.
+
+If one of these breaks, so does replay.
+"""
 
 from __future__ import annotations
 

@@ -426,10 +426,9 @@ def test_signals_time_out() -> None:
     """WaitTimeout, which is a TimeoutError; or the default; and a signal that comes later is kept."""
 
     async def wf(ctx: Context) -> list[Any]:
-        try:
+        with pytest.raises(WaitTimeout) as caught:
             await ctx.wait_for_signal("x", timeout=1)
-        except WaitTimeout as error:
-            assert isinstance(error, TimeoutError)
+        assert isinstance(caught.value, TimeoutError)
         default = await ctx.wait_for_signal("x", timeout="1s", default=None)
         return [default, await ctx.wait_for_signal("x", timeout=0, default="none"), await ctx.wait_for_signal("x")]
 
