@@ -1,27 +1,37 @@
-"""Durable: workflows that survive crashes. What an author needs, by one import; the rest by its own path."""
+"""Durable: workflows that survive crashes. What an author needs, by one import; the rest by its own path.
+
+Names are imported when first used, so that `durable --help` does not pay for an engine.
+"""
 
 from __future__ import annotations
 
-from durable.app import Durable
-from durable.core.ctx import ChildHandle, Context
-from durable.core.definition import durable_step, workflow
-from durable.core.errors import (
-    ChildFailed,
-    DurableError,
-    NonRetryable,
-    RetryAfter,
-    RunCancelled,
-    RunDead,
-    RunFailed,
-    RunTimeout,
-    StepFailed,
-    StepTimeout,
-    WaitTimeout,
-)
-from durable.core.retry import RetryPolicy
-from durable.core.step import current_step
-from durable.engine.handle import RunHandle
-from durable.engine.start import StartRequest
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from durable.app import Durable
+    from durable.core.ctx import ChildHandle, Context
+    from durable.core.definition import durable_step, workflow
+    from durable.core.errors import (
+        ChildFailed,
+        DurableError,
+        IdempotencyConflict,
+        NonRetryable,
+        RetryAfter,
+        RunCancelled,
+        RunDead,
+        RunFailed,
+        RunTimeout,
+        StepFailed,
+        StepTimeout,
+        WaitTimeout,
+    )
+    from durable.core.retry import RetryPolicy
+    from durable.core.step import current_step
+    from durable.engine.handle import RunHandle
+    from durable.engine.start import StartRequest
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ChildFailed",
@@ -29,6 +39,7 @@ __all__ = [
     "Context",
     "Durable",
     "DurableError",
+    "IdempotencyConflict",
     "NonRetryable",
     "RetryAfter",
     "RetryPolicy",
@@ -45,3 +56,28 @@ __all__ = [
     "durable_step",
     "workflow",
 ]
+
+_HOME = {
+    "Durable": "durable.app",
+    "ChildHandle": "durable.core.ctx",
+    "Context": "durable.core.ctx",
+    "durable_step": "durable.core.definition",
+    "workflow": "durable.core.definition",
+    "RetryPolicy": "durable.core.retry",
+    "current_step": "durable.core.step",
+    "RunHandle": "durable.engine.handle",
+    "StartRequest": "durable.engine.start",
+}
+"""Where a public name lives; errors live in core/errors.py."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'durable' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME.get(name, "durable.core.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -75,7 +75,8 @@ class Durable:
         **settings: Any,
     ) -> None:
         self.registry = Registry([*workflows, *steps])
-        self._store = store
+        self.store = store
+        """Read when the app is opened; a command line may put another in its place before."""
         self._transport = transport
         self._control_plane = control_plane
         self._clock = clock or SystemClock()
@@ -158,7 +159,7 @@ class Durable:
         """Open the store and start the engine. Raises StoreError with what to do."""
         if self._engine is not None:
             raise DurableError("The app is running already.")
-        store = open_store(self._store)
+        store = open_store(self.store)
         transport = self._transport or EventEmitterTransport()
         deps = Deps(
             store=store,

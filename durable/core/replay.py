@@ -118,7 +118,7 @@ class Machine:
         self._issued: list[Command | Note] = []
         self._turn_from = 0
         self._promises: dict[str, Asked] = {}
-        self._release = self._withdraw
+        self._release: Callable[[Any], None] = self._withdraw
         self.keys: dict[str, int] = {}
         """Every key given out, with the next number to try for a repeat of it."""
         self._failures: list[_Failure] = []
@@ -204,6 +204,9 @@ class Machine:
         self._promises.clear()
         self._waiting.clear()
         self._issued.clear()
+        # No circle is left, so the run's memory is free now and not when the garbage collector comes by.
+        self._main = None
+        self._release = _let_go
 
     # ------------------------------------------------------------------ a turn
 
@@ -595,3 +598,7 @@ def _without(entries: list[Entry], cut: int) -> list[Entry]:
         for entry in entries
         if (entry.seq < cut or entry.kind == SIGNAL) and not (entry.kind in COMMAND_KINDS and entry.key in again)
     ]
+
+
+def _let_go(promise: Any) -> None:
+    """What is cancelled after its run has left memory concerns nobody."""

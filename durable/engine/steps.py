@@ -94,7 +94,10 @@ class LocalSteps:
             status = "failed"
             data = describe(error)
             payload = encode_error(ErrorData(data.message, data.code, data.type, retryable=False, stack=data.stack))
-        except (Exception, SystemExit) as error:
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            # SystemExit and whatever else is no Exception too: a body that ends without an answer would wedge its run.
             status = "failed"
             payload = encode_error(describe(error))
         if run.bodies.get(key) is asyncio.current_task():

@@ -38,7 +38,10 @@ class StepHandler:
             output = msgspec.Raw(await self._run(task, write))
         except NotRegistered:
             error = ErrorData(message=f"no handler for {task.name}", code="unknown_step", retryable=False)
-        except (Exception, SystemExit) as failure:
+        except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as failure:
+            # SystemExit and whatever else is no Exception too: without an answer the run would wait for ever.
             error = describe(failure)
         return StepResult(
             run_id=task.run_id,

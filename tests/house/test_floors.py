@@ -21,7 +21,7 @@ FLOORS = {
     "durable.testing": 6,
     **dict.fromkeys(["durable.app", "durable.module", "durable.dashboard"], 7),
     "durable.server": 8,
-    "durable.cli": 9,
+    **dict.fromkeys(["durable.cli", "durable.__main__"], 9),
 }
 
 

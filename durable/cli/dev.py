@@ -1,0 +1,245 @@
+"""`durable dev`: an app's engine in the foreground, and a line for everything that happens in its store."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from durable.cli.node import DEFAULT_STORE, json_option
+from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json
+from durable.cli.text import safe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from durable.app import Durable
+    from durable.core.journal import Entry
+    from durable.store.interface import Capabilities
+    from durable.store.records import RunRecord
+
+LOOK_EVERY = 0.1
+"""Seconds between two looks at the store."""
+
+
+@click.command(epilog=EXIT_HELP)
+@click.argument("app", metavar="[MODULE:APP]", required=False)
+@click.option(
+    "--store",
+    metavar="URL",
+    envvar="DURABLE_STORE",
+    show_envvar=True,
+    help=f"Run on this store instead of the app's own (without an app: {DEFAULT_STORE}).",
+)
+@json_option
+def dev(app: str | None, store: str | None, as_json: bool) -> None:
+    """Run an app's engine here, with a line for everything that happens.
+
+    MODULE:APP names a module (or a .py file) and the Durable object in it; ":APP" may be left out when there is only
+    one. Without it nothing is executed: a look at what other engines do on the store.
+
+    Ctrl-C drains: steps under way finish, runs are handed over. A second Ctrl-C stops at once; nothing is lost then
+    either, but steps that were running run again.
+
+    \b
+    Examples:
+      durable dev orders:app
+      durable dev examples/orders.py --store sqlite:///try.db
+      durable dev --store sqlite:////var/lib/orders/durable.db
+    """
+    code = asyncio.run(_dev(app, store, as_json))
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
+    from durable.app import Durable, open_store
+    from durable.cli.feed import Feed
+
+    loaded = load_app(target) if target else None
+    place = store or (loaded.store if loaded else DEFAULT_STORE)
+    opened = open_store(place)
+    # What happens is read through a node of its own, so that the last rows of a drain are seen too.
+    looker = Durable(open_store(place) if opened.capabilities.shared else opened, worker=False)
+    stopping = _stop_signals(as_json)
+    _logs_to_stderr()
+    async with looker:
+        feed = Feed(looker)
+        active = await feed.skip()
+        printer = _printer(as_json)
+        if loaded is None:
+            _greet(None, place, opened.capabilities, active, as_json)
+            await _follow(feed, printer, stopping.wait())
+            return Exit.OK
+        loaded.store = opened
+        async with loaded:
+            _greet(loaded, place, opened.capabilities, active, as_json)
+            await _follow(feed, printer, stopping.wait())
+            await _follow(feed, printer, loaded.close())
+    if not as_json:
+        click.echo("Stopped. Nothing is lost: runs go on when an engine serves them again.")
+    return Exit.OK
+
+
+async def _follow(feed: Any, printer: Callable[[RunRecord, Entry], None], until: Any) -> None:
+    """Print what happens until something is done, and what has happened by then."""
+    done = asyncio.ensure_future(until)
+    while True:
+        finished = done.done()
+        for run, entry in await feed.look():
+            printer(run, entry)
+        if finished:
+            return await done  # type: ignore[no-any-return]
+        await asyncio.wait({done}, timeout=LOOK_EVERY)
+
+
+def _stop_signals(as_json: bool) -> asyncio.Event:
+    """Set at the first Ctrl-C or SIGTERM; the second ends the process at once."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if stopping.is_set():
+            click.echo("Stopped at once. Steps that were running will run again.", err=True)
+            sys.stdout.flush()
+            os._exit(Exit.INTERRUPTED)
+        if not as_json:
+            click.echo(
+                "\nDraining: steps under way finish, runs are handed over. Ctrl-C again stops at once.", err=True
+            )
+        stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+    return stopping
+
+
+def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as_json: bool) -> None:
+    if as_json:
+        return
+    from durable import __version__
+
+    click.echo(f"Durable {__version__} on {safe(place if isinstance(place, str) else store.name)}. {store.durability}")
+    if app is None:
+        click.echo(f"Nothing is executed here; {active} runs are active. What other engines do is shown. Ctrl-C ends.")
+        return
+    workflows = ", ".join(f"{name}@{version}" for name, version in app.registry.routes()) or "none"
+    steps = ", ".join(step.name for step in app.registry.steps()) or "none"
+    click.echo(f"Workflows: {safe(workflows)}. Remote steps served: {safe(steps)}. Runs active: {active}.")
+    click.echo("The engine is up. Ctrl-C drains it.")
+
+
+def _printer(as_json: bool) -> Callable[[RunRecord, Entry], None]:
+    from durable.cli.shape import entry_shape
+    from durable.cli.view import EventPrinter
+
+    def json_line(run: RunRecord, entry: Entry) -> None:
+        show_json(entry_shape(run.id, entry) | {"workflow": run.workflow, "version": run.version}, indent=None)
+
+    if as_json:
+        return json_line
+    return EventPrinter(console(), lambda run: f"{run.id[-6:]} {run.workflow}@{run.version}")
+
+
+def _logs_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+
+
+# ------------------------------------------------------------------ finding the app
+
+
+def load_app(target: str) -> Durable:
+    """The Durable object that `module:name`, `module` or `file.py` means. Raises Problem."""
+    from durable.app import Durable
+
+    # A Windows path has a colon too, but never before a plain name at the end.
+    place, separator, name = target.rpartition(":")
+    if not separator or "/" in name or "\\" in name:
+        place, name = target, ""
+    module = _import(place, target)
+    if name:
+        app = getattr(module, name, None)
+        if not isinstance(app, Durable):
+            what = "is not there" if app is None else f"is a {type(app).__name__}, not a Durable"
+            raise Problem(
+                f"{safe(place)} was imported, but its {safe(name)} {what}.{_known(module)}",
+                code="no_app",
+                exit=Exit.USAGE,
+            )
+        return app
+    apps = _apps(module)
+    if "app" in apps:
+        return apps["app"]
+    if len({id(app) for app in apps.values()}) != 1:
+        raise Problem(
+            f"{safe(place)} has {'no Durable object' if not apps else 'more than one'}; "
+            f"{'make one: `app = Durable()`' if not apps else 'say which: ' + ', '.join(f'{place}:{n}' for n in apps)}.",
+            code="no_app",
+            exit=Exit.USAGE,
+        )
+    return next(iter(apps.values()))
+
+
+def _apps(module: ModuleType) -> dict[str, Durable]:
+    from durable.app import Durable
+
+    return {name: value for name, value in vars(module).items() if isinstance(value, Durable)}
+
+
+def _known(module: ModuleType) -> str:
+    names = list(_apps(module))
+    return f" It has: {', '.join(names)}." if names else " No Durable object is in it: `app = Durable()` makes one."
+
+
+def _import(place: str, target: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise Problem(f"There is no file {safe(place)}.", code="no_app", exit=Exit.USAGE)
+        sys.path.insert(0, str(path.parent))
+        return importlib.import_module(path.stem)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
+            raise Problem(
+                f"There is no module {safe(error.name)} to import from {here}. Give MODULE:APP, or a path to a .py file.",
+                code="no_app",
+                exit=Exit.USAGE,
+            ) from None
+        raise _broken(target, error) from error
+    except Exception as error:
+        if isinstance(error, Problem):
+            raise
+        raise _broken(target, error) from error
+
+
+def _broken(target: str, error: BaseException) -> Problem:
+    """The author's module does not import: say where, in its own words."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    ours = Path(__file__).parents[1]
+    theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(ours)] or frames
+    place = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f" at {error.filename}:{error.lineno}"
+    return Problem(
+        f"{safe(target)} cannot be imported: {type(error).__name__}: {safe(error)}{safe(place)}", code="no_app"
+    )

@@ -1,0 +1,76 @@
+"""`durable`: the entry, and what all commands share: help, version, errors as one sentence, exit codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from durable import __version__
+from durable.cli.dev import dev
+from durable.cli.doctor import doctor
+from durable.cli.output import EXIT_HELP, Exit, Problem
+from durable.cli.runs import runs
+
+
+class Cli(click.Group):
+    """Turns what a user can cause into a sentence and an exit code; only our own mistakes show a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(Exit.INTERRUPTED) from None
+        except Exception as error:
+            problem = _problem(error)
+            if problem is None:
+                raise
+            raise problem from error
+
+
+def _problem(error: Exception) -> Problem | None:
+    """What a user can cause, as a sentence; None for our own mistakes."""
+    from durable.core import errors
+
+    if not isinstance(error, errors.DurableError):
+        return None
+    exit = Exit.FAILED
+    message = str(error)
+    if isinstance(error, errors.RunNotFound):
+        exit = Exit.NOT_FOUND
+    elif isinstance(error, errors.RunFinished | errors.IdempotencyConflict):
+        exit = Exit.REFUSED
+    elif isinstance(error, errors.StoreError):
+        exit = Exit.STORE
+        if isinstance(error, errors.StoreRestored):
+            message += ". Here: durable doctor --accept-restore"
+    elif isinstance(error, errors.PayloadError):
+        exit = Exit.USAGE
+    return Problem(message, code=error.code, exit=exit)
+
+
+@click.group(
+    cls=Cli, epilog=EXIT_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, prog_name="durable", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Workflows that survive crashes.
+
+    \b
+      durable dev orders:app           run an app's engine here, and watch it work
+      durable runs list                what runs there are
+      durable runs show 7f3a           one run: its state, its timeline, its errors
+      durable doctor                   is everything all right, and if not, what to do
+    """
+
+
+cli.add_command(dev)
+cli.add_command(runs)
+cli.add_command(doctor)
+
+
+def main() -> None:
+    """The `durable` script."""
+    cli(prog_name="durable")

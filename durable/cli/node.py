@@ -1,0 +1,109 @@
+"""A store opened to look and to ask, never to execute; and finding the run that was meant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from durable.cli.output import Exit, Problem
+from durable.cli.text import safe
+
+if TYPE_CHECKING:
+    from durable.app import Durable
+    from durable.store.records import RunRecord
+
+DEFAULT_STORE = "sqlite:///.durable/durable.db"
+MAX_SCANNED = 20_000
+"""Runs looked through for a part of an id."""
+MIN_PART = 4
+
+store_option = click.option(
+    "--store",
+    metavar="URL",
+    envvar="DURABLE_STORE",
+    default=DEFAULT_STORE,
+    show_default=True,
+    show_envvar=True,
+    help="Where the runs are: sqlite:///relative.db, sqlite:////absolute.db.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text; times in ISO 8601 UTC.")
+
+
+@asynccontextmanager
+async def api_node(store: str) -> AsyncIterator[Durable]:
+    """An engine on the store that starts, signals and inspects runs, and never executes one."""
+    from durable.app import Durable
+
+    must_exist(store)
+    async with Durable(store, worker=False, poll_every=0.2) as app:
+        yield app
+
+
+def sqlite_path(store: str) -> Path | None:
+    """The file of a SQLite URL; None for any other store."""
+    if not store.startswith("sqlite:"):
+        return None
+    from durable.store.sqlite.connection import Location
+
+    return Location(store).path
+
+
+def must_exist(store: str) -> None:
+    """A command that only looks must not leave an empty database behind for a mistyped path."""
+    if store.split(":")[0] == "memory":
+        raise Problem(
+            "A memory store lives inside the process that made it; nothing can be seen from here. Give the app a "
+            "sqlite:/// store.",
+            code="no_store",
+            exit=Exit.USAGE,
+        )
+    path = sqlite_path(store)
+    if path is None or path.exists():
+        return
+    others = sorted(found.with_suffix("") for found in Path(".durable").glob("**/*.db.generation"))
+    hint = (
+        "There is " + ", ".join(f"--store sqlite:///{other}" for other in others[:3]) + "."
+        if others
+        else "Start an app on it first, or name another with --store or DURABLE_STORE."
+    )
+    shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    raise Problem(f"There is no store at {shown}. {hint}", code="no_store", exit=Exit.NOT_FOUND)
+
+
+async def find_run(app: Durable, part: str) -> RunRecord:
+    """The run of this id, or the only one whose id begins or ends with it."""
+    from durable.core.errors import RunNotFound
+
+    try:
+        return await app.get(part)
+    except RunNotFound:
+        if len(part) < MIN_PART:
+            raise Problem(
+                f"There is no run {safe(part)}. A part of an id needs at least {MIN_PART} characters.",
+                code="run_not_found",
+                exit=Exit.NOT_FOUND,
+            ) from None
+    found, cursor, scanned = [], None, 0
+    while scanned < MAX_SCANNED:
+        page = await app.find(cursor=cursor, limit=500)
+        found += [run for run in page.runs if run.id.startswith(part) or run.id.endswith(part)]
+        scanned += len(page.runs)
+        cursor = page.cursor
+        if cursor is None or len(found) > 5:
+            break
+    if len(found) == 1:
+        return await app.get(found[0].id)
+    if found:
+        ids = ", ".join(run.id for run in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise Problem(f"{safe(part)} fits more than one run: {ids}", code="ambiguous_id", exit=Exit.USAGE)
+    among = f" among the newest {MAX_SCANNED:,}" if cursor is not None else ""
+    raise Problem(
+        f"There is no run {safe(part)}{among}. `durable runs list` shows what there is.",
+        code="run_not_found",
+        exit=Exit.NOT_FOUND,
+    )

@@ -1,0 +1,214 @@
+"""Who owns what: heartbeats, claims, releases. The epoch is raised at every claim, so a wrong guess about who is alive
+costs a takeover and never a double commit."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from durable.store.records import Beat, Claim, ClaimedRun, ClaimRequest, RunRecord
+from durable.store.sqlite import runs
+from durable.store.sqlite.connection import atomic
+from durable.store.sqlite.schema import DUE
+from durable.store.sqlite.statements import execute_values, fetch_packed, listed
+
+_NOTHING = Claim([], None)
+_ROUTES = "(workflow, version) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"
+_UNPARKED = "activity NOT IN ('paused', 'blocked')"
+
+
+class Taken(Struct, frozen=True):
+    """A claim, and the engines it has declared dead."""
+
+    claim: Claim
+    dead: list[str]
+
+
+def beat(cx: sqlite3.Connection, incarnation: str, lease_us: int, now: int) -> Beat:
+    changed = cx.execute(
+        "INSERT INTO engines VALUES (?, ?, 0) ON CONFLICT (incarnation)"
+        " DO UPDATE SET expires_at = excluded.expires_at WHERE NOT dead",
+        (incarnation, now + lease_us),
+    ).rowcount
+    return Beat(now, changed > 0)
+
+
+def leave(cx: sqlite3.Connection, incarnation: str) -> None:
+    with atomic(cx):
+        cx.execute("DELETE FROM engines WHERE incarnation = ?", (incarnation,))
+
+
+def owned(cx: sqlite3.Connection, incarnation: str) -> list[tuple[str, int]]:
+    return [(run_id, epoch) for run_id, epoch in fetch_packed(cx, "runs WHERE owner = ?", [incarnation], "id, epoch")]
+
+
+def release(cx: sqlite3.Connection, held: Sequence[tuple[str, int]], now: int) -> int:
+    if not held:
+        return 0
+    with atomic(cx):
+        return execute_values(cx, _release_text, list(held), now, now)
+
+
+def _release_text(values: str) -> str:
+    return f"""
+        WITH v(id, epoch) AS ({values})
+        UPDATE runs SET
+          owner = NULL,
+          updated_at = ?,
+          activity = CASE activity WHEN 'executing' THEN 'queued' ELSE activity END,
+          wake_at = CASE WHEN {_UNPARKED} THEN ? ELSE wake_at END
+        FROM v WHERE runs.id = v.id AND runs.epoch = v.epoch AND runs.owner IS NOT NULL"""
+
+
+def claim(
+    cx: sqlite3.Connection, request: ClaimRequest, now: int, vanished: Callable[[Sequence[str]], Sequence[str]]
+) -> Taken:
+    """`vanished` says which of these incarnations, leases still running, are known to be gone."""
+    routes = listed([(route.workflow, route.version) for route in request.routes])
+    with atomic(cx):
+        gone = _gone_owners(cx, request.incarnation, now, vanished)
+        if gone is None:
+            return Taken(_NOTHING, [])
+        dead = _bury(cx, gone, routes, now)
+        if request.blocked:
+            return Taken(_claim_blocked(cx, request, routes, now), dead)
+        orphans = _orphans(cx, gone, routes, request.limit)
+        due, next_due_at = _due(cx, request, now)
+        candidates = sorted(orphans + due)
+        if len(candidates) > request.limit:
+            next_due_at = now
+        chosen = candidates[: request.limit]
+        crashed = {number for _, _, number, crash in chosen if crash}
+        taken = _take(cx, [number for _, _, number, _ in chosen], request.incarnation, now)
+        claimed = [ClaimedRun(taken[number], number in crashed) for _, _, number, _ in chosen]
+        return Taken(Claim(claimed, next_due_at), dead)
+
+
+def _gone_owners(
+    cx: sqlite3.Connection, claimer: str, now: int, vanished: Callable[[Sequence[str]], Sequence[str]]
+) -> list[str] | None:
+    """Owners that live no more. None: the claimer itself does not."""
+    engines_text, owners_text = cx.execute(
+        """
+        WITH RECURSIVE owners(owner) AS (
+          SELECT min(owner) FROM runs WHERE owner IS NOT NULL
+          UNION ALL
+          SELECT (SELECT min(r.owner) FROM runs r WHERE r.owner IS NOT NULL AND r.owner > owners.owner)
+          FROM owners WHERE owner IS NOT NULL)
+        SELECT (SELECT json_group_object(incarnation, expires_at) FROM engines WHERE NOT dead),
+               (SELECT json_group_array(owner) FROM owners WHERE owner IS NOT NULL)"""
+    ).fetchone()
+    expiry: dict[str, int] = json.loads(engines_text)
+    if expiry.get(claimer, 0) <= now:
+        return None
+    others = [owner for owner in json.loads(owners_text) if owner != claimer]
+    expired = [owner for owner in others if expiry.get(owner, 0) <= now]
+    return expired + list(vanished([owner for owner in others if expiry.get(owner, 0) > now]))
+
+
+def _bury(cx: sqlite3.Connection, gone: Sequence[str], routes: str, now: int) -> list[str]:
+    """Mark dead those who leave runs of these routes behind, and free the parked ones, which nobody takes."""
+    if not gone:
+        return []
+    leaving = [
+        row[0]
+        for row in fetch_packed(
+            cx,
+            f"(SELECT DISTINCT owner FROM runs WHERE owner IN (SELECT value FROM json_each(?)) AND {_ROUTES})",
+            [listed(gone), routes],
+            "owner",
+        )
+    ]
+    if leaving:
+        names = listed(leaving)
+        cx.execute("UPDATE engines SET dead = 1 WHERE incarnation IN (SELECT value FROM json_each(?))", (names,))
+        cx.execute(
+            f"UPDATE runs SET owner = NULL, epoch = epoch + 1, updated_at = ? WHERE owner IN"
+            f" (SELECT value FROM json_each(?)) AND {_ROUTES} AND NOT ({_UNPARKED})",
+            (now, names, routes),
+        )
+    return leaving
+
+
+_Candidate = tuple[int, int, int, bool]
+"""(minus priority, wake_at, number, crashed): sorted, the order of claiming."""
+
+
+def _orphans(cx: sqlite3.Connection, gone: Sequence[str], routes: str, limit: int) -> list[_Candidate]:
+    if not gone:
+        return []
+    rows = fetch_packed(
+        cx,
+        f"(SELECT number, priority, wake_at, activity FROM runs WHERE owner IN (SELECT value FROM json_each(?))"
+        f" AND {_ROUTES} AND {_UNPARKED} ORDER BY priority DESC, wake_at LIMIT ?)",
+        [listed(gone), routes, limit + 1],
+        "number, priority, wake_at, activity",
+    )
+    return [(-priority, wake_at or 0, number, activity == "executing") for number, priority, wake_at, activity in rows]
+
+
+def _due(cx: sqlite3.Connection, request: ClaimRequest, now: int) -> tuple[list[_Candidate], int | None]:
+    """The best due runs of each lane (route and priority), and when the next falls due. Each lane is one seek in the
+    due index, so neither a long backlog nor many sleepers are ever walked through."""
+    if not request.routes:
+        return [], None
+    lane = f"x.workflow = lanes.workflow AND x.version = lanes.version AND x.{DUE.replace(' AND ', ' AND x.')}"
+    text = f"""
+        WITH RECURSIVE
+        routes AS (
+          SELECT DISTINCT json_extract(value, '$[0]') AS workflow, json_extract(value, '$[1]') AS version
+          FROM json_each(?1)),
+        lanes(workflow, version, priority) AS (
+          SELECT workflow, version, (
+            SELECT max(x.priority) FROM runs x WHERE {lane.replace("lanes.", "routes.")})
+          FROM routes
+          UNION ALL
+          SELECT workflow, version, (
+            SELECT max(x.priority) FROM runs x WHERE {lane} AND x.priority < lanes.priority)
+          FROM lanes WHERE priority IS NOT NULL)
+        SELECT
+          (SELECT json_group_array(json_array(-priority, wake_at, number)) FROM (
+             SELECT r.priority, r.wake_at, r.number
+             FROM lanes JOIN runs r ON r.number IN (
+               SELECT x.number FROM runs x
+               WHERE {lane} AND x.priority = lanes.priority AND x.wake_at <= ?2
+               ORDER BY x.wake_at LIMIT ?3)
+             ORDER BY r.priority DESC, r.wake_at LIMIT ?3)),
+          (SELECT min((
+             SELECT min(x.wake_at) FROM runs x
+             WHERE {lane} AND x.priority = lanes.priority AND x.wake_at > ?2)) FROM lanes)"""
+    routes = listed([(route.workflow, route.version) for route in request.routes])
+    found, next_due_at = cx.execute(text, (routes, now, request.limit + 1)).fetchone()
+    return [(priority, wake_at, number, False) for priority, wake_at, number in json.loads(found)], next_due_at
+
+
+def _claim_blocked(cx: sqlite3.Connection, request: ClaimRequest, routes: str, now: int) -> Claim:
+    rows = fetch_packed(
+        cx,
+        f"(SELECT number, id FROM runs WHERE activity = 'blocked' AND status = 'active' AND owner IS NULL AND id > ?"
+        f" AND {_ROUTES} ORDER BY id LIMIT ?)",
+        [request.after, routes, request.limit],
+        "id, number",
+    )
+    numbers: list[Any] = [number for _, number in sorted(rows)]
+    taken = _take(cx, numbers, request.incarnation, now)
+    return Claim([ClaimedRun(taken[number], False) for number in numbers], None)
+
+
+def _take(cx: sqlite3.Connection, numbers: Sequence[int], incarnation: str, now: int) -> dict[int, RunRecord]:
+    if not numbers:
+        return {}
+    chosen = listed(numbers)
+    cx.execute(
+        """
+        UPDATE runs SET
+          recovery_attempts = recovery_attempts + (owner IS NOT NULL AND activity = 'executing'),
+          owner = ?1, epoch = epoch + 1, started_at = coalesce(started_at, ?2), updated_at = ?2
+        WHERE number IN (SELECT value FROM json_each(?3))""",
+        (incarnation, now, chosen),
+    )
+    return runs.numbered(cx, numbers)

@@ -1,0 +1,212 @@
+"""Tables, and what a file says of itself: its version, who may open it, and how often it has been opened.
+
+A column that changes with every commit (`seq`, `commit_id`, `inbox_read`, …) stands in no index. The journal has a
+rowid: rows are appended where the file ends, and only the small index is written all over; measured half as fast again
+as WITHOUT ROWID. Inputs too large to be rewritten with each commit of their run stand in `big_inputs`.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from durable.core.clock import Clock
+from durable.core.errors import StoreRestored, StoreTooNew
+from durable.protocol.version import SCHEMA_VERSION
+from durable.store.sqlite.connection import atomic
+from durable.store.sqlite.statements import fetch_value
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
+
+DUE = "owner IS NULL AND status = 'active' AND activity NOT IN ('paused', 'blocked')"
+"""Word for word the condition of the due index, or SQLite does not use it."""
+
+_TABLES = f"""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
+CREATE TABLE runs (
+  number INTEGER PRIMARY KEY,
+  id TEXT NOT NULL UNIQUE,
+  epoch INTEGER NOT NULL,
+  seq INTEGER NOT NULL,
+  commit_id TEXT,
+  updated_at INTEGER NOT NULL,
+  inbox_last INTEGER NOT NULL DEFAULT 0,
+  inbox_read INTEGER NOT NULL DEFAULT 0,
+  recovery_attempts INTEGER NOT NULL DEFAULT 0,
+  status TEXT NOT NULL DEFAULT 'active',
+  activity TEXT NOT NULL,
+  owner TEXT,
+  wake_at INTEGER,
+  workspace TEXT NOT NULL,
+  workflow TEXT NOT NULL,
+  version TEXT NOT NULL,
+  priority INTEGER NOT NULL,
+  idempotency_key TEXT,
+  input_hash TEXT NOT NULL,
+  parent_run_id TEXT,
+  parent_key TEXT,
+  parent_ordinal INTEGER,
+  tags TEXT,
+  attributes TEXT,
+  created_at INTEGER NOT NULL,
+  started_at INTEGER,
+  finished_at INTEGER,
+  input BLOB,
+  output BLOB,
+  error BLOB,
+  CONSTRAINT suspended_run_has_a_wake_time CHECK (
+    status <> 'active' OR owner IS NOT NULL OR wake_at IS NOT NULL OR activity IN ('paused', 'blocked'))
+);
+CREATE UNIQUE INDEX runs_key ON runs (workspace, workflow, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX runs_due ON runs (workflow, version, priority DESC, wake_at) WHERE {DUE};
+CREATE INDEX runs_owned ON runs (owner) WHERE owner IS NOT NULL;
+CREATE INDEX runs_blocked ON runs (id) WHERE activity = 'blocked' AND status = 'active';
+CREATE INDEX runs_children ON runs (parent_run_id) WHERE parent_run_id IS NOT NULL;
+
+CREATE TABLE big_inputs (run_id TEXT PRIMARY KEY, input BLOB NOT NULL) WITHOUT ROWID;
+
+CREATE TABLE journal (
+  run_id TEXT NOT NULL,
+  seq INTEGER NOT NULL,
+  at INTEGER NOT NULL,
+  kind TEXT NOT NULL,
+  status TEXT NOT NULL,
+  key TEXT,
+  ordinal INTEGER,
+  name TEXT,
+  attempt INTEGER NOT NULL,
+  fingerprint TEXT,
+  payload BLOB,
+  enqueued_at INTEGER,
+  started_at INTEGER,
+  finished_at INTEGER,
+  PRIMARY KEY (run_id, seq)
+);
+
+CREATE TABLE inbox (
+  run_id TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  id TEXT NOT NULL,
+  created_at INTEGER NOT NULL,
+  workspace TEXT NOT NULL,
+  kind TEXT NOT NULL,
+  name TEXT NOT NULL,
+  payload BLOB,
+  key TEXT,
+  ordinal INTEGER,
+  attempt INTEGER NOT NULL,
+  PRIMARY KEY (run_id, number),
+  UNIQUE (run_id, id)
+);
+
+CREATE TABLE event_waiters (
+  run_id TEXT NOT NULL,
+  id TEXT NOT NULL,
+  event TEXT NOT NULL,
+  match BLOB,
+  expires_at INTEGER,
+  PRIMARY KEY (run_id, id)
+) WITHOUT ROWID;
+CREATE INDEX event_waiters_event ON event_waiters (event);
+
+CREATE TABLE slots (
+  key TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  run_id TEXT NOT NULL,
+  epoch INTEGER NOT NULL,
+  PRIMARY KEY (key, number)
+) WITHOUT ROWID;
+CREATE INDEX slots_holder ON slots (run_id);
+
+CREATE TABLE schedule_fires (
+  schedule_id TEXT NOT NULL,
+  occurrence INTEGER NOT NULL,
+  run_id TEXT NOT NULL,
+  PRIMARY KEY (schedule_id, occurrence)
+) WITHOUT ROWID;
+
+CREATE TABLE engines (incarnation TEXT PRIMARY KEY, expires_at INTEGER NOT NULL, dead INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+
+def prepare(cx: sqlite3.Connection, path: Path | None, accept_restore: bool, clock: Clock) -> None:
+    """Create or check the tables and raise the generation. Raises StoreTooNew, StoreRestored."""
+    with atomic(cx):
+        if not fetch_value(cx, "SELECT 1 FROM sqlite_schema WHERE name = 'meta'"):
+            _create(cx)
+            fresh = True
+        else:
+            _check_version(cx)
+            fresh = False
+        generation = int(fetch_value(cx, "SELECT value FROM meta WHERE name = 'generation'"))
+        seen = 0 if fresh or path is None else _generation_seen(path)
+        if generation < seen and not accept_restore:
+            raise StoreRestored(
+                f"{path} is an older copy: it was opened {generation} times, and a copy opened {seen} times has been"
+                " here before. Work done since then is missing. If you restored a backup on purpose, open it once with"
+                " accept_restore=True"
+            )
+        generation = max(generation, seen) + 1
+        cx.execute("UPDATE meta SET value = ? WHERE name = 'generation'", (str(generation),))
+        # Engines that said long ago that they are gone need no tombstone any more.
+        cx.execute("DELETE FROM engines WHERE expires_at < ?", (clock.now() - 24 * 3600 * 1_000_000,))
+    if path is not None:
+        _remember_generation(path, generation, forget=fresh)
+
+
+def _create(cx: sqlite3.Connection) -> None:
+    for statement in _TABLES.split(";"):
+        if statement.strip():
+            cx.execute(statement)
+    cx.execute(
+        "INSERT INTO meta VALUES ('schema_version', ?), ('min_engine_version', ?), ('store_id', ?), ('generation', '0')",
+        (str(SCHEMA_VERSION), str(SCHEMA_VERSION), uuid.uuid4().hex),
+    )
+
+
+def _check_version(cx: sqlite3.Connection) -> None:
+    found = int(fetch_value(cx, "SELECT value FROM meta WHERE name = 'schema_version'"))
+    if found > SCHEMA_VERSION:
+        raise StoreTooNew(
+            f"this file has tables of version {found}, and this program knows {SCHEMA_VERSION}: upgrade durable here, or"
+            " open the file with the newer program that wrote it"
+        )
+    needed = int(fetch_value(cx, "SELECT value FROM meta WHERE name = 'min_engine_version'"))
+    if needed > SCHEMA_VERSION:
+        raise StoreTooNew(
+            f"this file asks for engines that know tables of version {needed}, and this one knows {SCHEMA_VERSION}:"
+            " upgrade durable here"
+        )
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".generation")
+
+
+def _generation_seen(path: Path) -> int:
+    with suppress(OSError, ValueError):
+        return int(_sidecar(path).read_text())
+    return 0
+
+
+def _remember_generation(path: Path, generation: int, *, forget: bool) -> None:
+    """After the commit, so that a crash between the two leaves the lower number here: no false alarm. Losing this file
+    only means that a restore goes unnoticed, so a directory that refuses it is no error."""
+    with suppress(OSError), open(os.open(_sidecar(path), os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        text = file.read()
+        if not forget and text.isdigit() and int(text) >= generation:
+            return
+        file.seek(0)
+        file.truncate()
+        file.write(str(generation))
+        file.flush()
+        os.fsync(file.fileno())

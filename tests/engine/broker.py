@@ -1,0 +1,119 @@
+"""A transport whose workers are the test: it keeps what was sent, and answers what it is told to, to whom it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import msgspec
+
+from durable.core.errors import ErrorData, TransportError
+from durable.protocol.messages import Heartbeat, RemoteTask, StepResult
+from durable.testing.facts import eventually
+from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler
+
+
+class Broker:
+    """What all ends share: the tasks published, in order, and those it still holds."""
+
+    def __init__(self) -> None:
+        self.tasks: list[RemoteTask] = []
+        self.held: dict[str, RemoteTask] = {}
+        self.cancelled: list[str] = []
+        self.ends: list[BrokerTransport] = []
+        self.refusing: str | None = None
+
+    def end(self) -> BrokerTransport:
+        """One engine's end."""
+        end = BrokerTransport(self)
+        self.ends.append(end)
+        return end
+
+    async def sent(self, count: int = 1) -> RemoteTask:
+        """Until so many tasks have been published; the last of them."""
+        await eventually(lambda: len(self.tasks) >= count, f"{count} tasks are published")
+        return self.tasks[count - 1]
+
+    async def answer(
+        self,
+        task: RemoteTask,
+        output: Any = None,
+        *,
+        error: ErrorData | None = None,
+        through: BrokerTransport | None = None,
+        attempt: int | None | type = int,
+    ) -> None:
+        """A worker's answer, delivered to one engine; raises what its handler raises."""
+        result = StepResult(
+            run_id=task.run_id,
+            seq=task.seq,
+            step_id=task.step_id,
+            status="completed" if error is None else "failed",
+            output=msgspec.Raw(msgspec.json.encode(output)) if error is None else msgspec.UNSET,
+            error=error,
+            attempt=task.attempt if attempt is int else attempt,  # type: ignore[arg-type]
+        )
+        end = through or next(end for end in self.ends if end.open)
+        assert end.results is not None
+        await end.results(result)
+        self.held.pop(task.step_id, None)
+
+    def beat(self, task: RemoteTask) -> None:
+        """A worker's sign of life."""
+        for end in self.ends:
+            if end.open and end.beats is not None:
+                end.beats(Heartbeat(run_id=task.run_id, seq=task.seq, step_id=task.step_id, group=task.group))
+
+
+class BrokerTransport:
+    """One end of a broker."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.open = False
+        self.results: ResultHandler | None = None
+        self.beats: HeartbeatHandler | None = None
+        self.served: list[str] = []
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            name="broker", shared=True, holds=True, broadcast=False, heartbeats=True, max_message=64 << 20
+        )
+
+    async def start(self) -> None:
+        self.open = True
+
+    async def close(self, timeout: float = 10.0) -> None:
+        self.open = False
+
+    def crashed(self) -> None:
+        self.open = False
+
+    async def dispatch(self, task: RemoteTask) -> None:
+        if self.broker.refusing is not None:
+            raise TransportError(self.broker.refusing)
+        self.broker.tasks.append(task)
+        self.broker.held[task.step_id] = task
+
+    async def cancel(self, step_id: str) -> None:
+        self.broker.cancelled.append(step_id)
+        self.broker.held.pop(step_id, None)
+
+    async def holding(self, step_ids: Sequence[str]) -> Collection[str]:
+        return [step_id for step_id in step_ids if step_id in self.broker.held]
+
+    def on_result(self, handler: ResultHandler) -> Any:
+        self.results = handler
+        return lambda: None
+
+    def on_heartbeat(self, handler: HeartbeatHandler) -> Any:
+        self.beats = handler
+        return lambda: None
+
+    async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
+        self.served = list(steps)
+
+    async def reply(self, result: StepResult) -> None: ...
+
+    async def heartbeat(self, beat: Heartbeat) -> None: ...

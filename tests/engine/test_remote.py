@@ -1,0 +1,438 @@
+"""Remote steps: dispatched once it is recorded, counted once by task id and attempt, taken over without loss."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from durable import Context, RetryPolicy, StepFailed, StepTimeout, current_step, durable_step, workflow
+from durable.core.errors import ErrorData, PayloadError
+from durable.protocol.states import Activity, Status
+from durable.transports.event_emitter import EventEmitterTransport
+from tests.engine.broker import Broker
+from tests.engine.world import Gate, World, eventually
+
+ONCE = RetryPolicy(max_attempts=1)
+QUICK = RetryPolicy(max_attempts=3, initial_delay=0.01, jitter=0.0)
+
+
+@durable_step("charge")
+async def charge(amount: int) -> int:
+    return amount + 1
+
+
+@workflow(name="shop")
+async def shop(ctx: Context, amount: int) -> int:
+    charged: int = await ctx.remote(charge, amount)
+    return charged
+
+
+@workflow(name="far")
+async def far(ctx: Context) -> object:
+    return await ctx.remote("far", {"n": 1}, retries=QUICK)
+
+
+async def test_N4_the_event_emitter_is_the_default_and_can_be_injected(world: World) -> None:
+    """Without a transport, remote steps run in this process; one that is given is used, and may be shared by engines."""
+    emitter = EventEmitterTransport(name="mine")
+    app = await world.engine(shop, charge, transport=emitter)
+    assert app.engine.deps.transport is emitter
+    assert await app.start_and_wait(shop, 1, timeout=5) == 2
+
+    @workflow(name="client")
+    async def client(ctx: Context) -> int:
+        answer: int = await ctx.remote("charge", 10)
+        return answer
+
+    served_elsewhere = await world.engine(client, transport=emitter.peer())
+    assert await served_elsewhere.start_and_wait(client, timeout=5) == 11
+
+
+async def test_a_step_that_nobody_serves_fails_and_says_so(world: World) -> None:
+    """A name without a handler is a failed step, not retried."""
+
+    @workflow(name="lonely")
+    async def lonely(ctx: Context) -> str:
+        try:
+            await ctx.remote("nobody", 1)
+        except StepFailed as error:
+            return f"{error.attempts} {error.error.message if error.error else ''}"
+        return ""
+
+    app = await world.engine(lonely)
+    assert await app.start_and_wait(lonely, timeout=5) == "1 no handler for nobody"
+
+
+async def test_a_dispatch_is_durable_before_it_is_published(world: World) -> None:
+    """What a worker sees is in the journal already, with the input, under the id the worker is told."""
+    broker, seen = Broker(), []
+    end = broker.end()
+    dispatch = end.dispatch
+
+    async def look(task: object) -> None:
+        seen.extend(await world.statuses(handle.id, "remote"))
+        await dispatch(task)  # type: ignore[arg-type]
+
+    end.dispatch = look  # type: ignore[method-assign, assignment]
+    app = await world.engine(far, transport=end)
+    handle = await app.start(far)
+    task = await broker.sent()
+    assert seen == ["dispatched"]
+    assert (task.step_id, task.name, task.attempt, bytes(task.input)) == (f"{handle.id}:0", "far", 1, b'{"n":1}')
+    await broker.answer(task, "done")
+    assert await handle.result(5) == "done"
+    assert await world.statuses(handle.id, "remote") == ["dispatched", "published", "completed"]
+    await world.sound(handle.id)
+
+
+async def test_a_result_is_acknowledged_once_it_is_durable(world: World) -> None:
+    """When the handler returns, the store has it: to the transport that is leave to forget the task."""
+    broker = Broker()
+
+    @workflow(name="then")
+    async def then(ctx: Context) -> object:
+        result = await ctx.remote("far")
+        await ctx.wait_for_signal("never")
+        return result
+
+    app = await world.engine(then, transport=broker.end())
+    handle = await app.start(then)
+    await broker.answer(await broker.sent(), 5)
+    lines = await world.statuses(handle.id)
+    record = await world.record(handle.id)
+    assert "remote far completed" in lines or record.inbox_last == 1
+    await world.until_journal(handle.id, lambda lines: "remote far completed" in lines)
+
+
+async def test_S7_a_result_counts_once_however_often_it_comes(world: World) -> None:
+    """A doubled result is recorded as late or passed over; the workflow sees the first."""
+    broker, seen = Broker(), []
+
+    @workflow(name="doubles")
+    async def doubles(ctx: Context) -> object:
+        first = await ctx.remote("far")
+        seen.append(first)
+        return [first, await ctx.wait_for_signal("go")]
+
+    app = await world.engine(doubles, transport=broker.end())
+    handle = await app.start(doubles)
+    task = await broker.sent()
+    await asyncio.gather(*(broker.answer(task, n) for n in range(5)))
+    await world.until_journal(handle.id, lambda lines: "remote far completed" in lines)
+    await broker.answer(task, 99)
+    await handle.signal("go")
+    assert await handle.result(5) == [0, None]
+    assert set(seen) == {0}
+    assert (await world.statuses(handle.id, "remote")).count("completed") == 1
+    await world.sound(handle.id)
+
+
+async def test_B45_a_result_on_an_engine_that_did_not_dispatch_it_is_applied(world: World) -> None:
+    """No waiter on a durable path is local to a process: any engine takes any result."""
+    broker = Broker()
+    first = await world.engine(far, transport=broker.end())
+    handle = await first.start(far)
+    task = await broker.sent()
+    await world.until_journal(handle.id, lambda lines: "remote far published" in lines)
+    await world.engine(far, transport=broker.end())
+    await broker.answer(task, "elsewhere", through=broker.ends[1])
+    assert await handle.result(5) == "elsewhere"
+    await world.sound(handle.id)
+
+
+async def test_B49_two_results_of_parallel_steps_reach_two_engines_at_once(world: World) -> None:
+    """Both are applied, each once, and the run goes on without waiting for any poll."""
+    broker = Broker()
+
+    @workflow(name="pair")
+    async def pair(ctx: Context) -> list[object]:
+        return list(await asyncio.gather(ctx.remote("a"), ctx.remote("b")))
+
+    app = await world.engine(pair, transport=broker.end(), poll_every=20)
+    await world.engine(pair, transport=broker.end(), poll_every=20)
+    handle = await app.start(pair)
+    await broker.sent(2)
+    await world.until_journal(handle.id, lambda lines: sum("published" in line for line in lines) == 2)
+    await asyncio.gather(
+        broker.answer(broker.tasks[0], broker.tasks[0].name, through=broker.ends[0]),
+        broker.answer(broker.tasks[1], broker.tasks[1].name, through=broker.ends[1]),
+    )
+    assert await handle.result(5) == ["a", "b"]
+    await world.sound(handle.id)
+
+
+async def test_S6_a_dispatch_without_a_published_mark_is_published_again_with_the_same_id(world: World) -> None:
+    """A crash between recording and publishing loses no task; the next owner sends it under the same id and attempt."""
+    broker = Broker()
+    end = broker.end()
+
+    async def never(task: object) -> None:
+        await asyncio.Event().wait()
+
+    end.dispatch = never  # type: ignore[method-assign, assignment]
+    app = await world.engine(far, transport=end)
+    handle = await app.start(far)
+    await world.until_journal(handle.id, lambda lines: "remote far dispatched" in lines)
+    await world.crash(app)
+    app = await world.engine(far, transport=broker.end())
+    task = await broker.sent()
+    assert (task.step_id, task.attempt) == (f"{handle.id}:0", 1)
+    await broker.answer(task, 1)
+    assert await app.run(handle.id).result(5) == 1
+    assert (await world.statuses(handle.id, "remote")).count("dispatched") == 1
+
+
+async def test_S6_a_published_task_is_not_sent_again_while_the_broker_holds_it(world: World) -> None:
+    """After a crash the new owner asks the transport and waits; only a task the broker has lost is sent again."""
+    broker = Broker()
+    app = await world.engine(far, transport=broker.end())
+    handle = await app.start(far)
+    task = await broker.sent()
+    await world.until_journal(handle.id, lambda lines: "remote far published" in lines)
+    await world.crash(app)
+    app = await world.engine(far, transport=broker.end())
+    if not world.cold:
+        await world.until(handle.id, lambda r: r.epoch > 1)
+    await asyncio.sleep(0.05)
+    assert len(broker.tasks) == 1
+    await world.crash(app)
+    broker.held.clear()  # the broker's memory is gone
+    app = await world.engine(far, transport=broker.end(), lease=1.0)
+    if not world.cold:
+        again = await broker.sent(2)
+        assert (again.step_id, again.attempt) == (task.step_id, task.attempt)
+    await broker.answer(task, "at last")
+    assert await app.run(handle.id).result(5) == "at last"
+    await world.sound(handle.id)
+
+
+async def test_S9_a_late_result_of_an_older_attempt_is_recorded_and_never_applied(world: World) -> None:
+    """Attempt 1 timed out and 2 is under way: what 1 answers is `late`; 2 decides."""
+    broker = Broker()
+
+    @workflow(name="late")
+    async def late(ctx: Context) -> object:
+        return await ctx.remote("far", timeout=0.1, retries=QUICK)
+
+    app = await world.engine(late, transport=broker.end())
+    handle = await app.start(late)
+    first = await broker.sent(1)
+    second = await broker.sent(2)
+    assert (first.attempt, second.attempt, first.step_id) == (1, 2, second.step_id)
+    assert first.step_id in broker.cancelled, "its worker is told"
+    await broker.answer(first, "old")
+    await broker.answer(second, "new")
+    assert await handle.result(5) == "new"
+    lines = await world.statuses(handle.id, "remote")
+    assert "late" in lines
+    assert lines.count("completed") == 1
+    await world.sound(handle.id)
+
+
+async def test_S10_a_result_for_a_finished_run_is_accepted_and_changes_nothing(world: World) -> None:
+    """The broker need not keep it: the handler returns, and the outcome stays."""
+    broker = Broker()
+    app = await world.engine(far, transport=broker.end())
+    handle = await app.start(far)
+    task = await broker.sent()
+    await handle.cancel()
+    await world.until(handle.id, lambda r: r.status is not Status.ACTIVE)
+    before = await world.record(handle.id)
+    await broker.answer(task, "too late")
+    assert (await world.record(handle.id)) == before
+    assert before.status is Status.CANCELLED
+
+
+async def test_N16_a_remote_timeout_counts_from_dispatch_and_is_retried(world: World) -> None:
+    """No result within the timeout is a failed attempt; after the last one the workflow gets StepTimeout."""
+    broker = Broker()
+
+    @workflow(name="silent")
+    async def silent(ctx: Context) -> int:
+        try:
+            await ctx.remote("far", timeout=0.05, retries=RetryPolicy(2, initial_delay=0.01))
+        except StepTimeout as error:
+            return error.attempts
+        return 0
+
+    app = await world.engine(silent, transport=broker.end())
+    assert await app.start_and_wait(silent, timeout=5) == 2
+    assert [task.attempt for task in broker.tasks] == [1, 2]
+
+
+async def test_N16_a_remote_error_is_retried_unless_it_says_not_to(world: World) -> None:
+    """A worker's error carries `retryable` and `retryAfter`; both are obeyed."""
+    broker = Broker()
+    app = await world.engine(far, transport=broker.end())
+    handle = await app.start(far)
+    await broker.answer(await broker.sent(1), error=ErrorData(message="again", retry_after=0.05))
+    task = await broker.sent(2)
+    await broker.answer(task, error=ErrorData(message="never", retryable=False))
+    from durable import RunFailed
+
+    with pytest.raises(RunFailed, match="never"):
+        await handle.result(5)
+    entries = [entry for entry in await world.journal(handle.id) if entry.kind == "remote"]
+    dispatched = [entry.at for entry in entries if entry.status == "dispatched"]
+    assert dispatched[1] - dispatched[0] >= 50_000
+
+
+async def test_silence_counts_only_where_a_heartbeat_was_asked_for(world: World) -> None:
+    """With `heartbeat_timeout` a beating worker is waited for and a silent one is given up; without, silence proves nothing."""
+    broker = Broker()
+
+    @workflow(name="beats")
+    async def beats(ctx: Context, limit: float | None) -> object:
+        return await ctx.remote("far", heartbeat_timeout=limit, retries=RetryPolicy(2, initial_delay=0.01))
+
+    app = await world.engine(beats, transport=broker.end())
+    patient = await app.start(beats, None)
+    plain = await broker.sent(1)
+    watched = await app.start(beats, 0.15)
+    task = await broker.sent(2)
+    for _ in range(8):
+        broker.beat(task)
+        await asyncio.sleep(0.03)
+    assert len(broker.tasks) == 2, "it beats, so it is alive"
+    again = await broker.sent(3)
+    assert (again.step_id, again.attempt) == (task.step_id, 2)
+    await broker.answer(again, "second")
+    await broker.answer(plain, "patience")
+    assert await watched.result(5) == "second"
+    assert await patient.result(5) == "patience"
+
+
+async def test_a_transport_that_refuses_is_a_failed_attempt(world: World) -> None:
+    """A TransportError at dispatch counts as an attempt and is retried with backoff."""
+    broker = Broker()
+    broker.refusing = "the broker is full"
+    app = await world.engine(far, transport=broker.end())
+    handle = await app.start(far)
+    await world.until_journal(handle.id, lambda lines: "remote far retrying" in lines)
+    broker.refusing = None
+    await broker.answer(await broker.sent(), "went")
+    assert await handle.result(5) == "went"
+
+
+async def test_a_remote_result_of_the_wrong_type_is_an_error_in_the_workflow(world: World) -> None:
+    """The annotation decides; a worker that answers otherwise gives a PayloadError at the await, live and replayed alike."""
+    broker = Broker()
+
+    @workflow(name="typed")
+    async def typed(ctx: Context) -> str:
+        try:
+            await ctx.remote(charge, 1)
+        except PayloadError as error:
+            await ctx.wait_for_signal("go")
+            return str(error)
+        return ""
+
+    app = await world.engine(typed, transport=broker.end())
+    handle = await app.start(typed)
+    await broker.answer(await broker.sent(), {"not": "a number"})
+    await world.waits(handle.id)
+    await handle.signal("go")
+    assert "not a int" in await handle.result(5)
+
+
+async def test_B19_a_long_remote_step_and_many_takeovers_do_not_kill_a_run(world: World) -> None:
+    """While a task is with a worker, engines may come and go: nothing is counted against the run, and it completes."""
+    broker = Broker()
+    app = await world.engine(far, transport=broker.end(), max_recovery_attempts=1)
+    handle = await app.start(far)
+    task = await broker.sent()
+    for _ in range(4):
+        await world.until(handle.id, lambda r: r.activity == Activity.WAITING)
+        await world.crash(app)
+        app = await world.engine(far, transport=broker.end(), max_recovery_attempts=1)
+    await broker.answer(task, "after all")
+    assert await app.run(handle.id).result(5) == "after all"
+    assert (await world.record(handle.id)).recovery_attempts == 0
+
+
+async def test_a_cancelled_wait_tells_the_worker_and_a_late_result_is_recorded(world: World) -> None:
+    """A remote step given up inside the run: journaled cancelled, the worker told, its late answer noted and not delivered."""
+    broker = Broker()
+
+    @workflow(name="gives-up")
+    async def gives_up(ctx: Context) -> str:
+        try:
+            async with asyncio.timeout(0.05):
+                await ctx.remote("far")
+        except TimeoutError:
+            await ctx.wait_for_signal("go")
+        return "went on"
+
+    app = await world.engine(gives_up, transport=broker.end())
+    handle = await app.start(gives_up)
+    task = await broker.sent()
+    await world.until_journal(handle.id, lambda lines: "remote far cancelled" in lines)
+    await eventually(lambda: task.step_id in broker.cancelled)
+    await broker.answer(task, "late")
+    await world.until_journal(handle.id, lambda lines: "remote late" in " ".join(lines).replace(" far", ""))
+    await handle.signal("go")
+    assert await handle.result(5) == "went on"
+    await world.sound(handle.id)
+
+
+async def test_a_remote_step_in_this_process_dies_with_it_and_is_sent_again(world: World) -> None:
+    """Over the in-process transport a crash takes the task along; the next engine runs it anew."""
+    gate = Gate()
+
+    @durable_step("inside")
+    async def inside() -> int:
+        return await gate()
+
+    @workflow(name="in-process")
+    async def in_process(ctx: Context) -> object:
+        return await ctx.remote(inside)
+
+    app = await world.engine(in_process, inside)
+    handle = await app.start(in_process)
+    await gate.reached()
+    await world.until_journal(handle.id, lambda lines: "remote inside published" in lines)
+    await world.crash(app)
+    app = await world.engine(in_process, inside)
+    await gate.reached(2)
+    gate.open()
+    assert await app.run(handle.id).result(5) == 2
+    await world.sound(handle.id)
+
+
+async def test_a_remote_step_knows_itself_and_logs(world: World) -> None:
+    """`current_step()` works on a worker; its lines come back with the result."""
+
+    @durable_step("tell")
+    async def tell() -> str:
+        step = current_step()
+        step.log("working", level="info", n=1)
+        return step.step_id
+
+    @workflow(name="told")
+    async def told(ctx: Context) -> str:
+        answer: str = await ctx.remote(tell)
+        return answer
+
+    app = await world.engine(told, tell)
+    handle = await app.start(told)
+    assert await handle.result(5) == f"{handle.id}:0"
+
+
+async def test_a_result_for_another_workspaces_run_is_refused(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A result names a run; an engine of another workspace does not write to it."""
+    caplog.set_level(logging.ERROR)
+    broker = Broker()
+    app = await world.engine(far, transport=broker.end())
+    handle = await app.start(far)
+    task = await broker.sent()
+    await world.until_journal(handle.id, lambda lines: "remote far published" in lines)
+    await world.engine(far, transport=broker.end(), workspace="stranger")
+    await broker.answer(task, "forged", through=broker.ends[1])
+    await asyncio.sleep(0.03)
+    assert (await world.record(handle.id)).inbox_last == 0
+    await broker.answer(task, "true", through=broker.ends[0])
+    assert await handle.result(5) == "true"
