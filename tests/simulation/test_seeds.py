@@ -17,7 +17,9 @@ ENOUGH = 500
 
 def told(totals: Totals) -> str:
     """What to do about failures."""
-    lines = [f"python -m durable.testing.simulation --seed {one.seed} --shrink   # {one.found[0]}" for one in totals.failed]
+    lines = [
+        f"python -m durable.testing.simulation --seed {one.seed} --shrink   # {one.found[0]}" for one in totals.failed
+    ]
     return "\n".join(lines[:10])
 
 

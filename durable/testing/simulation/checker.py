@@ -458,4 +458,3 @@ CHECKS = (
     observed,
     dead_by_count,
 )
-

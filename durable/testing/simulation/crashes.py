@@ -43,13 +43,21 @@ SCENARIOS: dict[str, Callable[[], Plan]] = {
         [{"op": "gather", "branches": [[_step("a")], [_step("b", takes=0.05)], [_step("c", takes=0.5)]]}]
     ),
     "remote step": lambda: Plan.fixed([_remote(), _step("b")]),
-    "remote steps at once": lambda: Plan.fixed([{"op": "group", "branches": [[_remote(takes=0.05)], [_remote(takes=0.05)]]}]),
+    "remote steps at once": lambda: Plan.fixed(
+        [{"op": "group", "branches": [[_remote(takes=0.05)], [_remote(takes=0.05)]]}]
+    ),
     "child": lambda: Plan.fixed([_child(_step("a"))]),
     "grandchild": lambda: Plan.fixed([_child(_child(_step("a")), _step("b")), _step("c")]),
     "child left behind": lambda: Plan.fixed(
         [
-            {"op": "start_child", "workflow": "sim.program", "ops": [_step("a", takes=0.5)], "close": "abandon",
-             "joins": False, "meanwhile": [_step("b")]},
+            {
+                "op": "start_child",
+                "workflow": "sim.program",
+                "ops": [_step("a", takes=0.5)],
+                "close": "abandon",
+                "joins": False,
+                "meanwhile": [_step("b")],
+            },
         ]
     ),  # fmt: skip
     "child given up": lambda: Plan.fixed([{"op": "within", "seconds": 0.3, "ops": [_child(_step("a", takes=2.0))]}]),
@@ -128,7 +136,9 @@ def swarm(*, cold: bool) -> Swarm:
     )
 
 
-def course(scenario: str, crashes: tuple[Crash, ...] = (), *, cold: bool = False, trace: Callable[[str], None] | None = None) -> Course:
+def course(
+    scenario: str, crashes: tuple[Crash, ...] = (), *, cold: bool = False, trace: Callable[[str], None] | None = None
+) -> Course:
     """Run a scenario with these crashes."""
     wire = Tripwire()
     wire.at = dict(crashes)

@@ -177,7 +177,11 @@ def run_many(
     command = [sys.executable, "-m", "durable.testing.simulation", "--worker"]
     workers = [
         subprocess.Popen(
-            [*command, f"{first + n}:{first + count}:{processes}", *([] if deadline is None else ["--until", str(deadline)])],
+            [
+                *command,
+                f"{first + n}:{first + count}:{processes}",
+                *([] if deadline is None else ["--until", str(deadline)]),
+            ],
             stdout=subprocess.PIPE,
             env=environment(),
             text=True,

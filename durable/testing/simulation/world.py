@@ -160,7 +160,7 @@ class World:
         plans: dict[int, Plan] | None = None,
     ) -> None:
         self.swarm = swarm
-        self.loop = SimLoop(swarm.seed, order=swarm.order)
+        self.loop = SimLoop(swarm.seed, order=swarm.order)  # type: ignore[abstract]
         self.faults = Faults(swarm)
         self.tripwire = tripwire or Tripwire()
         self.time = StoreTime(self.loop)
@@ -196,7 +196,7 @@ class World:
         """From the first start to the last check's evidence."""
         with warnings.catch_warnings():
             warnings.simplefilter("always", RuntimeWarning)
-            warnings.showwarning = self._warned
+            warnings.showwarning = self._warned  # type: ignore[assignment]
             return self._run()
 
     def _run(self) -> Report:
@@ -459,7 +459,13 @@ class World:
     # ------------------------------------------------------------------ clients
 
     async def _ask(
-        self, plan: Plan, what: str, act: Callable[[WorkflowEngine], Awaitable[Any]], *, timeout: float = 5.0, detail: str = ""
+        self,
+        plan: Plan,
+        what: str,
+        act: Callable[[WorkflowEngine], Awaitable[Any]],
+        *,
+        timeout: float = 5.0,
+        detail: str = "",
     ) -> Call:
         """One request to any engine. What becomes of it is in the history."""
         call = Call(plan.number, what, self.loop.time(), detail=detail)
@@ -520,7 +526,7 @@ class World:
 
         while True:
             if plan.doubled:
-                calls = await asyncio.gather(self._ask(plan, "start", act), self._ask(plan, "start", act))
+                calls = list(await asyncio.gather(*[self._ask(plan, "start", act) for _ in range(2)]))
             else:
                 calls = [await self._ask(plan, "start", act)]
             for call in calls:
