@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -41,7 +42,7 @@ def went_on(evidence: Evidence) -> Iterator[str]:
     if evidence.stuck:
         yield evidence.stuck
     for complaint, times in Counter(evidence.complaints).items():
-        yield f"{complaint} ({times}×)"
+        yield f"{complaint} ({times} times)"
 
 
 def settled(evidence: Evidence) -> Iterator[str]:
@@ -134,7 +135,7 @@ def dense(evidence: Evidence) -> Iterator[str]:
             yield f"{run_id} has inbox rows {[row.number for row in inbox]}, and counts {run.inbox_last}"
         if run.inbox_read > run.inbox_last:
             yield f"{run_id} has read {run.inbox_read} of {run.inbox_last} inbox rows"
-        for before, after in zip(journal, journal[1:], strict=False):
+        for before, after in pairwise(journal):
             if after.at < before.at and after.status not in ("requeued", "unblocked"):
                 yield f"{run_id}: entry {after.seq} is stamped before entry {before.seq}"
 

@@ -59,7 +59,7 @@ SCENARIOS: dict[str, Callable[[], Plan]] = {
                 "meanwhile": [_step("b")],
             },
         ]
-    ),  # fmt: skip
+    ),
     "child given up": lambda: Plan.fixed([{"op": "within", "seconds": 0.3, "ops": [_child(_step("a", takes=2.0))]}]),
     "signal before the wait": lambda: Plan.fixed(
         [{"op": "sleep", "seconds": 0.3}, {"op": "signal", "name": "x"}], signals=["x"], delays=[0.0]

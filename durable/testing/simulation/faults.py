@@ -92,7 +92,7 @@ class Swarm(Struct, frozen=True):
         draw = Random(f"swarm/{seed}")
         some = draw.choice((0.3, 0.6, 1.0))
         kinds = frozenset(kind for kind in KINDS if draw.random() < some)
-        engines_moves = [kind for kind in ("crash", "crash_before", "crash_after", "pause", "partition", "restart")]
+        engines_moves = ["crash", "crash_before", "crash_after", "pause", "partition", "restart"]
         if not kinds.intersection(engines_moves):
             kinds |= {draw.choice(engines_moves)}
         lease = draw.choice((1.0, 2.0, 3.0, 5.0, 10.0, 30.0))

@@ -26,6 +26,7 @@ from durable.protocol.states import REOPENABLE, TERMINAL
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
 from durable.store.records import RunQuery, RunRecord
+from durable.store.sqlite import SqliteStore
 from durable.testing.simulation import witness as witnesses
 from durable.testing.simulation.broker import Broker, Bus, Worker
 from durable.testing.simulation.faults import LOSSES, MOVES, Faults, Swarm, Tripwire
@@ -139,7 +140,13 @@ class Process:
         return self.ready and not self.node.dead
 
 
-STORES: dict[str, Callable[[Clock], Store]] = {"memory": MemoryStore}
+def _sqlite(clock: Clock) -> Store:
+    store = SqliteStore(":memory:", inline=True, allow_weak_durability=True, clock=clock)
+    at_once(store.open())
+    return store
+
+
+STORES: dict[str, Callable[[Clock], Store]] = {"memory": MemoryStore, "sqlite": _sqlite}
 """What may stand behind the server: a seed names one."""
 
 Engines = Callable[[Deps], WorkflowEngine]
@@ -235,6 +242,7 @@ class World:
     def _bury(self) -> None:
         """Let go of everything that is left, now: destructors must not run in the midst of another seed."""
         self._alive = False
+        at_once(self.base.close())
         self.loop.close()
         self.slots.clear()
         self._grave.clear()
@@ -301,11 +309,7 @@ class World:
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1 + draw.uniform(-swarm.drift, swarm.drift))
         ids = SeededIds(f"{swarm.seed}/{name}")
         store = self.server.connect(node)
-        transport: Transport
-        if swarm.shared:
-            transport = self.broker.end(node)
-        else:
-            transport = EventEmitterTransport(heartbeat_interval=1.0)
+        transport: Transport = self.broker.end(node) if swarm.shared else EventEmitterTransport(heartbeat_interval=1.0)
         settings = Settings(
             lease=swarm.lease,
             poll_every=swarm.poll_every,
@@ -417,7 +421,7 @@ class World:
 
     async def _arm(self, process: Process, when: str, kind: str) -> None:
         self.tripwire.armed[process.node] = when
-        while not self.faults.healed and not process.node.dead:
+        while not self.faults.healed and not process.node.dead:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         if any(node is process.node for _, _, node in self.tripwire.tripped):
             self._happened(kind, process.node)
@@ -534,7 +538,7 @@ class World:
                     return call.run_id
             if plan.key is None and any(call.outcome == "info" for call in calls):
                 # Nobody knows, and nobody may try again: look after everything is well again.
-                while not self.faults.healed:
+                while not self.faults.healed:  # noqa: ASYNC110
                     await asyncio.sleep(0.5)
                 await asyncio.sleep(2 * self.swarm.lease + 35.0)
                 found = [run.id for run in self._all_runs() if f"plan-{plan.number}" in run.tags]
