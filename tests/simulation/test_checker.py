@@ -135,6 +135,15 @@ def a_stamp_of_a_wrong_clock(evidence: Evidence) -> bool:
     return True
 
 
+@plant("watched")
+def an_entry_a_watcher_missed(evidence: Evidence) -> bool:
+    for seen in evidence.streams.values():
+        if len(seen) > 2:
+            del seen[1]
+            return True
+    return False
+
+
 @plant("tidy")
 def a_row_left_behind(evidence: Evidence) -> bool:
     evidence.leftovers.append("waiter of run-1")

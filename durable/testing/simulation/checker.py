@@ -20,6 +20,7 @@ from durable.core.errors import DeterminismError
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.replay import Machine
 from durable.protocol.states import TERMINAL, Status
+from durable.testing.programs import PROGRAM
 from durable.testing.simulation.programs import RETRY, WORKFLOWS
 from durable.testing.simulation.world import EPOCH, Evidence, Stored
 
@@ -157,6 +158,14 @@ def in_time(evidence: Evidence) -> Iterator[str]:
                 yield f"{run_id}: entry {entry.seq} is stamped {at:.4f}, before time began"
 
 
+def watched(evidence: Evidence) -> Iterator[str]:
+    """S33: whoever watches a run sees every entry once, in order, over every break."""
+    for run_id, seen in evidence.streams.items():
+        stored = evidence.runs[run_id].journal
+        if seen != stored:
+            yield f"{run_id}: watchers saw {[entry.seq for entry in seen]} of {len(stored)} entries"
+
+
 def tidy(evidence: Evidence) -> Iterator[str]:
     """S26: nothing is left of a run that has ended."""
     yield from evidence.leftovers
@@ -189,11 +198,15 @@ def committed_once(evidence: Evidence) -> Iterator[str]:
                 results[entry.kind, entry.key] += 1
                 if results[entry.kind, entry.key] > 1:
                     yield f"{run_id}: {entry.kind} {entry.key} has two results"
-            if entry.kind in (STEP, REMOTE) and entry.status == "completed" and entry.name != "side_effect":
+            if entry.kind in (STEP, REMOTE) and entry.status == "completed" and _witnessed(stored, entry):
                 value = msgspec.json.decode(entry.payload or b"null")
                 seen = (run_id, f"{run_id}:{entry.ordinal}", entry.attempt, value)
                 if seen not in returned:
                     yield f"{run_id}: {entry.kind} {entry.key} attempt {entry.attempt} has a result nobody returned: {value!r}"
+
+
+def _witnessed(stored: Stored, entry: Entry) -> bool:
+    return stored.run.workflow != PROGRAM and entry.name != "side_effect"
 
 
 def retried_by_policy(evidence: Evidence) -> Iterator[str]:
@@ -451,6 +464,7 @@ CHECKS = (
     ambiguous,
     dense,
     in_time,
+    watched,
     tidy,
     committed_once,
     retried_by_policy,
