@@ -401,8 +401,8 @@ def families(evidence: Evidence) -> Iterator[str]:
         elif line.what == "commit" and line.status == "done" and line.ends and not line.last:
             ended_at[line.run_id] = line.at
             closed[line.run_id] = parents.get(line.run_id) in ended_at
-            for child, parent in parents.items():
-                if parent == line.run_id and ended_at.get(child) == line.at:
+            for child, above_id in parents.items():
+                if above_id == line.run_id and ended_at.get(child) == line.at:
                     closed[child] = True  # in one batch: neither came first
     for run_id, stored in evidence.runs.items():
         for entry in stored.journal:

@@ -198,7 +198,6 @@ class World:
         self._trace = trace
         self._digest = hashlib.sha256()
         self._births = 0
-        self._alive = True
         self._nodes = [self.loop.world, self.clients]
         self._random = Random(f"world/{swarm.seed}")
         self._grave: list[object] = []
@@ -249,24 +248,19 @@ class World:
         return report
 
     def _warned(self, message: Warning | str, *rest: Any) -> None:
-        if self._alive and not self.loop.node.dead:
+        if not self.loop.node.dead:
             self.complaints.append(f"{self.loop.node.name}: {message}")
 
     def _bury(self) -> None:
         """Let go of everything that is left, now: destructors must not run in the midst of another seed."""
-        self._alive = False
+        warnings.showwarning = lambda *_, **__: None
+        at_once(self.base.close())
+        self.loop.close()
         for node in self._nodes:
             node.grave.clear()
             node.held.clear()
-        at_once(self.base.close())
-        self.loop.close()
-        self.slots.clear()
-        self._grave.clear()
-        self.server.listeners.clear()
-        self.bus.listeners.clear()
-        self.broker.ends.clear()
-        self.broker.workers.clear()
-        self.broker.jobs.clear()
+        self.tripwire.tripped = [(number, when, Node(node.name)) for number, when, node in self.tripwire.tripped]
+        vars(self).clear()
         gc.collect()
 
     async def _main(self) -> None:
