@@ -283,7 +283,7 @@ class World:
             if self._settled():
                 break
         # Stragglers: late deliveries, zombies' last requests.
-        await asyncio.sleep(2.0 + swarm.lease)
+        await asyncio.sleep(min(6.0, 2.0 + swarm.lease))
 
     def _heal(self) -> None:
         """Everything works from now on. Some engines never come back: a core is enough."""
@@ -557,9 +557,7 @@ class World:
                     return call.run_id
             if plan.key is None and any(call.outcome == "info" for call in calls):
                 # Nobody knows, and nobody may try again: look after everything is well again.
-                while not self.faults.healed:  # noqa: ASYNC110
-                    await asyncio.sleep(0.5)
-                await asyncio.sleep(2 * self.swarm.lease + 35.0)
+                await self._all_arrived()
                 found = [run.id for run in self._all_runs() if f"plan-{plan.number}" in run.tags]
                 return found[0] if found else None
             await asyncio.sleep(0.3)
@@ -640,7 +638,9 @@ class World:
             call = await self._ask(plan, "requeue", requeue)
             call.run_id = run_id
             # One that nobody answered may still arrive.
-            await asyncio.sleep(1.0 if call.outcome != "info" else 35.0 + 2 * self.swarm.lease)
+            await asyncio.sleep(1.0)
+            if call.outcome == "info":
+                await self._all_arrived()
 
     async def _watch(self, plan: Plan, run_id: str) -> None:
         """Follow the journal, through whichever engine answers, each time from where it broke off."""
@@ -662,6 +662,11 @@ class World:
                 call = await self._ask(plan, "watch", act, timeout=9.0)
                 if call.outcome == "ok":
                     return
+
+    async def _all_arrived(self) -> None:
+        """Wait until nothing that was held up can arrive any more."""
+        while not self.faults.healed or self.loop.time() < max(self.healed_at + 6.0, self.server.latest + 1.0):  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
 
     def _overdue(self) -> bool:
         return self.faults.healed and self.loop.time() > self.healed_at + PATIENCE
