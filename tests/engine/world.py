@@ -76,6 +76,7 @@ class Line:
             self.calls[name] = self.calls.get(name, 0) + 1
             await self._gate()
             self._raise(self.fault, name, args)
+            await self._gate()  # the fault may have been a death
             answer = await member(*args, **options)
             await self._gate()
             self._raise(self.fault_after, name, args)
@@ -177,13 +178,19 @@ class World:
         self.line(app).flow()
 
     async def close(self) -> None:
-        for app in self.apps:
-            self.line(app).flow()
-            self.line(app).fault = self.line(app).fault_after = None
+        for app in list(self.apps):
+            line = self.line(app)
+            line.flow()
+            line.fault = line.fault_after = None
+            if line.dead:
+                await self.crash(app, noticed=False)
+                continue
             try:
-                await app.close(1.0)
-            except StoreError as error:  # a test that broke its store for good
-                print("closing:", error)
+                async with asyncio.timeout(5):
+                    await app.close(1.0)
+            except (StoreError, TimeoutError) as error:  # a test that broke its store for good
+                print("closing:", repr(error))
+                self.graves.append(app)
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             if (task.get_name() or "").startswith("durable-") or "durable" in repr(task.get_coro()):
