@@ -18,13 +18,14 @@ import click
 
 from durable.cli.node import DEFAULT_STORE, json_option
 from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json
-from durable.cli.text import clock, safe
+from durable.cli.text import safe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from durable.app import Durable
     from durable.core.journal import Entry
+    from durable.store.interface import Capabilities
     from durable.store.records import RunRecord
 
 LOOK_EVERY = 0.1
@@ -66,25 +67,23 @@ async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
     from durable.cli.feed import Feed
 
     loaded = load_app(target) if target else None
-    opened = open_store(store or (loaded.store if loaded else DEFAULT_STORE))
+    place = store or (loaded.store if loaded else DEFAULT_STORE)
+    opened = open_store(place)
     # What happens is read through a node of its own, so that the last rows of a drain are seen too.
-    shared = opened.capabilities.shared
-    looker = Durable(
-        open_store(store or (loaded.store if loaded else DEFAULT_STORE)) if shared else opened, worker=False
-    )
+    looker = Durable(open_store(place) if opened.capabilities.shared else opened, worker=False)
     stopping = _stop_signals(as_json)
     _logs_to_stderr()
     async with looker:
         feed = Feed(looker)
         active = await feed.skip()
-        printer = _JsonPrinter() if as_json else _Printer()
+        printer = _printer(as_json)
         if loaded is None:
-            _greet(None, opened, active, as_json)
+            _greet(None, place, opened.capabilities, active, as_json)
             await _follow(feed, printer, stopping.wait())
             return Exit.OK
         loaded.store = opened
         async with loaded:
-            _greet(loaded, opened, active, as_json)
+            _greet(loaded, place, opened.capabilities, active, as_json)
             await _follow(feed, printer, stopping.wait())
             await _follow(feed, printer, loaded.close())
     if not as_json:
@@ -128,12 +127,12 @@ def _stop_signals(as_json: bool) -> asyncio.Event:
     return stopping
 
 
-def _greet(app: Durable | None, store: Any, active: int, as_json: bool) -> None:
+def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as_json: bool) -> None:
     if as_json:
         return
     from durable import __version__
 
-    click.echo(f"Durable {__version__} on {safe(store)}: {store.capabilities.durability}")
+    click.echo(f"Durable {__version__} on {safe(place if isinstance(place, str) else store.name)}. {store.durability}")
     if app is None:
         click.echo(f"Nothing is executed here; {active} runs are active. What other engines do is shown. Ctrl-C ends.")
         return
@@ -143,36 +142,16 @@ def _greet(app: Durable | None, store: Any, active: int, as_json: bool) -> None:
     click.echo("The engine is up. Ctrl-C drains it.")
 
 
-class _Printer:
-    """One line for each row, under the run's short id."""
+def _printer(as_json: bool) -> Callable[[RunRecord, Entry], None]:
+    from durable.cli.shape import entry_shape
+    from durable.cli.view import EventPrinter
 
-    def __init__(self) -> None:
-        from durable.cli.view import Teller, kind_of, row_text
-
-        self._tellers: dict[str, Teller] = {}
-        self._teller = Teller
-        self._kind_of = kind_of
-        self._row_text = row_text
-        self._console = console()
-
-    def __call__(self, run: RunRecord, entry: Entry) -> None:
-        from rich.text import Text
-
-        row = self._tellers.setdefault(run.id, self._teller()).tell(entry)
-        who = Text(f"{clock(entry.at)}  ", style="dim").append(f"…{safe(run.id[-6:])} ", style="cyan")
-        who.append(self._kind_of(run) + " ")
-        self._console.print(self._row_text(row, run.created_at, who=who))
-        if run.status != "active" and entry.seq >= run.seq:
-            self._tellers.pop(run.id, None)
-
-
-class _JsonPrinter:
-    """JSON lines."""
-
-    def __call__(self, run: RunRecord, entry: Entry) -> None:
-        from durable.cli.shape import entry_shape
-
+    def json_line(run: RunRecord, entry: Entry) -> None:
         show_json(entry_shape(run.id, entry) | {"workflow": run.workflow, "version": run.version}, indent=None)
+
+    if as_json:
+        return json_line
+    return EventPrinter(console(), lambda run: f"{run.id[-6:]} {run.workflow}@{run.version}")
 
 
 def _logs_to_stderr() -> None:

@@ -13,7 +13,7 @@ import click
 
 from durable import __version__
 from durable.cli.node import api_node, json_option, must_exist, sqlite_path, store_option
-from durable.cli.output import EXIT_HELP, Exit, console, show_json, unicode_output
+from durable.cli.output import EXIT_HELP, Exit, console, show_hanging, show_json, unicode_output
 from durable.cli.text import ago, safe, size, span
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ class Findings:
         out = console()
         for row in self.rows:
             fancy, plain, style = _MARKS[row["level"]]
-            line = Text(fancy if unicode_output() else plain, style=style)
-            line.append(f" {row['check']:<12}", style="bold").append(safe(row["found"]), style="")
-            out.print(line)
+            head = Text(fancy if unicode_output() else plain, style=style).append(f" {row['check']:<10}", style="bold")
+            indent = Text(" " * head.cell_len)
+            show_hanging(out, head, Text(safe(row["found"])))
             for detail in row.get("details", ()):
-                out.print(Text(f"{'':<14}{safe(detail)}", no_wrap=True, overflow="ellipsis"))
+                show_hanging(out, indent, Text(safe(detail)))
             if remedy := row.get("remedy"):
-                out.print(Text(f"{'':<14}{safe(remedy)}", style="yellow"))
+                show_hanging(out, indent, Text(safe(remedy), style="yellow"))
         count = sum(row["level"] == "action" for row in self.rows)
         out.print(
             Text(f"\n{count} thing{'s' * (count > 1)} to do.", style="bold red")
@@ -207,7 +207,7 @@ async def _runs(findings: Findings, app: Durable, engines: list[Any] | None) -> 
             findings.add(
                 "action",
                 "waiting",
-                f"{_count(due)} could go on, and no engine is alive",
+                f"{_count(due)} to be looked at, and no engine is alive",
                 "Start one: durable dev MODULE:app, or your app.",
                 _named(due),
             )

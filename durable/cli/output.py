@@ -67,7 +67,8 @@ def console(*, stderr: bool = False) -> Console:
 
 def unicode_output() -> bool:
     """Whether stdout can write the symbols we like."""
-    return (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "").startswith("utf")
+    stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # what rich puts there while something is live
+    return (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "").startswith("utf")
 
 
 def show_json(value: Any, *, indent: int | None = 2) -> None:
@@ -77,24 +78,29 @@ def show_json(value: Any, *, indent: int | None = 2) -> None:
     click.echo(to_json(value, indent=indent))
 
 
-def show_table(headers: Sequence[str], rows: Iterable[Sequence[Text]], *, flexible: int | None = None) -> None:
-    """Aligned columns. `flexible` names the one that gives way on a narrow terminal; a pipe gets every character."""
-    from rich.table import Table
+def show_hanging(out: Console, head: Text, body: Text) -> None:
+    """A head, and a body that wraps under itself."""
+    from rich.text import Text
+
+    room = out.width - head.cell_len
+    if not out.is_terminal or body.cell_len <= room or room < 20:
+        out.print(head + body)
+        return
+    for line in body.wrap(out, room):
+        out.print(head + line)
+        head = Text(" " * head.cell_len)
+
+
+def show_table(headers: Sequence[str], rows: Iterable[Sequence[Text]]) -> None:
+    """Aligned columns; the last gives way on a narrow terminal. A pipe gets every character."""
+    from rich.text import Text
 
     out = console()
-    rows = list(rows)
-    if not out.is_terminal:
-        cells = [list(headers), *([cell.plain for cell in row] for row in rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(headers))]
-        for line in cells:
-            click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        return
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for index, header in enumerate(headers):
-        if index == flexible:
-            table.add_column(header, no_wrap=True, overflow="ellipsis", ratio=1)
-        else:
-            table.add_column(header, no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    lines = [[Text(header, style="bold") for header in headers], *rows]
+    widths = [max(line[column].cell_len for line in lines) for column in range(len(headers))]
+    for line in lines:
+        text = Text()
+        for cell, width in zip(line, widths, strict=True):
+            text.append_text(cell).append(" " * (width - cell.cell_len + 2))
+        text.rstrip()
+        out.print(text, no_wrap=True, overflow="ellipsis")

@@ -14,6 +14,8 @@ from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json, sho
 from durable.cli.text import ago, moment, pretty, preview, safe, shorten, span
 
 if TYPE_CHECKING:
+    from durable.app import Durable
+    from durable.cli.view import Teller
     from durable.core.journal import Entry
     from durable.store.records import RunPage, RunQuery, RunRecord
 
@@ -123,13 +125,13 @@ def _show_list(page: RunPage, now: int) -> None:
                 Text(kind_of(run), style="bold"),
                 state(run),
                 Text(ago(run.created_at, now), style="dim"),
-                Text(took, style="dim", justify="right"),
+                Text(took, style="dim"),
                 Text(safe(run.idempotency_key or "")),
                 Text(note, style="red" if error else "dim"),
             ]
         )
     headers = ("ID", "WORKFLOW", "STATE", "STARTED", "TOOK", "KEY", "NOTE")
-    show_table(headers, rows, flexible=6)
+    show_table(headers, rows)
     if page.cursor is not None:
         click.echo(f"More: --cursor {safe(page.cursor)}", err=True)
 
@@ -179,7 +181,7 @@ async def _show(store: str, part: str, as_json: bool) -> None:
 def _show_run(run: RunRecord, journal: list[Entry], children: list[RunRecord], now: int) -> None:
     from rich.text import Text
 
-    from durable.cli.view import Teller, error_line, error_of, executing_time, kind_of, row_text, stack_of, state
+    from durable.cli.view import Teller, error_line, error_of, executing_time, kind_of, show_row, stack_of, state
 
     out = console()
     teller = Teller()
@@ -222,7 +224,7 @@ def _show_run(run: RunRecord, journal: list[Entry], children: list[RunRecord], n
     if not rows:
         out.print(Text("  nothing yet: no engine has taken it", style="dim"))
     for row in rows:
-        out.print(row_text(row, run.created_at))
+        show_row(out, row, run.created_at)
         if row.error is not None and row.entry.status == "failed" and row.error.stack:
             out.print(Text("\n".join(f"{'':>20}{line}" for line in stack_of(row.error).splitlines()), style="dim red"))
     error = error_of(run.error)
@@ -284,7 +286,7 @@ def watch(run_id: str, from_seq: int, as_json: bool, store: str) -> None:
 
 async def _watch(store: str, part: str, from_seq: int, as_json: bool) -> int:
     from durable.cli.shape import entry_shape
-    from durable.cli.view import Teller, row_text
+    from durable.cli.view import Teller
 
     async with api_node(store) as app:
         run = await find_run(app, part)
@@ -292,17 +294,17 @@ async def _watch(store: str, part: str, from_seq: int, as_json: bool) -> int:
             async for entry in app.watch(run.id, from_seq - 1):
                 show_json(entry_shape(run.id, entry), indent=None)
         else:
-            await _watch_text(app, run, from_seq, Teller(), row_text)
+            await _watch_text(app, run, from_seq, Teller())
         run = await app.get(run.id)
     return Exit.OK if run.status == "completed" else Exit.FAILED
 
 
-async def _watch_text(app: Any, run: RunRecord, from_seq: int, teller: Any, row_text: Any) -> None:
+async def _watch_text(app: Durable, run: RunRecord, from_seq: int, teller: Teller) -> None:
     from contextlib import nullcontext
 
     from rich.text import Text
 
-    from durable.cli.view import error_line, error_of, kind_of, state
+    from durable.cli.view import error_line, error_of, kind_of, show_row, state
 
     out = console()
     out.print(Text(f"Run {safe(run.id)}  ", style="bold").append(kind_of(run)).append("  ").append_text(state(run)))
@@ -320,7 +322,7 @@ async def _watch_text(app: Any, run: RunRecord, from_seq: int, teller: Any, row_
             async for entry in app.watch(run.id):
                 row = teller.tell(entry)
                 if entry.seq >= from_seq:
-                    out.print(row_text(row, run.created_at))
+                    show_row(out, row, run.created_at)
         finally:
             ticker.cancel()
     run = await app.get(run.id)

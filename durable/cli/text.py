@@ -127,6 +127,8 @@ def ago(at: int, now: int) -> str:
     """A stored time as seen from now, roughly."""
     distance = abs(at - now)
     rough = f"{distance // 1_000_000} s" if 1_000_000 <= distance < 60_000_000 else span(distance)
+    if distance >= 60_000_000:
+        rough = " ".join(rough.split()[:2])  # the larger unit is enough
     if at > now:
         return f"in {rough}"
     return "just now" if distance < 1_000_000 else f"{rough} ago"

@@ -5,19 +5,24 @@ Pure: rows in, rich text out. `runs show`, `runs watch`, `dev` and the demo prin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+from rich.console import Console
+from rich.style import Style
 from rich.text import Text
 
-from durable.cli.output import unicode_output
-from durable.cli.text import preview, safe, safe_lines, shorten, span
+from durable.cli.output import show_hanging, unicode_output
+from durable.cli.text import clock, preview, safe, safe_lines, shorten, span
 from durable.core.errors import ErrorData
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, PATCHED, RUN, SIGNAL, TIMER, Entry
 from durable.core.payload import decode_error
 from durable.protocol.states import TERMINAL
 from durable.store.records import RunRecord
+
+_OURS = re.compile(r"[/\\]durable[/\\](core|engine|worker)[/\\]\w+\.py:\d+")
 
 STATE_STYLES = {
     "completed": "green",
@@ -80,8 +85,10 @@ def error_line(error: ErrorData, width: int = 200) -> str:
 
 
 def stack_of(error: ErrorData) -> str:
-    """Where it happened, over several lines; empty if nobody said."""
-    return safe_lines((error.stack or "").rstrip())
+    """Where it happened, over several lines; empty if nobody said. The author's own lines, if there are any."""
+    lines = safe_lines((error.stack or "").rstrip()).splitlines()
+    own = [line for line in lines if not _OURS.search(line)]
+    return "\n".join(own or lines)
 
 
 class Row:
@@ -186,15 +193,18 @@ def _describe(row: Row) -> None:
         row.note = error_line(row.error) if row.error else ""
     elif entry.status == "retrying":
         note = _object(entry.payload)
-        row.error = msgspec.convert(note["error"], ErrorData) if isinstance(note.get("error"), dict) else None
+        row.error = error_of(msgspec.json.encode(note["error"])) if "error" in note else None
         due = note.get("next_at")
         row.note = error_line(row.error) if row.error else ""
         if isinstance(due, int):
             row.note += f"; next try in {span(max(0, due - entry.at))}"
     elif entry.kind == LOG:
         line = _object(entry.payload)
-        fields = " ".join(f"{safe(key)}={safe(value)}" for key, value in dict(line.get("fields") or {}).items())
-        row.note = f"{safe(line.get('level', 'info'))}: {safe(line.get('message', ''))} {fields}".rstrip()
+        fields = line.get("fields")
+        told = (
+            " ".join(f"{safe(key)}={safe(value)}" for key, value in fields.items()) if isinstance(fields, dict) else ""
+        )
+        row.note = f"{safe(line.get('level', 'info'))}: {safe(line.get('message', ''))} {told}".rstrip()
     elif entry.kind == CHILD and entry.status == "started":
         child = _object(entry.payload)
         row.note = (
@@ -213,7 +223,8 @@ def _run_note(entry: Entry) -> str:
     if entry.status == "started":
         return f"{safe(entry.name or '')} on Python {safe(payload.get('python', '?'))}"
     if entry.status == "blocked":
-        return f"at {safe(payload.get('position'))}: recorded {safe(payload.get('recorded'))}, asked {safe(payload.get('asked'))}"
+        error = error_of(entry.payload)
+        return error_line(error, 600) if error else ""
     if entry.status == "cancelling":
         return safe(payload.get("reason") or "")
     if entry.status == "requeued" and "from" in payload:
@@ -229,22 +240,47 @@ def _object(payload: bytes | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def row_text(row: Row, origin: int, *, who: Text | None = None, width: int | None = None) -> Text:
-    """A row as one line: offset, mark, what, how long, and what there is to say."""
-    symbol, style = row.mark()
-    dim = "dim" if row.minor else ""
-    line = Text(no_wrap=True, overflow="ellipsis")
-    if who is not None:
-        line.append_text(who).append(" ")
-    else:
-        line.append(f"{row.entry.seq:>4}  ", style="dim")
-        line.append(f"{'+' + span(max(0, row.entry.at - origin)):>11}  ", style="dim")
-    line.append(f"{symbol} ", style=style).append(row.what, style=dim or ("bold" if row.entry.kind == RUN else ""))
+def row_text(row: Row) -> Text:
+    """What happened, how long it waited and ran, and what there is to say."""
+    what = Text(row.what, style="dim" if row.minor else "bold" if row.entry.kind == RUN else "")
     for part in durations(row):
-        line.append(f"  {part}", style="dim")
+        what.append(f"  {part}", style="dim not bold")
     if row.note:
-        line.append("  ").append(row.note, style="red" if row.error and row.entry.status == "failed" else "dim")
-    return line
+        failed = row.error is not None and row.entry.status == "failed"
+        what.append("  ").append(row.note, style="red" if failed else "dim not bold")
+    return what
+
+
+def show_row(out: Console, row: Row, origin: int) -> None:
+    """A row of one run's timeline: number, offset, mark, and the rest wrapped under itself."""
+    symbol, style = row.mark()
+    head = Text(f"{row.entry.seq:>4}  {'+' + span(max(0, row.entry.at - origin)):>11}  ", style="dim")
+    show_hanging(out, head.append(f"{symbol} ", style=Style.parse(style) + Style(dim=False)), row_text(row))
+
+
+class EventPrinter:
+    """Rows of many runs as they come, a line each: time, whose it is (`who`), what happened. `minor=False` leaves
+    bookkeeping out."""
+
+    def __init__(self, out: Console, who: Callable[[RunRecord], str], *, minor: bool = True) -> None:
+        self._out = out
+        self._who = who
+        self._minor = minor
+        self._tellers: dict[str, Teller] = {}
+
+    def __call__(self, run: RunRecord, entry: Entry) -> None:
+        row = self._tellers.setdefault(run.id, Teller()).tell(entry)
+        if run.status in TERMINAL and entry.seq >= run.seq:
+            del self._tellers[run.id]
+        if row.minor and not self._minor:
+            return
+        if entry.kind == RUN and entry.status in ("failed", "dead") and (error := error_of(run.error)):
+            row.note = error_line(error)
+        symbol, style = row.mark()
+        line = Text(f"{clock(entry.at)}  ", style="dim")
+        line.append(f"{safe(self._who(run))}  ", style=Style(color="cyan", dim=False))
+        line.append(f"{symbol} ", style=Style.parse(style) + Style(dim=False)).append_text(row_text(row))
+        self._out.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def durations(row: Row) -> list[str]:

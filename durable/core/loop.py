@@ -371,7 +371,11 @@ class Loop(asyncio.AbstractEventLoop):
     def admit(self) -> None:
         """Let a ctx call pass, or raise: ForeignAwait outside of a turn, Unwound when the run is over."""
         if get_ident() != self._thread:
-            self._called_from_outside("ctx", ())
+            # Refused where it was called; the run has done nothing wrong, so nothing sticks to it.
+            raise ForeignAwait(
+                "ctx belongs to workflow code: it cannot be used in a step body, in a thread, or after the run. Return a "
+                "value from the step, or send a signal."
+            )
         if self.closing:
             self.refuse()
 

@@ -38,6 +38,7 @@ from durable.core.errors import (
     DurableError,
     ErrorData,
     NonDeterminism,
+    PayloadError,
     StepFailed,
     StepTimeout,
 )
@@ -86,8 +87,8 @@ class Asked(Promise):
         """Settle it with what the journal says."""
         try:
             value = self.read(payload)
-        except DurableError as error:
-            self.set_exception(error)
+        except PayloadError as error:
+            self.set_exception(PayloadError(f"What came for {self.command.kind} {self.command.key!r}: {error}"))
         else:
             self.set_result(value)
 
@@ -444,7 +445,8 @@ class Machine:
         if answer is None:
             answer = self._patches[id] = not self._behind
             if answer and not self.loop.closing:
-                self._issued.append(Patch(id))
+                # Before the turn's commands: no crash can leave a trace of them without the marker.
+                self._issued.insert(self._turn_from, Patch(id))
         return answer
 
     def write_log(self, level: str, message: str, fields: bytes | None) -> None:

@@ -10,8 +10,8 @@ import msgspec
 from durable.core.errors import ErrorData
 from durable.core.journal import REMOTE
 from durable.core.payload import encode_error
-from durable.engine.executor import Executor
-from durable.engine.residents import Arrival
+from durable.engine.executor import Executor, Left
+from durable.engine.residents import Arrival, Resident
 from durable.engine.signals import Mail
 from durable.protocol.messages import StepResult
 from durable.store.records import Message
@@ -28,21 +28,28 @@ class Results:
         """Returns once the result is durable, or known to be superfluous. Raises if it must be sent again."""
         payload = _payload(result)
         run = self._executor.residents.get(result.run_id)
-        if run is None:
-            await self._mail.send(
-                Message(
-                    run_id=result.run_id,
-                    # Without an attempt two results of two attempts look alike; each gets in, one counts.
-                    id=f"{result.step_id}:{result.attempt or self._executor.deps.ids.unique()}",
-                    kind="result",
-                    name=result.status,
-                    payload=payload,
-                    ordinal=result.seq,
-                    attempt=result.attempt or 0,
-                    workspace=self._executor.settings.workspace,
-                )
+        if run is not None and not run.suspending:
+            try:
+                await self._hand_over(run, result, payload)
+                return
+            except Left:
+                pass  # it left memory before this could be committed; its inbox takes it
+        await self._mail.send(
+            Message(
+                run_id=result.run_id,
+                # Without an attempt two results of two attempts look alike; each gets in, one counts.
+                id=f"{result.step_id}:{result.attempt or self._executor.deps.ids.unique()}",
+                kind="result",
+                name=result.status,
+                payload=payload,
+                ordinal=result.seq,
+                attempt=result.attempt or 0,
+                workspace=self._executor.settings.workspace,
             )
-            return
+        )
+
+    async def _hand_over(self, run: Resident, result: StepResult, payload: bytes) -> None:
+        """Straight to the run. Raises Left if it goes before the result is committed."""
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def ack(why: BaseException | None) -> None:

@@ -4,14 +4,17 @@ by polling where hints are lost."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 
-from durable.core.errors import RunNotFound
+from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import RUN, Entry
 from durable.engine.deps import Deps
 from durable.engine.residents import Final, Resident
 from durable.protocol.states import TERMINAL
+
+log = logging.getLogger("durable.timeline")
 
 PAGE = 500
 _LAST = frozenset(status.value for status in TERMINAL)
@@ -137,7 +140,12 @@ class Timeline:
                 run_ids = [run_id for run_id in self._waiting if not self._is_here(run_id)]
                 for start in range(0, len(run_ids), PAGE):
                     part = run_ids[start : start + PAGE]
-                    for run_id, record in zip(part, await self._deps.store.get(part), strict=True):
+                    try:
+                        records = await self._deps.store.get(part)
+                    except StoreError as error:
+                        log.warning("cannot look for outcomes, trying again: %s", error)
+                        break
+                    for run_id, record in zip(part, records, strict=True):
                         if record is not None and record.status in TERMINAL:
                             self._settle(run_id, Final(record.status, record.output, record.error))
         finally:

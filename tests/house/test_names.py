@@ -11,6 +11,7 @@ PUBLIC = [
     "Context",
     "Durable",
     "DurableError",
+    "IdempotencyConflict",
     "NonRetryable",
     "RetryAfter",
     "RetryPolicy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from durable.core.journal import LOG, Entry
 from durable.store.records import Journal
@@ -77,7 +78,7 @@ def page(cx: sqlite3.Connection, run_id: str, after_seq: int, limit: int) -> lis
     return sorted(map(_entry, rows), key=_seq)
 
 
-def _entry(row: list[object]) -> Entry:
+def _entry(row: list[Any]) -> Entry:
     seq, at, kind, status, key, ordinal, name, attempt, fingerprint, enqueued, started, finished, payload = row
     return Entry(seq, at, kind, status, key, ordinal, name, attempt, fingerprint, payload, enqueued, started, finished)
 

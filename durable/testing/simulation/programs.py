@@ -1,0 +1,287 @@
+"""Seeded random workflows: a program is JSON, and one registered workflow interprets it.
+
+What a program returns is a function of what its journal says was committed, so its outcome can be computed again from
+the journal alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+from typing import Any
+
+from durable.core.ctx import Context
+from durable.core.definition import durable_step, workflow
+from durable.core.errors import StepFailed, WaitTimeout
+from durable.core.retry import RetryPolicy
+from durable.testing.simulation.witness import body
+
+Op = dict[str, Any]
+
+RETRY = RetryPolicy(max_attempts=3, initial_delay=0.2, max_delay=2.0, jitter=0.5, non_retryable=("PlannedFinal",))
+
+
+async def local(plan: dict[str, float]) -> str:
+    """A local step's body."""
+    return await body(plan, remote=False)
+
+
+@durable_step("sim.remote", retries=2)
+async def remote(plan: dict[str, float]) -> str:
+    """A remote step's body."""
+    return await body(plan, remote=True)
+
+
+@workflow(name="sim.program", version="1")
+async def program(ctx: Context, ops: list[Op]) -> list[Any]:
+    """Do the ops, one after the other."""
+    return await _Interpreter(ctx).sequence(ops)
+
+
+@workflow(name="sim.deadline", version="1", timeout="6s")
+async def deadline_program(ctx: Context, ops: list[Op]) -> list[Any]:
+    """The same, under a run timeout."""
+    return await _Interpreter(ctx).sequence(ops)
+
+
+WORKFLOWS: dict[str, Any] = {"sim.program": program, "sim.deadline": deadline_program}
+
+
+class _Interpreter:
+    """Does ops. Each gives a JSON value."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+
+    async def sequence(self, ops: list[Op]) -> list[Any]:
+        return [await self.do(op) for op in ops]
+
+    async def do(self, op: Op) -> Any:
+        return await getattr(self, "op_" + op["op"])(op)
+
+    async def op_step(self, op: Op) -> Any:
+        return await self.ctx.step(op["name"], local, op["plan"], retries=RETRY, timeout=op.get("timeout"))
+
+    async def op_remote(self, op: Op) -> Any:
+        return await self.ctx.remote(
+            remote,
+            op["plan"],
+            retries=RETRY,
+            timeout=op.get("timeout"),
+            heartbeat_timeout=op.get("heartbeat_timeout"),
+        )
+
+    async def op_effect(self, op: Op) -> Any:
+        return await self.ctx.side_effect(lambda: 7)
+
+    async def op_sleep(self, op: Op) -> Any:
+        await self.ctx.sleep(op["seconds"])
+        return "slept"
+
+    async def op_nap(self, op: Op) -> Any:
+        await asyncio.sleep(op["seconds"])
+        return "napped"
+
+    async def op_signal(self, op: Op) -> Any:
+        return await self.ctx.wait_for_signal(op["name"])
+
+    async def op_signal_or_not(self, op: Op) -> Any:
+        try:
+            return await self.ctx.wait_for_signal(op["name"], timeout=op["timeout"])
+        except WaitTimeout:
+            return "no signal"
+
+    async def op_child(self, op: Op) -> Any:
+        return await self.ctx.child(op["workflow"], op["ops"])
+
+    async def op_start_child(self, op: Op) -> Any:
+        handle = self.ctx.start_child(op["workflow"], op["ops"], on_parent_close=op["close"])
+        first = await self.sequence(op["meanwhile"])
+        return [first, await handle.result() if op["joins"] else handle.run_id]
+
+    async def op_gather(self, op: Op) -> Any:
+        return await asyncio.gather(*[self.sequence(branch) for branch in op["branches"]])
+
+    async def op_settled(self, op: Op) -> Any:
+        done = await asyncio.gather(*[self.sequence(branch) for branch in op["branches"]], return_exceptions=True)
+        return [_shown(one) for one in done]
+
+    async def op_group(self, op: Op) -> Any:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self.sequence(branch)) for branch in op["branches"]]
+        return [task.result() for task in tasks]
+
+    async def op_race(self, op: Op) -> Any:
+        tasks = [asyncio.create_task(self.sequence(branch)) for branch in op["branches"]]
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        return [_shown(task.exception() or task.result()) if task in done else None for task in tasks]
+
+    async def op_within(self, op: Op) -> Any:
+        try:
+            async with asyncio.timeout(op["seconds"]):
+                return await self.sequence(op["ops"])
+        except TimeoutError:
+            return "too long"
+
+    async def op_attempt(self, op: Op) -> Any:
+        try:
+            return await self.sequence(op["ops"])
+        except StepFailed as error:
+            return ["failed", error.key, error.error.message if error.error else ""]
+
+    async def op_cleanup(self, op: Op) -> Any:
+        try:
+            return await self.sequence(op["ops"])
+        finally:
+            await self.sequence(op["after"])
+
+    async def op_drawn(self, op: Op) -> Any:
+        return [self.ctx.random(), str(self.ctx.uuid()), self.ctx.now().isoformat()]
+
+    async def op_log(self, op: Op) -> Any:
+        self.ctx.log("line", number=op["number"])
+        return None
+
+    async def op_patched(self, op: Op) -> Any:
+        return self.ctx.patched("a-patch")
+
+
+def _shown(one: Any) -> Any:
+    return [type(one).__name__, str(one)] if isinstance(one, BaseException) else one
+
+
+class Plan:
+    """One run of a seed: its program, and what clients do with it."""
+
+    def __init__(self, seed: int, number: int, *, span: float, lossy: bool) -> None:
+        self.number = number
+        draw = Random(f"program/{seed}/{number}")
+        self._draw = draw
+        self._lossy = lossy
+        self.signals: list[str] = []
+        """Names that must be sent, once for each wait that has no timeout."""
+        self.extra: list[str] = []
+        """Names that may be sent."""
+        self.workflow = "sim.deadline" if draw.random() < 0.1 else "sim.program"
+        self.ops = self._sequence(draw.randint(1, 4), 0)
+        self.at = draw.random() * span
+        self.key = f"key-{number}" if draw.random() < 0.4 else None
+        self.doubled = self.key is not None and draw.random() < 0.6
+        self.later = draw.random() < 0.1
+        self.cancel_at = self.at + draw.random() * span if draw.random() < 0.2 else None
+        self.requeues = draw.random() < 0.7
+        self.waits = draw.random() < 0.5
+        self.delays: list[float] | None = None
+        """When each signal is sent, seconds after the start is known; None: drawn."""
+
+    @classmethod
+    def fixed(cls, ops: list[Op], *, workflow: str = "sim.program", **fields: Any) -> Plan:
+        """A plan that is not drawn. Signals are those of `signals`, at `delays`."""
+        plan = cls.__new__(cls)
+        plan.number, plan.workflow, plan.ops = 0, workflow, ops
+        plan.signals, plan.extra, plan.delays = [], [], None
+        plan.at, plan.key, plan.doubled, plan.later = 0.0, "key-0", False, False
+        plan.cancel_at, plan.requeues, plan.waits = None, False, True
+        for name, value in fields.items():
+            assert hasattr(plan, name), name
+            setattr(plan, name, value)
+        return plan
+
+    def _sequence(self, length: int, depth: int) -> list[Op]:
+        return [self._op(depth) for _ in range(length)]
+
+    def _op(self, depth: int) -> Op:
+        simple = ["step", "step", "step", "remote", "remote", "sleep", "nap", "signal", "signal_or_not", "effect"]
+        simple += ["drawn", "log", "patched"]
+        deep = ["gather", "settled", "group", "race", "within", "attempt", "cleanup", "child", "start_child"]
+        kind = self._draw.choice(simple if depth >= 2 else simple + deep)
+        fill = getattr(self, "_" + kind, None)
+        return {"op": kind} if fill is None else {"op": kind, **fill(depth + 1)}
+
+    def _plan(self) -> dict[str, float]:
+        draw = self._draw
+        plan: dict[str, float] = {}
+        if draw.random() < 0.5:
+            plan["takes"] = draw.choice((0.001, 0.05, 0.5, 2.0))
+        if draw.random() < 0.25:
+            plan["fails"] = draw.choice((1, 1, 2, 3))
+        if draw.random() < 0.05:
+            plan["final"] = 1
+        return plan
+
+    def _step(self, depth: int) -> Op:
+        op: Op = {"name": self._draw.choice("abc"), "plan": self._plan()}
+        if self._draw.random() < 0.1:
+            op["timeout"] = 0.3
+        return op
+
+    def _remote(self, depth: int) -> Op:
+        op: Op = {"plan": self._plan()}
+        if self._lossy or self._draw.random() < 0.3:
+            op["timeout"] = self._draw.choice((1.0, 3.0, 8.0))
+        if self._draw.random() < 0.2:
+            op["heartbeat_timeout"] = 3.0
+        return op
+
+    def _log(self, depth: int) -> Op:
+        return {"number": self._draw.randint(0, 9)}
+
+    def _sleep(self, depth: int) -> Op:
+        return {"seconds": self._draw.choice((0.01, 0.3, 2.0, 6.0))}
+
+    _nap = _sleep
+
+    def _signal(self, depth: int) -> Op:
+        name = self._draw.choice("xyz")
+        self.signals.append(name)
+        return {"name": name}
+
+    def _signal_or_not(self, depth: int) -> Op:
+        # A name of its own: it must not take what a wait without a timeout needs.
+        self.extra.append("w")
+        return {"name": "w", "timeout": self._draw.choice((0.1, 1.0, 4.0))}
+
+    def _branches(self, depth: int) -> Op:
+        count = self._draw.randint(2, 3)
+        return {"branches": [self._sequence(self._draw.randint(1, 2), depth) for _ in range(count)]}
+
+    _gather = _settled = _group = _race = _branches
+
+    def _within(self, depth: int) -> Op:
+        return {"seconds": self._draw.choice((0.05, 1.0, 5.0)), "ops": self._sequence(self._draw.randint(1, 2), depth)}
+
+    def _attempt(self, depth: int) -> Op:
+        return {"ops": self._sequence(self._draw.randint(1, 2), depth)}
+
+    def _cleanup(self, depth: int) -> Op:
+        return {
+            "ops": self._sequence(self._draw.randint(1, 2), depth),
+            "after": [{"op": "step", "name": "undo", "plan": {}}],
+        }
+
+    def _child(self, depth: int) -> Op:
+        # A child hears no signals: its id is known to nobody but its parent.
+        signals, extra = list(self.signals), list(self.extra)
+        ops = [op for op in self._sequence(self._draw.randint(1, 2), depth + 1) if not _waits_for_signal(op)]
+        self.signals, self.extra = signals, extra
+        workflow = "sim.deadline" if self._draw.random() < 0.1 else "sim.program"
+        return {"workflow": workflow, "ops": ops or [{"op": "effect"}]}
+
+    def _start_child(self, depth: int) -> Op:
+        return {
+            **self._child(depth),
+            "close": self._draw.choice(("cancel", "abandon")),
+            "joins": self._draw.random() < 0.6,
+            "meanwhile": self._sequence(1, depth + 1),
+        }
+
+
+def _waits_for_signal(op: Any) -> bool:
+    if isinstance(op, dict):
+        return op.get("op") == "signal" or any(_waits_for_signal(value) for value in op.values())
+    if isinstance(op, list):
+        return any(_waits_for_signal(value) for value in op)
+    return False

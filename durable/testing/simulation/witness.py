@@ -1,0 +1,94 @@
+"""What really happened, written down outside the engine: every step body appends, and nobody else reads it before the end."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec import Struct
+
+from durable.core.step import current_step
+from durable.testing.simulation.loop import SimLoop
+
+
+class Body(Struct):
+    """One execution of a body, begun and perhaps finished."""
+
+    run_id: str
+    key: str
+    """The command's key; for a remote step its name."""
+    step_id: str
+    attempt: int
+    node: str
+    began: float
+    frontier: int
+    """Seq of the run's last committed entry when it began: everything journaled before must be at or below."""
+    remote: bool
+    value: str
+    """What it returns if it succeeds: nobody else's."""
+    ended: float | None = None
+    outcome: str = ""
+
+
+class Witness:
+    """The ledger of one simulation."""
+
+    def __init__(self, loop: SimLoop, seqs: dict[str, int]) -> None:
+        self.loop = loop
+        self.seqs = seqs
+        self.bodies: list[Body] = []
+
+    def begin(self, *, remote: bool) -> Body:
+        """In a step body: it runs."""
+        scope = current_step()
+        node = self.loop.node.name
+        body = Body(
+            scope.run_id,
+            scope.key,
+            scope.step_id,
+            scope.attempt,
+            node,
+            self.loop.time(),
+            self.seqs.get(scope.run_id, 0),
+            remote,
+            f"{scope.step_id}#{scope.attempt}@{node}/{len(self.bodies)}",
+        )
+        self.bodies.append(body)
+        return body
+
+
+_CURRENT: list[Witness] = []
+
+
+def install(witness: Witness | None) -> None:
+    """Make it the one that bodies of this process write to."""
+    _CURRENT[:] = [] if witness is None else [witness]
+
+
+class Planned(Exception):
+    """A failure that the program asked for."""
+
+
+class PlannedFinal(Exception):
+    """The same, never to be tried again."""
+
+
+async def body(plan: dict[str, float], *, remote: bool) -> str:
+    """What every step of a program does: witness, take its time, fail as planned."""
+    seen = _CURRENT[0].begin(remote=remote)
+    try:
+        takes = plan.get("takes", 0.0)
+        if takes:
+            await asyncio.sleep(takes)
+        if seen.attempt <= plan.get("fails", 0):
+            seen.outcome = "failed"
+            raise Planned(f"attempt {seen.attempt} fails as planned")
+        if plan.get("final"):
+            seen.outcome = "failed"
+            raise PlannedFinal("fails for good as planned")
+        seen.outcome = "completed"
+        return seen.value
+    except asyncio.CancelledError:
+        seen.outcome = "cancelled"
+        raise
+    finally:
+        seen.ended = _CURRENT[0].loop.time() if _CURRENT else None
