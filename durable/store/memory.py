@@ -504,7 +504,10 @@ class MemoryStore:
         run.owner = incarnation
         self._tables.owned.setdefault(incarnation, {})[run.id] = None
         run.epoch += 1
-        run.recovery_attempts += crashed
+        if crashed:
+            # Until it is its turn alone: another crash before that is none of its doing.
+            run.recovery_attempts += 1
+            run.activity = Activity.QUEUED
         run.started_at = run.started_at or now
         run.updated_at = now
         return ClaimedRun(copy.copy(run), crashed)

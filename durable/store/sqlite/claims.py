@@ -207,6 +207,7 @@ def _take(cx: sqlite3.Connection, numbers: Sequence[int], incarnation: str, now:
         """
         UPDATE runs SET
           recovery_attempts = recovery_attempts + (owner IS NOT NULL AND activity = 'executing'),
+          activity = iif(owner IS NOT NULL AND activity = 'executing', 'queued', activity),
           owner = ?1, epoch = epoch + 1, started_at = coalesce(started_at, ?2), updated_at = ?2
         WHERE number IN (SELECT value FROM json_each(?3))""",
         (incarnation, now, chosen),

@@ -199,6 +199,21 @@ class ClaimTests(Tests):
                 suspect = run_id == Activity.EXECUTING
                 assert claimed.crashed is suspect
                 assert claimed.run.recovery_attempts == (attempt if suspect else 0)
+                assert claimed.run.activity == (Activity.QUEUED if suspect else run_id)
+            record = taken[Activity.EXECUTING].run
+            await done(store, commit(record, activity=Activity.EXECUTING))
+
+    async def test_S32_a_suspect_that_has_not_begun_is_not_counted_again(
+        self, store: Store, builder: StoreBuilder
+    ) -> None:
+        """A suspect is stored as `queued` by the claim itself: its next engine may die before it is its turn."""
+        await begin(store, new(owner="a"))
+        await done(store, commit("r", activity=Activity.EXECUTING))
+        for engine in ("b", "c", "d"):
+            builder.advance(LEASE / SECOND)
+            store.beat(engine, LEASE)
+            [taken] = await claim(store, engine)
+            assert (taken.crashed, taken.run.recovery_attempts) == (engine == "b", 1)
 
     async def test_B21_claiming_and_suspending_is_no_crash(self, store: Store, builder: StoreBuilder) -> None:
         """Two hundred ordinary claims leave the recovery count at 0."""
