@@ -268,7 +268,9 @@ class Executor:
         if not run.ended and (run.machine.outcome is not None or run.final is not None):
             self._end(run)
         uncommitted = run.pending or run.effects or run.inbox_read > run.inbox_written
-        if run.ended or run.effects or ((run.actions or run.acks) and uncommitted):
+        # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
+        unnamed = run.bodies and run.activity is not Activity.EXECUTING
+        if run.ended or run.effects or ((run.actions or run.acks) and (uncommitted or unnamed)):
             self._commit(run)
             return
         if run.actions or run.acks:
