@@ -43,7 +43,7 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
         executor.dispatch.settle(run, key)
     if arrival.status == "failed" and arrival.kind != CHILD:
         return _gives_up(executor, run, command, arrival)
-    if arrival.kind == STEP and run.recovery_attempts:
+    if arrival.kind != CHILD and run.recovery_attempts:
         run.progressed = True
     run.attempts.pop(key, None)
     run.retries.pop(key, None)

@@ -323,8 +323,8 @@ class Executor:
         return not any(command.kind in (SIGNAL, CHILD, REMOTE) for command in run.machine.outstanding.values())
 
     def _activity(self, run: Resident) -> Activity:
-        if run.bodies:
-            return Activity.EXECUTING
+        if run.bodies or (run.sent and not self.deps.transport.capabilities.shared):
+            return Activity.EXECUTING  # a task in this process is as good as a body
         if run.cancel_deadline is not None:
             return Activity.CANCELLING
         if any(c.kind != STEP and c.key not in run.retries for c in run.machine.outstanding.values()):
