@@ -13,7 +13,7 @@ import msgspec
 from durable.core.clock import SECOND
 from durable.core.commands import Command, RunStep, SendTask
 from durable.core.errors import ErrorData
-from durable.core.journal import CHILD, REMOTE, RUN, STEP, Entry
+from durable.core.journal import CHILD, REMOTE, RUN, Entry
 from durable.core.payload import decode_error, encode_error
 from durable.engine.apply import RetryNote
 from durable.engine.residents import Arrival, Resident

@@ -42,7 +42,7 @@ class Broker:
         *,
         error: ErrorData | None = None,
         through: BrokerTransport | None = None,
-        attempt: int | None | type = int,
+        attempt: int | type | None = int,
     ) -> None:
         """A worker's answer, delivered to one engine, and again while its handler raises: that is the contract."""
         result = StepResult(

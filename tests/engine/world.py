@@ -7,6 +7,7 @@ released and nothing is signed off. A pause is SIGSTOP: calls hang and heartbeat
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -257,7 +258,7 @@ class World:
             record, entries = await self.record(run_id), await self.journal(run_id)
             assert [entry.seq for entry in entries] == list(range(1, len(entries) + 1)), "the journal is dense"
             assert record.seq == len(entries), "the row knows its last entry"
-            assert all(a.at <= b.at for a, b in zip(entries, entries[1:], strict=False)), "time never goes back"
+            assert all(a.at <= b.at for a, b in itertools.pairwise(entries)), "time never goes back"
             answered = [e.key for e in entries if e.kind in ("step", "remote", "child") and e.delivers]
             requeued = any(e.status == "requeued" for e in entries)
             assert requeued or len(answered) == len(set(answered)), f"a command was answered twice: {answered}"
