@@ -8,6 +8,7 @@ replay tests and by `why`; never does what it asks for.
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
 import sys
@@ -77,7 +78,9 @@ class Asked(Promise):
     def __init__(
         self, loop: Loop, release: Callable[[Promise], None], command: Command, read: Callable[[bytes], Any]
     ) -> None:
-        super().__init__(loop, release)
+        asyncio.Future.__init__(self, loop=loop)  # past Promise's: this is the hot path
+        self.number = next(loop.numbers)
+        self.release = release
         self.command = command
         self.read = read
         self.alarm: Alarm | None = None

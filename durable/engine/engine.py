@@ -88,8 +88,8 @@ class WorkflowEngine:
             dead_letter.prepare(deps)
         lease = self._new_lease()
         self._executor.start(lease)
-        if deps.settings.execute:
-            await lease.start()
+        # An engine that executes nothing beats too: a heartbeat is where the store's time comes from (S31).
+        await lease.start()
         deps.transport.on_result(self._results.take)
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
         await deps.transport.start()
@@ -128,12 +128,11 @@ class WorkflowEngine:
         await self.deps.control_plane.close()
         if self._rebirth is not None:
             self._rebirth.cancel()
-        if self.deps.settings.execute:
-            await executor.lease.stop()
-            try:
-                await self.deps.store.leave(self.incarnation)
-            except StoreError as error:
-                log.warning("could not sign off; the lease will end by itself: %s", error)
+        await executor.lease.stop()
+        try:
+            await self.deps.store.leave(self.incarnation)
+        except StoreError as error:
+            log.warning("could not sign off; the lease will end by itself: %s", error)
 
     async def _settle_bodies(self, timeout: float) -> None:
         """Wait until nothing is executing and nothing waits to be committed, or until time is up."""

@@ -34,7 +34,7 @@ def test_many_seeds(budget: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing wrong ever happens, everything ends after healing, and every kind of fault and entry has been seen."""
     for case, found in run_cases(regressions(HERE / "regressions.txt")):
         assert not found, f"{case.why}: {found}"
-    seconds = None if budget.seconds is None else max(10.0, 0.5 * budget.seconds)
+    seconds = None if budget.seconds is None else max(10.0, 0.7 * budget.seconds)
     totals = run_many(budget.start, SEEDS, seconds=seconds)
     with capsys.disabled():
         print("\n" + "\n".join(totals.lines()))
