@@ -189,7 +189,9 @@ class WorkflowEngine:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
-    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+    async def start_and_wait(
+        self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any
+    ) -> Any:
         """Start a run and wait for what it returns."""
         handle = await self.start_run(workflow, input, **options)
         return await handle.result(timeout)

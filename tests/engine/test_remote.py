@@ -420,9 +420,7 @@ async def test_a_remote_step_knows_itself_and_logs(world: World) -> None:
     assert await handle.result(5) == f"{handle.id}:0"
 
 
-async def test_a_result_for_another_workspaces_run_is_refused(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_result_for_another_workspaces_run_is_refused(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """A result names a run; an engine of another workspace does not write to it."""
     caplog.set_level(logging.ERROR)
     broker = Broker()

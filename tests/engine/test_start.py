@@ -138,7 +138,12 @@ async def test_start_many_with_some_bad_starts_the_others(world: World) -> None:
         ]
     )
     kinds = [answer if isinstance(answer, Exception) else None for answer in answers]
-    assert [type(kind) for kind in kinds if kind] == [UnknownWorkflow, PayloadError, UnknownVersion, IdempotencyConflict]
+    assert [type(kind) for kind in kinds if kind] == [
+        UnknownWorkflow,
+        PayloadError,
+        UnknownVersion,
+        IdempotencyConflict,
+    ]
     good = [answer for answer in answers if not isinstance(answer, Exception)]
     assert await all_results(good) == [2, 4]
     assert len((await app.find()).runs) == 2
