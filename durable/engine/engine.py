@@ -12,10 +12,12 @@ import msgspec
 
 from durable.control_plane.interface import ControlPlane
 from durable.core.clock import StoreClock
+from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import Entry
 from durable.core.payload import encode
+from durable.engine import dead_letter
 from durable.engine.deps import Deps
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
@@ -82,10 +84,12 @@ class WorkflowEngine:
     async def start(self) -> None:
         """Take a lease and begin. The store is open, the transport not yet started."""
         deps = self.deps
+        if deps.settings.execute:
+            dead_letter.prepare(deps)
         lease = self._new_lease()
         self._executor.start(lease)
-        if deps.settings.execute:
-            await lease.start()
+        # An engine that executes nothing beats too: a heartbeat is where the store's time comes from (S31).
+        await lease.start()
         deps.transport.on_result(self._results.take)
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
         await deps.transport.start()
@@ -124,12 +128,11 @@ class WorkflowEngine:
         await self.deps.control_plane.close()
         if self._rebirth is not None:
             self._rebirth.cancel()
-        if self.deps.settings.execute:
-            await executor.lease.stop()
-            try:
-                await self.deps.store.leave(self.incarnation)
-            except StoreError as error:
-                log.warning("could not sign off; the lease will end by itself: %s", error)
+        await executor.lease.stop()
+        try:
+            await self.deps.store.leave(self.incarnation)
+        except StoreError as error:
+            log.warning("could not sign off; the lease will end by itself: %s", error)
 
     async def _settle_bodies(self, timeout: float) -> None:
         """Wait until nothing is executing and nothing waits to be committed, or until time is up."""
@@ -233,6 +236,10 @@ class WorkflowEngine:
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal above `after` as it grows, until the run ends. Raises RunNotFound."""
         return self._timeline.watch(run_id, after)
+
+    def on_dead(self, handler: Callable[[DeadLetter], Any]) -> None:
+        """Have every dead run told to `handler`, a plain or async function, exactly once and with retries. Before `start`."""
+        dead_letter.listen(self.deps.registry, handler)
 
     # ------------------------------------------------------------------ inside
 

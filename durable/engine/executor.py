@@ -13,9 +13,10 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextvars import Context as Variables
 from functools import partial
+from typing import Any
 
 from durable.core.clock import SECOND, StoreClock
 from durable.core.commands import Cancelled, Command, Completed, Failed, StartChild
@@ -23,6 +24,7 @@ from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDe
 from durable.core.journal import CHILD, COMMAND_KINDS, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.payload import describe, encode_error
 from durable.engine import apply, attempts
+from durable.engine.children import tell_parent
 from durable.engine.committer import Group
 from durable.engine.deps import Deps
 from durable.engine.dispatch import Dispatch
@@ -30,7 +32,7 @@ from durable.engine.lease import Lease
 from durable.engine.residents import Arrival, Final, Resident
 from durable.engine.steps import LocalSteps
 from durable.protocol.states import Activity, Status
-from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal, Message, Parent, PutMessage
+from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal
 
 log = logging.getLogger("durable.executor")
 
@@ -302,7 +304,7 @@ class Executor:
 
     def _parked(self, run: Resident) -> bool:
         """Whether everything this run does is wait, so that it could leave memory."""
-        if run.bodies or run.arrivals or run.actions or run.fetching:
+        if run.bodies or run.arrivals or run.actions or run.fetching or run.asking:
             return False
         for sent in run.sent.values():
             # A task in this process lives and dies with it, so its run must be seen to die too.
@@ -444,6 +446,12 @@ class Executor:
             await self.deps.store.release(runs)
         except DurableError:
             log.warning("could not release %s; its lease will end by itself", runs)
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it as a task that is not lost."""
+        task = self._loop.create_task(work)
+        self._keep.add(task)
+        task.add_done_callback(self._keep.discard)
 
     # ------------------------------------------------------------------ commit
 
@@ -588,25 +596,6 @@ class Executor:
             run.machine.drop()
         except Exception:
             log.exception("run %s could not be unwound cleanly", run.run_id)
-
-
-def tell_parent(run_id: str, workspace: str, parent: Parent, final: Final) -> PutMessage:
-    """The outcome, for the parent's inbox: part of the commit that ends the child (B48)."""
-    payload = final.output
-    if final.status is not Status.COMPLETED:
-        payload = final.error or encode_error(ErrorData(message=f"The child run {run_id} was {final.status}."))
-    return PutMessage(
-        Message(
-            run_id=parent.run_id,
-            id=f"{run_id}:outcome",
-            kind="child",
-            name=final.status.value,
-            payload=payload,
-            key=parent.key,
-            ordinal=parent.ordinal,
-            workspace=workspace,
-        )
-    )
 
 
 def _final(run: Resident) -> Final:

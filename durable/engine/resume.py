@@ -82,6 +82,7 @@ def arrival_of(row: InboxRow) -> Arrival:
             key=message.key,
             ordinal=message.ordinal,
             payload=message.payload,
+            child_id=message.id.removesuffix(":outcome"),
             number=row.number,
         )
     return Arrival(

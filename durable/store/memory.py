@@ -504,10 +504,9 @@ class MemoryStore:
         run.owner = incarnation
         self._tables.owned.setdefault(incarnation, {})[run.id] = None
         run.epoch += 1
-        if crashed:
-            # Until it is its turn alone: another crash before that is none of its doing.
-            run.recovery_attempts += 1
-            run.activity = Activity.QUEUED
+        run.recovery_attempts += crashed
+        if run.activity is not Activity.BLOCKED:
+            run.activity = Activity.QUEUED if run.recovery_attempts else Activity.EXECUTING
         run.started_at = run.started_at or now
         run.updated_at = now
         return ClaimedRun(copy.copy(run), crashed)
