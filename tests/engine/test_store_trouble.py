@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ async def steps(ctx: Context, count: int) -> int:
 
 def once(*names: str, error: type[StoreError] = StoreUnavailable, times: int = 1) -> Any:
     """A fault that strikes the first so many calls of these names."""
-    left = {name: times for name in names}
+    left = dict.fromkeys(names, times)
 
     def strike(name: str, args: Any) -> StoreError | None:
         if left.get(name, 0) > 0:
@@ -160,8 +159,8 @@ async def test_S42_a_store_says_how_durable_it_is(world: World) -> None:
 
 
 @pytest.fixture
-async def file(tmp_path: Path) -> AsyncIterator[Path]:
-    yield tmp_path / "durable.db"
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "durable.db"
 
 
 async def test_S42_weak_durability_must_be_asked_for(file: Path) -> None:
@@ -257,12 +256,12 @@ async def test_S40_a_restored_copy_is_noticed(file: Path, tmp_path: Path) -> Non
 
     async with Durable(f"sqlite:///{file}", workflows=[steps]) as app:
         await app.start_and_wait(steps, 1, timeout=5)
-    backup = file.read_bytes()
+    backup = file.read_bytes()  # noqa: ASYNC240
     async with Durable(f"sqlite:///{file}", workflows=[steps]) as app:
         await app.start_and_wait(steps, 1, timeout=5)
     for beside in file.parent.glob(file.name + "-*"):
         beside.unlink()
-    file.write_bytes(backup)
+    file.write_bytes(backup)  # noqa: ASYNC240
     with pytest.raises(StoreRestored, match=r"(?i)restored|backup|older"):
         async with Durable(f"sqlite:///{file}", workflows=[steps]):
             raise AssertionError("not reached")
@@ -311,7 +310,7 @@ async def test_many_runs_with_a_flaky_store_all_complete_once(world: World) -> N
     from random import Random
 
     draw = Random(7)
-    app = await world.engine(steps, poll_every=0.05, max_running=50)
+    app = await world.engine(steps, poll_every=0.05, beat_every=0.1, max_running=50)
 
     def flaky(name: str, args: Any) -> StoreError | None:
         return StoreUnavailable("flaky") if name != "beat" and draw.random() < 0.1 else None
@@ -321,8 +320,11 @@ async def test_many_runs_with_a_flaky_store_all_complete_once(world: World) -> N
     logging.getLogger("durable").setLevel(logging.CRITICAL)
     try:
         handles = await asyncio.gather(*(app.start(steps, 2) for _ in range(200)))
-        results = await asyncio.gather(*(world.until(h.id, lambda r: r.status != "active") for h in handles))
-        assert {record.output for record in results} == {b"2"}
+        store, records = await world.store(), []
+        while not records or any(record.status == "active" for record in records):
+            await asyncio.sleep(0.05)
+            records = await store.get([handle.id for handle in handles])
+        assert {record.output for record in records} == {b"2"}
     finally:
         logging.getLogger("durable").setLevel(logging.NOTSET)
         world.line(app).fault = world.line(app).fault_after = None
