@@ -636,6 +636,12 @@ class _Plan:
             self.options = StepOptions(definition.options.retry, definition.options.timeout)
             self.body = definition.body
             self._result = (definition.output_type, payload.decoder(definition.output_type))
+        elif inspect.iscoroutine(fn):
+            fn.close()
+            self.problem = (
+                "was given a call, not a function. Give the function and its arguments apart: "
+                f"ctx.step('name', {fn.__name__}, ...)."
+            )
         elif not callable(fn):
             self.problem = f"needs a function to run, not {fn!r:.100}."
         elif (code := getattr(fn, "__code__", None)) is not None and code.co_flags & _GENERATORS:

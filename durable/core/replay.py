@@ -96,6 +96,10 @@ class Asked(Promise):
             self.set_result(value)
 
 
+# What an author reads who forgot an await: "unsupported operand type(s) for +: 'NotAwaited' and 'int'".
+Asked.__name__ = Asked.__qualname__ = "NotAwaited"
+
+
 class Machine:
     """One run's workflow code, driven entry by entry. After an error it is good for `drop` only."""
 
@@ -568,7 +572,7 @@ def _failure_of(command: Command, entry: Entry) -> StepFailed:
     elif data.code == "step_timeout":
         cls = StepTimeout
     what = "Child" if command.kind == CHILD else "Step"
-    return cls(f"{what} {command.key!r} failed: {data.message}", key=command.key, error=data, attempts=entry.attempt)
+    return cls(f"{what} {command.key!r} failed: {data.line}", key=command.key, error=data, attempts=entry.attempt)
 
 
 def _origins(error: BaseException) -> Iterator[BaseException]:

@@ -367,7 +367,12 @@ class Executor:
             run.flushing = False
             if run.dropped or run.committing or run.held or run.ended:
                 continue
-            if run.pending or run.marks or run.inbox_read > run.inbox_written or (run.idle and run.activity != self._activity(run)):
+            if (
+                run.pending
+                or run.marks
+                or run.inbox_read > run.inbox_written
+                or (run.idle and run.activity != self._activity(run))
+            ):
                 self._commit(run)
 
     def evict(self) -> None:

@@ -506,7 +506,9 @@ async def test_B51_five_thousand_steps_replay_in_linear_time_from_one_read(
     asyncio_journals = {}
     for count, handle in handles.items():
         (journal,) = await store.load([handle.id])
-        asyncio_journals[count] = [entry for entry in journal.entries if entry.kind != "run" or entry.status == "started"]
+        asyncio_journals[count] = [
+            entry for entry in journal.entries if entry.kind != "run" or entry.status == "started"
+        ]
     ratios: list[float] = []
     done = asyncio.Event()
 

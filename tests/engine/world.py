@@ -307,4 +307,3 @@ def memory_factory() -> Callable[[], Any]:
 
 
 __all__ = ["LEASE", "SHORT", "Gate", "Line", "World", "all_results", "eventually", "memory_factory"]
-
