@@ -255,7 +255,8 @@ def replays(evidence: Evidence) -> Iterator[str]:
             continue
         if run.status not in TERMINAL or run.status is Status.DEAD:
             continue
-        # The last life: after the last requeue.
+        if _may_block(evidence, run.tags) and any(entry.name == "bad" for entry in journal):
+            continue  # it began and ended under the bad deploy, which is gone
         machine = _machine(stored)
         entries = _until_the_end(journal)
         try:

@@ -162,9 +162,8 @@ class _Interpreter:
         return await self.ctx.step("dice", local, {"takes": round(self.ctx.random() / 100, 6)}, retries=RETRY)
 
     async def op_fickle(self, op: Op) -> Any:
-        # Code that changes under a run that has begun before: a bad deploy, and a fix.
-        began_before = self.ctx.now().timestamp() - 1_700_000_000 < BAD_CODE[0]
-        return await self.ctx.step("bad" if began_before and bad_code() else "good", local, {}, retries=RETRY)
+        # Code that changes under the run: a bad deploy, and a fix.
+        return await self.ctx.step("bad" if bad_code() else "good", local, {}, retries=RETRY)
 
     async def op_log(self, op: Op) -> Any:
         self.ctx.log("line", number=op["number"])
