@@ -13,7 +13,7 @@ import msgspec
 from durable.core.clock import SECOND
 from durable.core.commands import Command, RunStep, SendTask, StartChild
 from durable.core.errors import ErrorData
-from durable.core.journal import CHILD, REMOTE, RUN, STEP, Entry
+from durable.core.journal import CHILD, REMOTE, RUN, Entry
 from durable.core.payload import decode_error, encode_error
 from durable.engine.apply import RetryNote
 from durable.engine.residents import Arrival, Resident
@@ -46,7 +46,7 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
         executor.dispatch.settle(run, key)
     if arrival.status == "failed" and arrival.kind != CHILD:
         return _gives_up(executor, run, command, arrival)
-    if arrival.kind == STEP and run.recovery_attempts:
+    if arrival.kind != CHILD and run.recovery_attempts:
         run.progressed = True
     run.attempts.pop(key, None)
     run.retries.pop(key, None)

@@ -169,6 +169,8 @@ class WorkflowEngine:
         if is_workflow(workflow):
             found = workflow_of(workflow)
             return registry.workflow(found.name, version or found.version)
+        if not isinstance(workflow, str):
+            workflow_of(workflow)  # says what is missing
         return registry.workflow(str(workflow), version) if version else registry.latest(str(workflow))
 
     async def start_run(self, workflow: Any, input: Any = None, **options: Any) -> RunHandle[Any]:
@@ -187,7 +189,9 @@ class WorkflowEngine:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
-    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+    async def start_and_wait(
+        self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any
+    ) -> Any:
         """Start a run and wait for what it returns."""
         handle = await self.start_run(workflow, input, **options)
         return await handle.result(timeout)

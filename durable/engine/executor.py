@@ -270,7 +270,9 @@ class Executor:
         if not run.ended and (run.machine.outcome is not None or run.final is not None):
             self._end(run)
         uncommitted = run.pending or run.effects or run.inbox_read > run.inbox_written
-        if run.ended or run.effects or ((run.actions or run.acks) and uncommitted):
+        # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
+        unnamed = run.bodies and run.activity is not Activity.EXECUTING
+        if run.ended or run.effects or ((run.actions or run.acks) and (uncommitted or unnamed)):
             self._commit(run)
             return
         if run.actions or run.acks:
@@ -323,8 +325,8 @@ class Executor:
         return not any(command.kind in (SIGNAL, CHILD, REMOTE) for command in run.machine.outstanding.values())
 
     def _activity(self, run: Resident) -> Activity:
-        if run.bodies:
-            return Activity.EXECUTING
+        if run.bodies or (run.sent and not self.deps.transport.capabilities.shared):
+            return Activity.EXECUTING  # a task in this process is as good as a body
         if run.cancel_deadline is not None:
             return Activity.CANCELLING
         if any(c.kind != STEP and c.key not in run.retries for c in run.machine.outstanding.values()):
@@ -365,7 +367,12 @@ class Executor:
             run.flushing = False
             if run.dropped or run.committing or run.held or run.ended:
                 continue
-            if run.pending or run.marks or run.inbox_read > run.inbox_written or (run.idle and run.activity != self._activity(run)):
+            if (
+                run.pending
+                or run.marks
+                or run.inbox_read > run.inbox_written
+                or (run.idle and run.activity != self._activity(run))
+            ):
                 self._commit(run)
 
     def evict(self) -> None:

@@ -119,4 +119,3 @@ class Recovery:
             if run.parent is not None:
                 commit.effects += (tell_parent(run.run_id, run.workspace, run.parent, final),)
         executor.commits.submit(commit, done)
-
