@@ -33,6 +33,7 @@ def witness(value: Any) -> Any:
 
 
 async def body(seconds: float) -> int:
+    witness(None)
     await asyncio.sleep(seconds)
     value: int = witness(random.getrandbits(40))
     return value
