@@ -11,7 +11,8 @@ from durable.core.ids import Ids
 from durable.core.registry import Registry
 from durable.store.interface import Store
 from durable.store.records import DEFAULT_WORKSPACE
-from durable.transports.interface import TaskHandler, Transport
+from durable.transports.interface import TaskHandler
+from durable.transports.pool import TransportPool
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -58,7 +59,7 @@ class Deps(Struct, frozen=True, kw_only=True):
 
     store: Store
     registry: Registry
-    transport: Transport
+    transport: TransportPool
     handler: TaskHandler | None = None
     """Serves the registry's steps from this process, over the transport; None: workers elsewhere do."""
     control_plane: ControlPlane

@@ -59,11 +59,11 @@ class Executor:
 
         # Told by the executor; set by the engine.
         self.on_finished: Callable[[Resident, Final], None] = lambda run, final: None
-        self.on_committed: Callable[[Resident], None] = lambda run: None
+        self.on_committed: Callable[[Resident, Commit], None] = lambda run, commit: None
         self.on_calm: Callable[[Resident], None] = lambda run: None
         self.on_mail: Callable[[Resident], None] = lambda run: None
         self.on_due: Callable[[], None] = lambda: None
-        self.on_nudge: Callable[[str, str], None] = lambda run_id, owner: None
+        self.on_nudge: Callable[[str, str | None], None] = lambda run_id, owner: None
 
         self._ready: deque[Resident] = deque()
         self._pumping = False
@@ -303,7 +303,7 @@ class Executor:
             # A task in this process lives and dies with it, so its run must be seen to die too.
             if not sent.published or sent.command.options.heartbeat_timeout is not None:
                 return False
-            if not self.deps.transport.capabilities.shared:
+            if not self.deps.transport.member(sent.transport).capabilities.shared:
                 return False
         return True
 
@@ -510,7 +510,7 @@ class Executor:
             self.on_nudge(run.run_id, owner)
         if commit.effects:
             self.on_due()
-        self.on_committed(run)
+        self.on_committed(run, commit)
         if run.ended:
             _tell(acks, None)
             final = run.final

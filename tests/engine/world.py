@@ -150,7 +150,17 @@ class World:
             self.graves.append(run.machine)
         engine._executor.residents.clear()
         engine._executor._ready.clear()
-        transport: Any = engine.deps.transport
+        engine._unhear()
+        for transport in engine.deps.transport.members.values():
+            self._crash_transport(transport)
+        self.apps.remove(app)
+        self.graves.append(app)
+        await asyncio.sleep(0)
+        if noticed:
+            await (await self.store()).leave(lease.incarnation)
+
+    @staticmethod
+    def _crash_transport(transport: Any) -> None:
         if isinstance(transport, EventEmitterTransport):
             transport._starts = 0
             shelf = transport._shelf
@@ -163,11 +173,6 @@ class World:
                     held.work.cancel()
         elif hasattr(transport, "crashed"):
             transport.crashed()
-        self.apps.remove(app)
-        self.graves.append(app)
-        await asyncio.sleep(0)
-        if noticed:
-            await (await self.store()).leave(lease.incarnation)
 
     def pause(self, app: Durable) -> None:
         """SIGSTOP, as far as the store can tell."""

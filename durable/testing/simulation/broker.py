@@ -283,6 +283,10 @@ class SimControlPlane:
         self._bus = bus
         self._node = node
 
+    @property
+    def audience(self) -> bool:
+        return True
+
     async def start(self) -> None:
         return None
 

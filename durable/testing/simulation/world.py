@@ -34,6 +34,7 @@ from durable.testing.simulation.server import StoreServer, at_once
 from durable.testing.simulation.witness import Body, Witness
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
+from durable.transports.pool import TransportPool
 from durable.worker.handler import StepHandler
 
 EPOCH = 1_700_000_000 * SECOND
@@ -303,7 +304,7 @@ class World:
             Deps(
                 store=store,
                 registry=registry,
-                transport=transport,
+                transport=TransportPool({"default": transport}),
                 control_plane=self.bus.plane(node),
                 clock=clock,
                 ids=ids,
