@@ -76,7 +76,7 @@ async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
     async with looker:
         feed = Feed(looker)
         active = await feed.skip()
-        printer = _JsonPrinter() if as_json else _Printer()
+        printer = _printer(as_json)
         if loaded is None:
             _greet(None, place, opened.capabilities, active, as_json)
             await _follow(feed, printer, stopping.wait())
@@ -142,32 +142,16 @@ def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as
     click.echo("The engine is up. Ctrl-C drains it.")
 
 
-class _Printer:
-    """One line for each row, under the run's short id."""
+def _printer(as_json: bool) -> Callable[[RunRecord, Entry], None]:
+    from durable.cli.shape import entry_shape
+    from durable.cli.view import EventPrinter
 
-    def __init__(self) -> None:
-        from durable.cli.view import Teller, kind_of, show_event
-
-        self._tellers: dict[str, Teller] = {}
-        self._teller = Teller
-        self._kind_of = kind_of
-        self._show = show_event
-        self._console = console()
-
-    def __call__(self, run: RunRecord, entry: Entry) -> None:
-        row = self._tellers.setdefault(run.id, self._teller()).tell(entry)
-        self._show(self._console, f"{safe(run.id[-6:])} {self._kind_of(run)}", row)
-        if run.status != "active" and entry.seq >= run.seq:
-            self._tellers.pop(run.id, None)
-
-
-class _JsonPrinter:
-    """JSON lines."""
-
-    def __call__(self, run: RunRecord, entry: Entry) -> None:
-        from durable.cli.shape import entry_shape
-
+    def json_line(run: RunRecord, entry: Entry) -> None:
         show_json(entry_shape(run.id, entry) | {"workflow": run.workflow, "version": run.version}, indent=None)
+
+    if as_json:
+        return json_line
+    return EventPrinter(console(), lambda run: f"{run.id[-6:]} {run.workflow}@{run.version}")
 
 
 def _logs_to_stderr() -> None:

@@ -24,14 +24,18 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             raise click.exceptions.Exit(Exit.INTERRUPTED) from None
         except Exception as error:
-            raise _problem(error) from error
+            problem = _problem(error)
+            if problem is None:
+                raise
+            raise problem from error
 
 
-def _problem(error: Exception) -> Exception:
+def _problem(error: Exception) -> Problem | None:
+    """What a user can cause, as a sentence; None for our own mistakes."""
     from durable.core import errors
 
     if not isinstance(error, errors.DurableError):
-        return error
+        return None
     exit = Exit.FAILED
     message = str(error)
     if isinstance(error, errors.RunNotFound):

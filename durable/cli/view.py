@@ -6,7 +6,7 @@ Pure: rows in, rich text out. `runs show`, `runs watch`, `dev` and the demo prin
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -193,15 +193,18 @@ def _describe(row: Row) -> None:
         row.note = error_line(row.error) if row.error else ""
     elif entry.status == "retrying":
         note = _object(entry.payload)
-        row.error = msgspec.convert(note["error"], ErrorData) if isinstance(note.get("error"), dict) else None
+        row.error = error_of(msgspec.json.encode(note["error"])) if "error" in note else None
         due = note.get("next_at")
         row.note = error_line(row.error) if row.error else ""
         if isinstance(due, int):
             row.note += f"; next try in {span(max(0, due - entry.at))}"
     elif entry.kind == LOG:
         line = _object(entry.payload)
-        fields = " ".join(f"{safe(key)}={safe(value)}" for key, value in dict(line.get("fields") or {}).items())
-        row.note = f"{safe(line.get('level', 'info'))}: {safe(line.get('message', ''))} {fields}".rstrip()
+        fields = line.get("fields")
+        told = (
+            " ".join(f"{safe(key)}={safe(value)}" for key, value in fields.items()) if isinstance(fields, dict) else ""
+        )
+        row.note = f"{safe(line.get('level', 'info'))}: {safe(line.get('message', ''))} {told}".rstrip()
     elif entry.kind == CHILD and entry.status == "started":
         child = _object(entry.payload)
         row.note = (
@@ -220,7 +223,8 @@ def _run_note(entry: Entry) -> str:
     if entry.status == "started":
         return f"{safe(entry.name or '')} on Python {safe(payload.get('python', '?'))}"
     if entry.status == "blocked":
-        return f"at {safe(payload.get('position'))}: recorded {safe(payload.get('recorded'))}, asked {safe(payload.get('asked'))}"
+        error = error_of(entry.payload)
+        return error_line(error, 600) if error else ""
     if entry.status == "cancelling":
         return safe(payload.get("reason") or "")
     if entry.status == "requeued" and "from" in payload:
@@ -254,12 +258,29 @@ def show_row(out: Console, row: Row, origin: int) -> None:
     show_hanging(out, head.append(f"{symbol} ", style=Style.parse(style) + Style(dim=False)), row_text(row))
 
 
-def show_event(out: Console, who: str, row: Row) -> None:
-    """A row among those of many runs: time, whose it is, and one line of what happened."""
-    symbol, style = row.mark()
-    line = Text(f"{clock(row.entry.at)}  ", style="dim").append(f"{who}  ", style=Style(color="cyan", dim=False))
-    line.append(f"{symbol} ", style=Style.parse(style) + Style(dim=False)).append_text(row_text(row))
-    out.print(line, no_wrap=True, overflow="ellipsis")
+class EventPrinter:
+    """Rows of many runs as they come, a line each: time, whose it is (`who`), what happened. `minor=False` leaves
+    bookkeeping out."""
+
+    def __init__(self, out: Console, who: Callable[[RunRecord], str], *, minor: bool = True) -> None:
+        self._out = out
+        self._who = who
+        self._minor = minor
+        self._tellers: dict[str, Teller] = {}
+
+    def __call__(self, run: RunRecord, entry: Entry) -> None:
+        row = self._tellers.setdefault(run.id, Teller()).tell(entry)
+        if run.status in TERMINAL and entry.seq >= run.seq:
+            del self._tellers[run.id]
+        if row.minor and not self._minor:
+            return
+        if entry.kind == RUN and entry.status in ("failed", "dead") and (error := error_of(run.error)):
+            row.note = error_line(error)
+        symbol, style = row.mark()
+        line = Text(f"{clock(entry.at)}  ", style="dim")
+        line.append(f"{safe(self._who(run))}  ", style=Style(color="cyan", dim=False))
+        line.append(f"{symbol} ", style=Style.parse(style) + Style(dim=False)).append_text(row_text(row))
+        self._out.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def durations(row: Row) -> list[str]:

@@ -55,7 +55,7 @@ class Entry(Struct, frozen=True, gc=False):
 
     `payload` by kind and status:
       run started    `{"python": "3.11"}`: the minor version the run was recorded on
-      run blocked    `{"position", "recorded", "asked"}`: both sides of the mismatch
+      run blocked    an ErrorData; its details `{"position", "recorded", "asked"}` are both sides of the mismatch
       run requeued   `{"from": seq}`: replay passes over what was recorded from that seq up to here, signals excepted
       * completed    the output;   * failed    an ErrorData
       * retrying     `{"error": ErrorData, "next_at": µs}`

@@ -38,6 +38,7 @@ from durable.core.errors import (
     DurableError,
     ErrorData,
     NonDeterminism,
+    PayloadError,
     StepFailed,
     StepTimeout,
 )
@@ -86,8 +87,8 @@ class Asked(Promise):
         """Settle it with what the journal says."""
         try:
             value = self.read(payload)
-        except DurableError as error:
-            self.set_exception(error)
+        except PayloadError as error:
+            self.set_exception(PayloadError(f"What came for {self.command.kind} {self.command.key!r}: {error}"))
         else:
             self.set_result(value)
 

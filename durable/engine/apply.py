@@ -107,7 +107,8 @@ def _run_step(executor: Executor, run: Resident, command: RunStep) -> None:
 
 
 def _send_task(executor: Executor, run: Resident, command: SendTask) -> None:
-    executor.dispatch.send(run, command, 1)
+    # Attempts of one task are told apart by number, on the wire and in the inbox, so a requeue goes on counting.
+    executor.dispatch.send(run, command, run.spent.get(command.ordinal, 0) + 1)
 
 
 def _start_child(executor: Executor, run: Resident, command: StartChild) -> None:

@@ -5,6 +5,7 @@ A retry is a journal entry and a time: no worker is held while it waits, and it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from durable.core.clock import SECOND
 from durable.core.commands import Command, RunStep, SendTask
 from durable.core.errors import ErrorData
-from durable.core.journal import CHILD, REMOTE, STEP
+from durable.core.journal import CHILD, REMOTE, RUN, STEP, Entry
 from durable.core.payload import decode_error, encode_error
 from durable.engine.apply import RetryNote
 from durable.engine.residents import Arrival, Resident
@@ -73,11 +74,12 @@ def _gives_up(executor: Executor, run: Resident, command: Command, arrival: Arri
     arrival.attempt = attempt
     error = decode_error(arrival.payload)
     policy = command.options.retry
-    if policy.gives_up(attempt, retryable=error.retryable, names=(error.code, error.type)):
+    made = attempt - run.spent.get(command.ordinal, 0)
+    if policy.gives_up(made, retryable=error.retryable, names=(error.code, error.type)):
         run.attempts.pop(key, None)
         run.retries.pop(key, None)
         return True
-    delay = policy.delay(attempt, executor.deps.ids.random(), retry_after=error.retry_after)
+    delay = policy.delay(made, executor.deps.ids.random(), retry_after=error.retry_after)
     next_at = executor.clock.now() + int(delay * SECOND)
     arrival.status = "retrying"
     arrival.payload = msgspec.json.encode(RetryNote(error, next_at))
@@ -85,6 +87,18 @@ def _gives_up(executor: Executor, run: Resident, command: Command, arrival: Arri
     run.attempts[key] = attempt + 1
     run.retries[key] = next_at
     return False
+
+
+def spent(entries: Sequence[Entry]) -> dict[int, int]:
+    """Attempts of each task, by ordinal, that lie before the last requeue."""
+    counted: dict[int, int] = {}
+    before: dict[int, int] = {}
+    for entry in entries:
+        if entry.kind == REMOTE and entry.ordinal is not None:
+            counted[entry.ordinal] = max(entry.attempt, counted.get(entry.ordinal, 0))
+        elif entry.kind == RUN and entry.status == "requeued":
+            before = dict(counted)
+    return before
 
 
 def due(executor: Executor, run: Resident, moment: int) -> Arrival | None:

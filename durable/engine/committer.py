@@ -35,12 +35,15 @@ class Group(Generic[Q, A]):
         max_items: int,
         max_bytes: int = 4 << 20,
         size: Callable[[Q], int] = lambda _: 0,
+        alone: Callable[[Q], object] | None = None,
     ) -> None:
+        """`alone`: two questions for which it gives the same never share a call."""
         self._name = name
         self._call = call
         self._max_items = max_items
         self._max_bytes = max_bytes
         self._size = size
+        self._alone = alone
         self._queue: deque[tuple[Q, Callable[[A | BaseException], None]]] = deque()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -69,6 +72,12 @@ class Group(Generic[Q, A]):
 
         self.submit(item, done)
         return await future
+
+    async def flush(self, monotonic: Callable[[], float], seconds: float) -> None:
+        """Wait until all that was asked is answered, or for that long."""
+        deadline = monotonic() + seconds
+        while self._task is not None and monotonic() < deadline:
+            await asyncio.wait({self._task}, timeout=0.05)
 
     async def close(self) -> None:
         """Wait for what is queued; with the store out of reach, give it up."""
@@ -99,10 +108,16 @@ class Group(Generic[Q, A]):
         queue = self._queue
         batch = [queue.popleft()]
         total = self._size(batch[0][0])
+        names = {self._alone(batch[0][0])} if self._alone is not None else set()
         while queue and len(batch) < self._max_items:
             total += self._size(queue[0][0])
             if total > self._max_bytes:
                 break
+            if self._alone is not None:
+                name = self._alone(queue[0][0])
+                if name in names:
+                    break
+                names.add(name)
             batch.append(queue.popleft())
         return batch
 

@@ -38,6 +38,9 @@ log = logging.getLogger("durable.engine")
 
 _ENDED = frozenset(f"run.{status.value}" for status in TERMINAL)
 
+HAND_OVER_SECONDS = 5.0
+"""How long a drain tries to write down what waits; an unreachable store is not waited for longer."""
+
 T = TypeVar("T")
 
 
@@ -152,7 +155,10 @@ class WorkflowEngine:
         log.warning("draining: %d runs are still executing; they are handed over", executor.running)
 
     async def _hand_over(self) -> None:
+        """Runs that only wait are put to sleep as they are; the others are due at once, for whoever is there."""
         executor = self._executor
+        executor.suspend_waiting()
+        await executor.commits.flush(self._local.monotonic, HAND_OVER_SECONDS)
         runs = list(executor.residents.values())
         for run in runs:
             executor.drop(run)

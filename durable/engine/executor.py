@@ -50,6 +50,8 @@ class Executor:
             deps.store.commit,
             max_items=deps.store.capabilities.max_batch,
             size=lambda commit: commit.size,
+            # A run that was dropped with a commit still queued may be claimed anew and commit again.
+            alone=lambda commit: commit.run_id,
         )
         self.steps = LocalSteps(self)
         self.dispatch = Dispatch(self)
@@ -163,6 +165,7 @@ class Executor:
         for entry in entries:
             if entry.kind == RUN:
                 self._recall(run, entry)
+        run.spent = attempts.spent(entries)
         if entries:
             run.last_at = entries[-1].at
             fresh = run.machine.replay(entries)
@@ -374,6 +377,12 @@ class Executor:
                 continue
             if not run.committing and not run.flushing and self._parked(run):
                 spare -= 1
+                self._commit(run, suspend=True)
+
+    def suspend_waiting(self) -> None:
+        """Let every run leave memory that only waits: the engine is about to stop."""
+        for run in list(self.residents.values()):
+            if not (run.committing or run.held or run.ended or run.opening) and self._parked(run):
                 self._commit(run, suspend=True)
 
     # ------------------------------------------------------------------ end

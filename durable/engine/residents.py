@@ -108,6 +108,7 @@ class Resident:
         "run_id",
         "sent",
         "seq",
+        "spent",
         "suspending",
         "tail",
         "workspace",
@@ -160,6 +161,8 @@ class Resident:
         self.marks: dict[str, Arrival] = {}
         """`started` marks not written yet: they ride with the next commit, or are dropped when the body is faster."""
         self.attempts: dict[str, int] = {}
+        self.spent: dict[int, int] = {}
+        """Attempts of tasks made before the last requeue, by ordinal: they count against nothing any more."""
         self.retries: dict[str, int] = {}
         """When the next attempt of a step is due, µs."""
         self.sent: dict[str, Sent] = {}

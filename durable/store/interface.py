@@ -66,7 +66,8 @@ class Store(Protocol):
 
     # -- runs
     async def start(self, runs: Sequence[NewRun]) -> list[StartOutcome]:
-        """Insert runs, each on its own: one conflict never refuses its neighbours. All-or-none against a crash."""
+        """Insert runs, each on its own: one conflict never refuses its neighbours. All-or-none against a crash. Raises
+        PayloadTooLarge: nothing of this call was stored."""
         ...
 
     async def get(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
@@ -79,7 +80,8 @@ class Store(Protocol):
 
     # -- commits
     async def commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
-        """One transaction for all, each fenced and answered on its own. At most one commit per run in a batch."""
+        """One transaction for all, each fenced and answered on its own. At most one commit per run in a batch. Raises
+        StoreError for a batch above `max_batch`, or with two commits of one run: nothing happened then."""
         ...
 
     async def commit_with(self, work: Callable[[Any], Awaitable[None]], commit: Commit) -> CommitOutcome:
@@ -105,11 +107,14 @@ class Store(Protocol):
     async def claim(self, request: ClaimRequest) -> Claim:
         """Take due unowned runs, and runs whose owner is expired, dead or has no row, raising each epoch. An expired
         incarnation is marked dead in the same transaction. Raises recovery_attempts of runs that were `executing`
-        under such an owner. Order: priority descending, then wake_at. A dead incarnation claims nothing."""
+        under such an owner; `activity` is left as it is. Order: priority descending, then wake_at. An incarnation
+        that is dead, expired or has never beaten claims nothing. Parked runs of a gone owner are merely freed, under a
+        new epoch."""
         ...
 
     async def release(self, runs: Sequence[tuple[str, int]]) -> None:
-        """Give up ownership of (run_id, epoch): due now. Another epoch: nothing happens."""
+        """Give up ownership of (run_id, epoch): due now, queued if it was executing; a parked run stays put. Another
+        epoch: nothing happens."""
         ...
 
     async def owned(self, incarnation: str) -> list[tuple[str, int]]:
@@ -118,7 +123,8 @@ class Store(Protocol):
 
     # -- inbox
     async def send(self, messages: Sequence[Message]) -> list[SendOutcome]:
-        """Add inbox rows and raise inbox_last, together. An unowned, unparked run becomes due now."""
+        """Add inbox rows and raise inbox_last, together. An unowned, unparked run becomes due now. A repeated message
+        is a DUPLICATE also after its run has ended. Raises PayloadTooLarge: nothing of this call was stored."""
         ...
 
     async def unread(self, incarnation: str) -> list[str]:
@@ -145,5 +151,6 @@ class Store(Protocol):
     # -- hints
     def listen(self, on_hint: Callable[[], None]) -> Callable[[], None]:
         """Call `on_hint` on this loop when another process or engine may have changed something. Returns the way to
-        stop. Losing every hint costs latency and nothing else."""
+        stop. Losing every hint costs latency and nothing else. The only listener on a store object hears nothing of
+        changes made through that object; engines that share one object hear of each other's."""
         ...

@@ -215,7 +215,7 @@ class Commit(Struct, gc=False):
     output: bytes | None = None
     """Written with a terminal status."""
     error: bytes | None = None
-    """Written with a terminal status, or with activity `blocked`."""
+    """Written with a terminal status, or with activity `blocked`; cleared by any other activity."""
     inbox_read: int | UnsetType = UNSET
     progressed: bool = False
     """Set recovery_attempts back to 0."""
@@ -223,7 +223,7 @@ class Commit(Struct, gc=False):
     """Give up ownership: owner cleared, `wake_at` written as given, or as the store's now if the row's inbox_last is
     above inbox_read (after this commit) and the activity is not a parked one."""
     wake_at: int | None = None
-    """With `suspend` only."""
+    """With `suspend` only. None is refused unless the run is parked or has unread mail: nothing would wake it."""
 
     @property
     def size(self) -> int:
@@ -242,7 +242,7 @@ class CommitStatus(StrEnum):
 
 class CommitOutcome(Struct, frozen=True, gc=False):
     """The answer to one commit. `failure` is set when this commit alone was refused by the store (too large for a
-    column, a broken payload): a typed error, its batch-mates unharmed."""
+    column, a broken payload): a typed error, its batch-mates unharmed. Look at it first: `status` is FENCED then."""
 
     status: CommitStatus
     inbox_last: int = 0

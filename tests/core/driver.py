@@ -76,9 +76,7 @@ class Driver:
     def fire(self) -> list[Any]:
         timer = self.machine.next_timer()
         assert timer is not None
-        return self.deliver(
-            TIMER, "fired", at=timer.deadline, key=timer.key, ordinal=timer.ordinal, name=timer.name
-        )
+        return self.deliver(TIMER, "fired", at=timer.deadline, key=timer.key, ordinal=timer.ordinal, name=timer.name)
 
     def signal(self, name: str, value: Any = None) -> list[Any]:
         return self.deliver(

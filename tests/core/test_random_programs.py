@@ -67,7 +67,6 @@ def check(seed: int) -> None:
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_hot_cold_and_crashed_runs_are_the_same(batch: int) -> None:
     """A random program asks for the same hot, replayed at every wait, and replayed from any prefix of its journal."""
     for seed in range(batch, PROGRAMS, BATCHES):

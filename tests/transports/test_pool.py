@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import wraps
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -211,7 +212,7 @@ async def test_N8_a_probe_that_fails_doubles_the_cool_down_up_to_a_bound() -> No
         if len(a.asked) > before:
             asked.append(round(loop.time(), 1))
         await asyncio.sleep(0.1)
-    pauses = [after - before for before, after in zip(asked, asked[1:], strict=False)]
+    pauses = [after - before for before, after in pairwise(asked)]
     assert pauses == pytest.approx([1, 2, 4, 4, 4, 4], abs=0.11)
 
 

@@ -6,6 +6,8 @@
     schema        tables, versions, generation
     statements    many rows in one statement
     runs, commits, claims, inbox, journal     the operations: plain functions of a connection
+    lending       a transaction shared with the author's own SQL
+    turn          writers queue fairly, over threads and processes
     presence      a locked file per engine, so that a death is seen before its lease ends
 
 One rule shapes it all: Python's sqlite3 lets go of the GIL at every step of a statement, and under a busy event loop

@@ -71,14 +71,21 @@ def _apply(cx: sqlite3.Connection, batch: Sequence[Commit], now: int) -> list[Co
     if ended:
         cx.execute("DELETE FROM event_waiters WHERE run_id IN (SELECT value FROM json_each(?))", [listed(ended)])
         cx.execute("DELETE FROM slots WHERE run_id IN (SELECT value FROM json_each(?))", [listed(ended)])
-    mail = json.loads(
-        fetch_value(
-            cx,
-            "SELECT json_group_object(id, inbox_last) FROM runs WHERE id IN (SELECT value FROM json_each(?))",
-            [listed([one.run_id for one in batch])],
-        )
-    )
+    mail = _mail(cx, [one.run_id for one in batch])
     return [CommitOutcome(CommitStatus.DONE, mail[one.run_id], wake.get(one.run_id, ())) for one in batch]
+
+
+def _mail(cx: sqlite3.Connection, run_ids: Sequence[str]) -> dict[str, int]:
+    """The inbox counters, in one row: with RETURNING each run would be a step of its own."""
+    if len(run_ids) == 1:
+        return {run_ids[0]: fetch_value(cx, "SELECT inbox_last FROM runs WHERE id = ?", run_ids)}
+    answer = fetch_value(
+        cx,
+        "SELECT json_group_object(id, inbox_last) FROM runs WHERE id IN (SELECT value FROM json_each(?))",
+        [listed(run_ids)],
+    )
+    counters: dict[str, int] = json.loads(answer)
+    return counters
 
 
 def _apply_passing(cx: sqlite3.Connection, batch: Sequence[Commit], now: int) -> list[CommitOutcome]:

@@ -49,6 +49,11 @@ class Location:
         else:
             self.uri = f"file:{quote(str(self.path))}" + (f"?{urlencode(query)}" if query else "")
 
+    @property
+    def beside(self) -> Path | None:
+        """The directory for the locks of engines and writers."""
+        return None if self.path is None else self.path.with_name(self.path.name + ".engines")
+
     def __str__(self) -> str:
         return ":memory:" if self.path is None else str(self.path)
 

@@ -24,8 +24,8 @@ CONFIRM_S = 0.2
 class Presence:
     """This process's locks, and what it has seen of the others'."""
 
-    def __init__(self, database: Path | None, clock: Clock) -> None:
-        self._directory = None if database is None or fcntl is None else database.with_name(database.name + ".engines")
+    def __init__(self, directory: Path | None, clock: Clock) -> None:
+        self._directory = None if fcntl is None else directory
         self._clock = clock
         self._held: dict[str, int] = {}
         self._free_since: dict[str, float] = {}
@@ -74,14 +74,14 @@ class Presence:
         if self._directory is None or not self._directory.is_dir():
             return
         with suppress(OSError):
-            for path in self._directory.iterdir():
+            for path in self._directory.glob("[!.]*"):
                 age_s = self._clock.now() / 1_000_000 - path.stat().st_mtime
                 if age_s > 3600 and self._is_free(path.name):
                     path.unlink()
 
     def _path(self, incarnation: str) -> Path:
         assert self._directory is not None
-        return self._directory / incarnation.replace("/", "_")
+        return self._directory / incarnation.replace("/", "_").lstrip(".")
 
     def _is_free(self, incarnation: str) -> bool:
         try:

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from durable.core.errors import StoreError
+from durable.core.errors import StoreError, StoreUnavailable
 from durable.store.sqlite.connection import Location, atomic, translate
+from durable.store.sqlite.turn import Turn
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
@@ -37,9 +38,10 @@ class Runner(Protocol):
 class Inline:
     """The caller runs it, at once. The lock is for `beat`, which comes from another thread."""
 
-    def __init__(self, cx: sqlite3.Connection, location: Location) -> None:
+    def __init__(self, cx: sqlite3.Connection, location: Location, turn: Turn | None = None) -> None:
         self._cx: sqlite3.Connection | None = cx
         self._location = location
+        self._turn = turn or Turn(None, 0)
         self._lock = threading.RLock()
 
     async def call(self, operation: Operation[T], *, alone: bool = False) -> T:
@@ -50,15 +52,20 @@ class Inline:
             if self._cx is None:
                 raise StoreError(f"{self._location} is closed")
             try:
-                return operation(self._cx)
+                with self._turn:
+                    return operation(self._cx)
             except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
                 raise translate(error, self._location) from error
 
     async def close(self) -> None:
+        self.end()
+
+    def end(self) -> None:
         with self._lock:
             if self._cx is not None:
                 self._cx.close()
                 self._cx = None
+                self._turn.close()
 
 
 class _Job:
@@ -84,11 +91,13 @@ class Threaded:
         name: str,
         *,
         folds: bool,
+        turn: Turn | None = None,
         idle: Callable[[sqlite3.Connection], float | None] = lambda cx: None,
     ) -> None:
         self._cx = cx
         self._location = location
         self._folds = folds
+        self._turn = turn or Turn(None, 0)
         self._idle = idle
         self._queue: queue.SimpleQueue[_Job | str] = queue.SimpleQueue()
         self._closed = False
@@ -120,14 +129,13 @@ class Threaded:
         while (first := self._next()) is not _CLOSE:
             if isinstance(first, _Job):
                 jobs, after = self._gather(first)
-                self._perform(jobs)
-                _deliver(jobs)
+                self._round(jobs)
                 if isinstance(after, _Job):
-                    self._perform([after])
-                    _deliver([after])
+                    self._round([after])
                 elif after is _CLOSE:
                     break
         self._cx.close()
+        self._turn.close()
 
     def _next(self) -> _Job | str:
         while True:
@@ -148,6 +156,15 @@ class Threaded:
                 return jobs, more
             jobs.append(more)
         return jobs, None
+
+    def _round(self, jobs: list[_Job]) -> None:
+        try:
+            with self._turn:
+                self._perform(jobs)
+        except StoreUnavailable as error:
+            for job in jobs:
+                job.error = error
+        _deliver(jobs)
 
     def _perform(self, jobs: list[_Job]) -> None:
         if len(jobs) > 1:

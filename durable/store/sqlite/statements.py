@@ -8,8 +8,10 @@ their lengths.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -28,11 +30,11 @@ def execute_values(cx: sqlite3.Connection, text: Callable[[str], str], rows: Seq
     how many rows were changed. `text` must pass over rows that begin with NULL."""
     before = cx.total_changes
     width = len(rows[0])
-    for chunk in _chunks(rows, MAX_PARAMETERS // width):
-        size = next(size for size in _SIZES if size >= len(chunk))
-        parameters: list[Any] = []
-        for row in chunk:
-            parameters += row
+    most = min(_SIZES[-1], MAX_PARAMETERS // width)
+    for start in range(0, len(rows), most):
+        chunk = rows[start : start + most]
+        size = _SIZES[bisect_left(_SIZES, len(chunk))]
+        parameters = list(chain.from_iterable(chunk))
         parameters += (None,) * ((size - len(chunk)) * width)
         parameters += tail
         cx.execute(_text(text, size, width), parameters)
@@ -43,15 +45,6 @@ def execute_values(cx: sqlite3.Connection, text: Callable[[str], str], rows: Seq
 def _text(text: Callable[[str], str], size: int, width: int) -> str:
     row = "(" + ",".join("?" * width) + ")"
     return text("VALUES " + ",".join([row] * size))
-
-
-def _chunks(rows: Sequence[Row], limit: int) -> Iterator[Sequence[Row]]:
-    limit = max(size for size in _SIZES if size <= limit)
-    if len(rows) <= limit:
-        yield rows
-        return
-    for start in range(0, len(rows), limit):
-        yield rows[start : start + limit]
 
 
 def fetch_packed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -40,6 +41,7 @@ from durable.store.sqlite.lending import Lender
 from durable.store.sqlite.presence import Presence
 from durable.store.sqlite.runner import Inline, Operation, Pace, Runner, Threaded
 from durable.store.sqlite.statements import fetch_value
+from durable.store.sqlite.turn import Turn
 
 T = TypeVar("T")
 
@@ -76,10 +78,10 @@ class SqliteStore:
         self._inline = inline
         self._busy_timeout_s = busy_timeout_s
         self._listeners = _neighbours(self._location.path) if inline else Listeners()
-        self._presence = Presence(None if inline else self._location.path, self._clock)
+        self._presence = Presence(None if inline else self._location.beside, self._clock)
         self._writer: Runner = _Closed(self._location)
         self._reader: Runner = self._writer
-        self._beats: _Beats | None = None
+        self._beats: Inline | None = None
         self._lender: Lender | None = None
         self._abroad = Pace(HINT_EVERY_S)
         self._data_version: int | None = None
@@ -111,18 +113,28 @@ class SqliteStore:
     async def open(self) -> None:
         if not isinstance(self._writer, _Closed):
             return
+        if self._location.path is not None:
+            with suppress(OSError):  # the sentence for it comes from opening
+                self._location.path.parent.mkdir(exist_ok=True)
         if self._inline:
             cx = self._connect()
             self._prepare(cx)
             runner = Inline(cx, self._location)
             self._writer = self._reader = runner
-            self._beats = _Beats(runner.run)
+            self._beats = runner
             return
         writing, reading, beating = await asyncio.to_thread(self._connect_all)
         self._presence.sweep()
-        self._writer = Threaded(writing, self._location, "durable-sqlite-writer", folds=True, idle=self._look_abroad)
+        self._writer = Threaded(
+            writing,
+            self._location,
+            "durable-sqlite-writer",
+            folds=True,
+            turn=Turn(self._location.beside, self._busy_timeout_s),
+            idle=self._look_abroad,
+        )
         self._reader = Threaded(reading, self._location, "durable-sqlite-reader", folds=False)
-        self._beats = _Beats(Inline(beating, self._location).run, beating)
+        self._beats = Inline(beating, self._location, Turn(self._location.beside, BEAT_TIMEOUT_S))
         self._lender = Lender(self._connect)
 
     async def close(self) -> None:
@@ -134,7 +146,7 @@ class SqliteStore:
         if self._lender is not None:
             self._lender.close()
         if beats is not None:
-            beats.close()
+            beats.end()
         self._presence.close()
 
     def _connect(self, timeout_s: float | None = None) -> sqlite3.Connection:
@@ -146,7 +158,8 @@ class SqliteStore:
             for timeout_s in (None, None, BEAT_TIMEOUT_S):
                 opened.append(self._connect(timeout_s))
                 if len(opened) == 1:
-                    self._prepare(opened[0])
+                    with closing(Turn(self._location.beside, self._busy_timeout_s)) as turn, turn:
+                        self._prepare(opened[0])
             opened[1].execute("PRAGMA query_only = 1")
         except BaseException:
             for cx in opened:
@@ -300,18 +313,6 @@ _inline_listeners: WeakValueDictionary[Path, Listeners] = WeakValueDictionary()
 def _neighbours(path: Path | None) -> Listeners:
     """Inline stores on one file run in one process, with no thread to look at the file: they tell each other."""
     return Listeners() if path is None else _inline_listeners.setdefault(path, Listeners())
-
-
-class _Beats:
-    """Heartbeats, from any thread, on a connection of their own where there is a file."""
-
-    def __init__(self, run: Callable[[Operation[Beat]], Beat], cx: sqlite3.Connection | None = None) -> None:
-        self.run = run
-        self._cx = cx
-
-    def close(self) -> None:
-        if self._cx is not None:
-            self._cx.close()
 
 
 class _Closed:

@@ -16,7 +16,7 @@ import time
 import msgspec
 
 from durable.testing.simulation.faults import Swarm
-from durable.testing.simulation.runner import Case, Verdict, environment, judge, run_many, shrink, work
+from durable.testing.simulation.runner import Case, Verdict, environment, judge, quiet, run_many, shrink, work
 
 ENOUGH = 500
 """Seeds from which on a kind that never happened is a failure."""
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--case", help="this one alone, shrunk: a JSON object")
     parser.add_argument("--trace", action="store_true", help="tell every write")
     parser.add_argument("--shrink", action="store_true", help="make the failure smaller")
+    parser.add_argument("--cases", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -40,6 +41,11 @@ def main(argv: list[str]) -> int:
     if options.worker:
         first, end, step = map(int, options.worker.split(":"))
         work(range(first, end, step), options.until, lambda line: say(line))
+        return 0
+    if options.cases:
+        quiet()
+        for line in sys.stdin:
+            say(msgspec.json.encode(judge(msgspec.json.decode(line, type=Case).swarm()).found).decode())
         return 0
     if options.case is not None:
         return one(msgspec.json.decode(options.case, type=Case).swarm(), options)

@@ -200,12 +200,18 @@ def retried_by_policy(evidence: Evidence) -> Iterator[str]:
     for run_id, stored in evidence.runs.items():
         due: dict[tuple[str, int], float] = {}
         attempts: dict[str, int] = {}
+        latest: dict[str, int] = {}
+        spent: dict[str, int] = {}
         for entry in stored.journal:
             if entry.kind == RUN and entry.status == "requeued":
-                attempts.clear()
+                # A task goes on counting, a local step begins anew; both have a fresh budget.
+                spent = dict(latest)
+                attempts = dict(spent)
                 due.clear()
             if entry.kind not in (STEP, REMOTE) or entry.key is None or entry.status == "late":
                 continue
+            if entry.kind == REMOTE and entry.attempt:
+                latest[entry.key] = max(entry.attempt, latest.get(entry.key, 0))
             if entry.status == "retrying":
                 before = attempts.get(entry.key, 0)
                 if entry.attempt != before + 1:
@@ -213,7 +219,7 @@ def retried_by_policy(evidence: Evidence) -> Iterator[str]:
                 attempts[entry.key] = entry.attempt
                 next_at = msgspec.json.decode(entry.payload or b"{}")["next_at"]
                 due[f"{run_id}:{entry.ordinal}", entry.attempt + 1] = (next_at - EPOCH) / SECOND
-            if entry.attempt > RETRY.max_attempts:
+            if entry.attempt > spent.get(entry.key, 0) + RETRY.max_attempts:
                 yield f"{run_id}: {entry.key} came to attempt {entry.attempt} of {RETRY.max_attempts}"
         if any(entry.kind == RUN and entry.status == "requeued" for entry in stored.journal):
             continue
@@ -371,6 +377,16 @@ def cancels_count(evidence: Evidence) -> Iterator[str]:
 
 def families(evidence: Evidence) -> Iterator[str]:
     """B47, B48: a child is there if and only if its parent journaled it, and its parent is told what became of it."""
+    ended_at: dict[str, float] = {}
+    closed: dict[str, bool] = {}
+    """Run → whether its parent had ended when it did, and so could not be told."""
+    parents = {run_id: stored.run.parent.run_id for run_id, stored in evidence.runs.items() if stored.run.parent}
+    for line in evidence.log:
+        if line.what == "requeue":
+            ended_at.pop(line.run_id, None)
+        elif line.what == "commit" and line.status == "done" and line.ends and not line.last:
+            ended_at[line.run_id] = line.at
+            closed[line.run_id] = parents.get(line.run_id) in ended_at
     for run_id, stored in evidence.runs.items():
         for entry in stored.journal:
             if entry.kind == CHILD and entry.status == "started":
@@ -385,8 +401,7 @@ def families(evidence: Evidence) -> Iterator[str]:
             yield f"{run_id} has a parent {parent.run_id} that does not exist"
             continue
         told = [row for row in above.inbox if row.message.id.startswith(f"{run_id}:outcome")]
-        ended, parent_ended = stored.run.finished_at, above.run.finished_at
-        if ended is not None and not told and (parent_ended is None or parent_ended > ended):
+        if stored.run.finished_at is not None and not told and not closed.get(run_id):
             yield f"{run_id} ended, and its parent {parent.run_id} was not told"
         starts = [
             entry.seq

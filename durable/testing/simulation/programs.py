@@ -174,6 +174,21 @@ class Plan:
         self.cancel_at = self.at + draw.random() * span if draw.random() < 0.2 else None
         self.requeues = draw.random() < 0.7
         self.waits = draw.random() < 0.5
+        self.delays: list[float] | None = None
+        """When each signal is sent, seconds after the start is known; None: drawn."""
+
+    @classmethod
+    def fixed(cls, ops: list[Op], *, workflow: str = "sim.program", **fields: Any) -> Plan:
+        """A plan that is not drawn. Signals are those of `signals`, at `delays`."""
+        plan = cls.__new__(cls)
+        plan.number, plan.workflow, plan.ops = 0, workflow, ops
+        plan.signals, plan.extra, plan.delays = [], [], None
+        plan.at, plan.key, plan.doubled, plan.later = 0.0, "key-0", False, False
+        plan.cancel_at, plan.requeues, plan.waits = None, False, True
+        for name, value in fields.items():
+            assert hasattr(plan, name), name
+            setattr(plan, name, value)
+        return plan
 
     def _sequence(self, length: int, depth: int) -> list[Op]:
         return [self._op(depth) for _ in range(length)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -192,7 +193,8 @@ def run_many(
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
-            worker.wait()
+            with worker:
+                worker.wait()
     broken = [worker.returncode for worker in workers if worker.returncode]
     if broken:
         raise RuntimeError(f"simulation workers ended with {broken}; their output is above")
@@ -230,13 +232,28 @@ def _lines(workers: Sequence[subprocess.Popen[str]]) -> Iterator[str]:
             yield line
 
 
+def quiet() -> None:
+    """Make ready for many seeds in this process."""
+    logging.getLogger("durable.workflow").setLevel(logging.CRITICAL + 1)  # what programs do wrong, they do on purpose
+    gc.freeze()  # what is loaded by now need not be looked at after each seed
+
+
 def work(seeds: range, until: float | None, tell: Callable[[str], None]) -> None:
     """A worker's life: judge seeds, tell each verdict as a line of JSON."""
-    gc.freeze()  # what is loaded by now need not be looked at after each seed
+    quiet()
     for n, seed in enumerate(seeds):
         if until is not None and n and time.time() > until:
             return
         tell(msgspec.json.encode(judge(Swarm.draw(seed))).decode())
+
+
+def run_cases(cases: Sequence[Case]) -> list[tuple[Case, list[str]]]:
+    """What each case finds, in a process with the hash seed that seeds are run under."""
+    command = [sys.executable, "-m", "durable.testing.simulation", "--cases"]
+    text = "\n".join(case.text() for case in cases)
+    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, env=environment(), text=True, check=True)
+    found = [msgspec.json.decode(line, type=list[str]) for line in done.stdout.splitlines()]
+    return list(zip(cases, found, strict=True))
 
 
 # ------------------------------------------------------------------ shrinking

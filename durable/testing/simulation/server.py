@@ -172,7 +172,8 @@ class Connection:
     ) -> None:
         """At the server."""
         wire = self.server.tripwire
-        when = wire.touch(self.node, name) if effect and not self.node.dead else None
+        counts = effect and not self.node.dead
+        when = wire.touch(self.node, name) if counts and name != "claim" else None
         if when == "before":
             self._loop.crash(self.node)
             return
@@ -182,7 +183,10 @@ class Connection:
             answer = at_once(act())
         except Exception as raised:
             answer, error = None, raised
-        if when == "after":
+        if name == "claim" and counts and isinstance(answer, Claim) and answer.runs:
+            # One that gets nothing changes nothing; and vanishing just before is vanishing after what came before.
+            when = wire.touch(self.node, name)
+        if when is not None:
             self._loop.crash(self.node)
             return
         if wire.armed.get(self.node) == "claim" and name == "claim" and isinstance(answer, Claim) and answer.runs:

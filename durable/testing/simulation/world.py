@@ -7,6 +7,7 @@ import gc
 import hashlib
 import logging
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from random import Random
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from durable.core.clock import SECOND
+from durable.core.clock import SECOND, Clock
 from durable.core.errors import DurableError, IdempotencyConflict, RunFinished, RunNotFound, StoreUnavailable
 from durable.core.ids import SeededIds
 from durable.core.registry import Registry
@@ -139,27 +140,32 @@ class Process:
         return self.ready and not self.node.dead
 
 
+STORES: dict[str, Callable[[Clock], Store]] = {"memory": MemoryStore}
+"""What may stand behind the server: a seed names one."""
+
 Engines = Callable[[Deps], WorkflowEngine]
 
 
 class World:
-    """A simulation of one seed. `engines` makes an engine: a test of the tests hands in a broken one."""
+    """A simulation of one seed. `base` and `engines` make the store and an engine: a test of the tests hands in
+    broken ones."""
 
     def __init__(
         self,
         swarm: Swarm,
         *,
-        base: Store | None = None,
+        base: Callable[[Clock], Store] | None = None,
         engines: Engines = WorkflowEngine,
         trace: Callable[[str], None] | None = None,
         tripwire: Tripwire | None = None,
+        plans: dict[int, Plan] | None = None,
     ) -> None:
         self.swarm = swarm
         self.loop = SimLoop(swarm.seed, order=swarm.order)
         self.faults = Faults(swarm)
         self.tripwire = tripwire or Tripwire()
         self.time = StoreTime(self.loop)
-        self.base: Store = base or MemoryStore(self.time)
+        self.base: Store = (base or STORES[swarm.store])(self.time)
         self.server = StoreServer(self.loop, self.base, self.faults, self.tripwire)
         self.bus = Bus(self.loop, self.faults)
         self.broker = Broker(self.loop, self.faults, self.tripwire, holds=swarm.holds, seed=swarm.seed)
@@ -174,18 +180,27 @@ class World:
         self._trace = trace
         self._digest = hashlib.sha256()
         self._births = 0
+        self._alive = True
         self._random = Random(f"world/{swarm.seed}")
         self._grave: list[object] = []
         lossy = bool(swarm.kinds & LOSSES) and swarm.shared
         span = 0.8 * swarm.safety
-        self.plans = {n: Plan(swarm.seed, n, span=span, lossy=lossy) for n in swarm.runs}
+        self.plans = plans or {n: Plan(swarm.seed, n, span=span, lossy=lossy) for n in swarm.runs}
         self._open_plans = len(self.plans)
+        self._closed: set[int] = set()
+        """Plans whose runs have ended for good: nobody will reopen them."""
         self.server.trace = self._told
 
     # ------------------------------------------------------------------ one seed
 
     def run(self) -> Report:
         """From the first start to the last check's evidence."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RuntimeWarning)
+            warnings.showwarning = self._warned
+            return self._run()
+
+    def _run(self) -> Report:
         logs = _Complaints(self)
         logger = logging.getLogger("durable")
         propagate, level = logger.propagate, logger.level
@@ -214,8 +229,13 @@ class World:
             sys.unraisablehook = hook
         return report
 
+    def _warned(self, message: Warning | str, *rest: Any) -> None:
+        if self._alive and not self.loop.node.dead:
+            self.complaints.append(f"{self.loop.node.name}: {message}")
+
     def _bury(self) -> None:
         """Let go of everything that is left, now: destructors must not run in the midst of another seed."""
+        self._alive = False
         self.loop.close()
         self.slots.clear()
         self._grave.clear()
@@ -520,10 +540,11 @@ class World:
         draw = Random(f"client/{self.swarm.seed}/{plan.number}")
         work: list[Coroutine[Any, Any, None]] = []
         for index, name in enumerate(plan.signals + plan.extra):
-            work.append(self._signal(plan, run_id, name, f"{name}{index}", draw.random() * 4.0, draw.random() < 0.3))
+            delay = draw.random() * 4.0 if plan.delays is None else plan.delays[index]
+            work.append(self._signal(plan, run_id, name, f"{name}{index}", delay, draw.random() < 0.3))
         if plan.cancel_at is not None:
             work.append(self._cancel(plan, run_id))
-        work.append(self._wait(plan, run_id, draw.random() * 2.0))
+        work.append(self._attend_end(plan, run_id, draw.random() * 2.0))
         await asyncio.gather(*work)
 
     async def _signal(self, plan: Plan, run_id: str, name: str, id: str, delay: float, doubled: bool) -> None:
@@ -536,9 +557,9 @@ class World:
             again = [self._ask(plan, "signal", act, detail=id) for _ in range(2 if doubled else 1)]
             for call in await asyncio.gather(*again):
                 call.run_id = run_id
-                if call.outcome == "ok" or (call.outcome == "fail" and call.detail != id):
+                if call.outcome == "ok" or (call.outcome == "fail" and plan.number in self._closed):
                     return
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.5)
 
     async def _cancel(self, plan: Plan, run_id: str) -> None:
         assert plan.cancel_at is not None
@@ -553,6 +574,12 @@ class World:
             if call.outcome != "info":
                 return
             await asyncio.sleep(0.3)
+
+    async def _attend_end(self, plan: Plan, run_id: str, delay: float) -> None:
+        try:
+            await self._wait(plan, run_id, delay)
+        finally:
+            self._closed.add(plan.number)
 
     async def _wait(self, plan: Plan, run_id: str, delay: float) -> None:
         """Wait for its end, and have it requeued once if it went wrong."""
@@ -582,7 +609,8 @@ class World:
             await asyncio.sleep(delay)
             call = await self._ask(plan, "requeue", requeue)
             call.run_id = run_id
-            await asyncio.sleep(1.0)
+            # One that nobody answered may still arrive.
+            await asyncio.sleep(1.0 if call.outcome != "info" else 35.0 + 2 * self.swarm.lease)
 
     def _overdue(self) -> bool:
         return self.faults.healed and self.loop.time() > self.healed_at + PATIENCE

@@ -195,8 +195,8 @@ class ClaimTests(Tests):
             store.beat(engine, LEASE)
             taken = {claimed.run.id: claimed for claimed in await claim(store, engine)}
             assert set(taken) == set(Activity) - {Activity.PAUSED, Activity.BLOCKED}
-            for activity, claimed in taken.items():
-                suspect = activity == Activity.EXECUTING
+            for run_id, claimed in taken.items():
+                suspect = run_id == Activity.EXECUTING
                 assert claimed.crashed is suspect
                 assert claimed.run.recovery_attempts == (attempt if suspect else 0)
 

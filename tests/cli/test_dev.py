@@ -1,0 +1,141 @@
+"""`durable dev` runs an app, shows what happens, and drains at Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from durable import Durable
+from durable.cli.main import cli
+from tests.cli.world import HERE, durable, load_app
+
+
+@contextmanager
+def dev(*arguments: str, cwd: Path, url: str) -> Iterator[Popen[str]]:
+    process = durable("dev", *arguments, cwd=cwd, env={"DURABLE_STORE": url})
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def start(url: str, workflow: str, input: Any) -> str:
+    """Start a run from outside; the engine under test executes it."""
+    small = load_app()
+
+    async def go() -> str:
+        node = Durable(url, workflows=[small.hello, small.patient], worker=False)
+        async with node:
+            return (await node.start(workflow, input)).id
+
+    return asyncio.run(go())
+
+
+def lines_of(process: Popen[str]) -> Iterator[dict[str, Any]]:
+    assert process.stdout
+    for line in process.stdout:
+        yield json.loads(line)
+
+
+def test_an_app_runs_and_everything_is_shown(tmp_path: Path) -> None:
+    """Each journal row of each run comes as a line, in order; Ctrl-C ends with 0."""
+    url = f"sqlite:///{tmp_path}/dev.db"
+    with dev(str(HERE / "small_app.py"), "--json", cwd=tmp_path, url=url) as process:
+        run_id = start(url, "hello", "ann")
+        seen = []
+        for row in lines_of(process):
+            seen.append(row)
+            if row["kind"] == "run" and row["status"] == "completed":
+                break
+        assert {row["runId"] for row in seen} == {run_id}
+        assert [row["seq"] for row in seen] == list(range(1, len(seen) + 1))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def test_the_module_is_found_from_here(tmp_path: Path) -> None:
+    """MODULE:APP is imported from the current directory, and the greeting names what is served."""
+    url = f"sqlite:///{tmp_path}/dev.db"
+    with dev("small_app:app", cwd=HERE, url=url) as process:
+        assert process.stdout
+        head = [process.stdout.readline() for _ in range(3)]
+        assert url in head[0]
+        assert "hello@1" in head[1]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_ctrl_c_drains_and_a_second_one_forces(tmp_path: Path) -> None:
+    """The first Ctrl-C waits for a step under way; the second stops at once with 130."""
+    url = f"sqlite:///{tmp_path}/dev.db"
+    with dev(str(HERE / "small_app.py"), "--json", cwd=tmp_path, url=url) as process:
+        start(url, "patient", 60.0)
+        next(row for row in lines_of(process) if row["kind"] == "step" and row["status"] == "started")
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(TimeoutError):
+            wait(process, 0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
+def wait(process: Popen[str], seconds: float) -> None:
+    """Raises TimeoutError if it is still there then: the one thing that only time can show."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+def test_without_an_app_it_only_looks(tmp_path: Path) -> None:
+    """Without an argument nothing is executed; what other engines do is shown."""
+    url = f"sqlite:///{tmp_path}/dev.db"
+    with dev(cwd=tmp_path, url=url) as looking:
+        assert looking.stdout
+        assert url in looking.stdout.readline()
+        assert "Nothing is executed here" in looking.stdout.readline()
+        with dev(str(HERE / "small_app.py"), "--json", cwd=tmp_path, url=url):
+            run_id = start(url, "hello", "bob")
+            line = next(line for line in looking.stdout if "run completed" in line)
+            assert run_id[-6:] in line
+        looking.send_signal(signal.SIGINT)
+        assert looking.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "says"),
+    [
+        ("nowhere_at_all:app", None, "There is no module nowhere_at_all"),
+        ("missing.py", None, "There is no file missing.py"),
+        ("bad_syntax.py", "def broken(:\n", "bad_syntax.py:1"),
+        ("raises.py", "import durable\n\n1 / 0\n", "ZeroDivisionError: division by zero at"),
+        ("lacks.py", "import module_nobody_has\n", "module_nobody_has"),
+        ("empty.py", "x = 1\n", "no Durable object"),
+        ("two.py", "from durable import Durable\na = Durable()\nb = Durable()\n", "two.py:a"),
+        ("wrong_name:application", "from durable import Durable\napp = Durable()\n", "It has: app"),
+    ],
+)
+def test_an_app_that_cannot_be_had_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, source: str | None, says: str
+) -> None:
+    """Whatever is wrong with MODULE:APP, the answer is one sentence with the place, and no traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    if source is not None:
+        (tmp_path / (target.partition(":")[0].removesuffix(".py") + ".py")).write_text(source)
+    result = CliRunner().invoke(cli, ["dev", target])
+    assert result.exit_code in (1, 2)
+    assert result.stderr.startswith("error [no_app]: ")
+    assert says in result.stderr
+    assert "Traceback" not in result.output

@@ -1,0 +1,76 @@
+"""Every example runs, says what it is there to show, and leaves nothing behind but its store."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+SAYS: dict[str, list[str]] = {
+    "steps_and_retries": [
+        "fetch_rate(EUR), attempt 3",
+        "result: 108.00 USD (not booked: account closed",
+        "step retrying",
+    ],
+    "remote_step": [
+        "worker: a.png, attempt 1, key ends in :0",
+        "worker: again, attempt 1, key ends in :2",
+        "total width: 480",
+    ],
+    "sleep": ["the engine stops", "a new engine is up", "result: drink water (after 1 s)"],
+    "signals": ["sent: True, the same id again: False", "120: approved by ann", "80: nobody decided"],
+    "children": ["page 1\npage 2\nfailed: ", "page 3 is torn", "child print_page: failed"],
+    "gather": ["best of [30, 20]: 20; first to answer: 30"],
+    "patched": ["the lamp packed", "the vase, insured packed"],
+    "cancel": ["first request: True", "released sea-view-17", "the run is cancelled"],
+    "typed_values": ["Shirt: Size.LARGE Decimal('39.80') 2026-01-02 b'\\x00\\xff'", "refused [payload_type]"],
+    "idempotent_start": ["the same run: True", "result: sent", "refused [idempotency_conflict]"],
+    "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
+}
+
+PARTS = {"orders", "order_demo", "shop"}
+"""The demo's files; tests/examples/test_demo.py runs them."""
+
+
+def test_every_example_is_run() -> None:
+    """No example is there that no test runs."""
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - PARTS == set(SAYS)
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_example(name: str, tmp_path: Path) -> None:
+    """The example succeeds anywhere, prints its facts, warns of nothing, and stays short."""
+    source = EXAMPLES / f"{name}.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(source)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    for fact in SAYS[name]:
+        assert fact in done.stdout
+    assert len(source.read_text().splitlines()) < 60
+
+
+def test_examples_print_once(tmp_path: Path) -> None:
+    """A log line of a workflow that is replayed at every wait is written once."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "logs.py")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 6

@@ -1,0 +1,166 @@
+"""Shows that the simulation bites: takes one protection away at a time, and says which seed noticed, and by what.
+
+    python tests/simulation/bite.py             all of them
+    python tests/simulation/bite.py epoch       one of them, at most 300 seeds
+
+The product is never touched: a removal is a store or a method put in its place for as long as it lasts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
+
+import msgspec  # noqa: E402
+
+from durable.engine import apply  # noqa: E402
+from durable.engine.dispatch import Dispatch  # noqa: E402
+from durable.engine.executor import Executor  # noqa: E402
+from durable.engine.steps import LocalSteps  # noqa: E402
+from durable.store.memory import MemoryStore  # noqa: E402
+from durable.store.records import Commit, CommitOutcome  # noqa: E402
+from durable.testing.simulation.checker import check  # noqa: E402
+from durable.testing.simulation.faults import Swarm  # noqa: E402
+from durable.testing.simulation.world import World  # noqa: E402
+
+
+class WithoutEpoch(MemoryStore):
+    """Takes every commit for one of the epoch the run is at."""
+
+    def _commit(self, commit: Commit, now: int) -> CommitOutcome:
+        run = self._tables.runs.get(commit.run_id)
+        if run is not None:
+            commit = msgspec.structs.replace(commit, epoch=run.epoch)
+        return super()._commit(commit, now)
+
+
+class WithoutCommitId(MemoryStore):
+    """Does not know its own last commit again."""
+
+    def _commit(self, commit: Commit, now: int) -> CommitOutcome:
+        run = self._tables.runs.get(commit.run_id)
+        if run is not None and run.commit_id == commit.commit_id:
+            run.commit_id = None
+            try:
+                return super()._commit(commit, now)
+            finally:
+                run.commit_id = commit.commit_id
+        return super()._commit(commit, now)
+
+
+class WithoutCounter(MemoryStore):
+    """Suspends a run without a look at its unread mail."""
+
+    def _commit(self, commit: Commit, now: int) -> CommitOutcome:
+        run = self._tables.runs.get(commit.run_id)
+        if run is None or not commit.suspend:
+            return super()._commit(commit, now)
+        last, run.inbox_last = run.inbox_last, 0
+        try:
+            return super()._commit(commit, now)
+        finally:
+            run.inbox_last = last
+
+
+@contextmanager
+def without_barrier() -> Iterator[None]:
+    """A body or a dispatch begins in the turn that asks for it."""
+
+    def at_once(method: Any) -> Any:
+        def instead(self: Any, run: Any, command: Any, attempt: int) -> None:
+            method(self, run, command, attempt)
+            run.actions.pop()()
+
+        return instead
+
+    with (
+        patch.object(LocalSteps, "launch", at_once(LocalSteps.launch)),
+        patch.object(Dispatch, "send", at_once(Dispatch.send)),
+    ):
+        yield
+
+
+@contextmanager
+def out_of_order() -> Iterator[None]:
+    """Of two entries that are ready together, the second is delivered first; the journal has them in order."""
+    take = Executor._take
+
+    def instead(self: Any, run: Any, arrival: Any) -> None:
+        if not run.arrivals:
+            return take(self, run, arrival)
+        machine = run.machine
+        deliver = machine.deliver
+        entries: list[Any] = []
+        machine.deliver = lambda entry: entries.append(entry) or []
+        try:
+            take(self, run, arrival)
+            take(self, run, run.arrivals.popleft())
+        finally:
+            machine.deliver = deliver
+        for entry in reversed(entries):
+            if machine.outcome is None:
+                for command in deliver(entry):
+                    apply.apply(self, run, command)
+        return None
+
+    with patch.object(Executor, "_take", instead):
+        yield
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+Removal = tuple[str, type[MemoryStore], Callable[[], Any]]
+
+REMOVALS: dict[str, Removal] = {
+    "epoch": ("the epoch compared inside the commit", WithoutEpoch, nothing),
+    "commit_id": ("the commit_id that knows a commit again", WithoutCommitId, nothing),
+    "inbox": ("the inbox counter looked at when a run suspends", WithoutCounter, nothing),
+    "barrier": ("the barrier before side effects", MemoryStore, without_barrier),
+    "order": ("delivery in journal order", MemoryStore, out_of_order),
+}
+
+
+def bite(name: str, *, seeds: int = 300, first: int = 0, seconds: float | None = None) -> tuple[int, str] | None:
+    """The first seed that notices the removal, and what it says. None: nobody did."""
+    _, store, patched = REMOVALS[name]
+    began = time.monotonic()
+    with patched():
+        for seed in range(first, first + seeds):
+            found = check(World(Swarm.draw(seed), base=store).run().evidence)
+            if found:
+                return seed, found[0]
+            if seconds is not None and time.monotonic() - began > seconds:
+                return None
+    return None
+
+
+def main(names: list[str]) -> int:
+    unnoticed = 0
+    for name in names or list(REMOVALS):
+        caught = bite(name)
+        if caught is None:
+            unnoticed += 1
+            print(f"{name:<10} without {REMOVALS[name][0]}: NOT NOTICED", flush=True)
+        else:
+            seed, what = caught
+            print(f"{name:<10} without {REMOVALS[name][0]}: seed {seed} noticed\n           {what:.300}", flush=True)
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
