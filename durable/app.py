@@ -165,7 +165,11 @@ class Durable:
         if self._engine is not None:
             raise DurableError("The app is running already.")
         store = open_store(self.store)
-        pool = TransportPool({DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports)
+        pool = TransportPool(
+            {DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports,
+            dispatch_timeout=self.settings.dispatch_timeout,
+            cool_down=self.settings.cool_down,
+        )
         deps = Deps(
             store=store,
             registry=self.registry,

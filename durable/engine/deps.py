@@ -39,6 +39,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     cancel_grace: float = 10.0
     """How long a cancelled run may go on cleaning up."""
     drain_timeout: float = 15.0
+    dispatch_timeout: float = 5.0
+    """How long one transport may take to accept a task, before the next is tried."""
+    cool_down: float = 1.0
+    """How long others go before a transport that failed; twice as long each time that it fails again."""
     reconcile: float = 86_400.0
     """The wake time of a run that waits for something without a time of its own: a safety net."""
     threads: bool = True

@@ -119,7 +119,9 @@ class World:
         settings.setdefault("cold", self.cold)
         settings.setdefault("poll_every", 0.5)
         line = Line(self._make_store())
-        app = Durable(line, transport=transport or EventEmitterTransport(), **settings)  # type: ignore[arg-type]
+        if "transports" not in settings:
+            settings["transport"] = transport or EventEmitterTransport()
+        app = Durable(line, **settings)  # type: ignore[arg-type]
         app.register(*things)
         await app.open()
         self.apps.append(app)
