@@ -324,9 +324,9 @@ class WorkflowEngine:
                 continue
             old = self._executor.lease
             self._executor.lease = lease
-            await old.stop()
             self._unhear()
             self._unhear = self.deps.control_plane.on_control(lease.incarnation, self._control)
+            await old.stop()
             self._scheduler.reset()
             return
 
