@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from durable.core.clock import StoreClock
+from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import Entry
 from durable.core.payload import encode
+from durable.engine import dead_letter
 from durable.engine.announce import Announcer
 from durable.engine.deps import Deps
 from durable.engine.executor import Executor
@@ -90,6 +92,8 @@ class WorkflowEngine:
     async def start(self) -> None:
         """Take a lease and begin. The store is open, the transport not yet started."""
         deps = self.deps
+        if deps.settings.execute:
+            dead_letter.prepare(deps)
         lease = self._new_lease()
         self._executor.start(lease)
         if deps.settings.execute:
@@ -244,6 +248,10 @@ class WorkflowEngine:
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal above `after` as it grows, until the run ends. Raises RunNotFound."""
         return self._timeline.watch(run_id, after)
+
+    def on_dead(self, handler: Callable[[DeadLetter], Any]) -> None:
+        """Have every dead run told to `handler`, a plain or async function, exactly once and with retries. Before `start`."""
+        dead_letter.listen(self.deps.registry, handler)
 
     # ------------------------------------------------------------------ inside
 
