@@ -169,6 +169,7 @@ class World:
         self.server = StoreServer(self.loop, self.base, self.faults, self.tripwire)
         self.bus = Bus(self.loop, self.faults)
         self.broker = Broker(self.loop, self.faults, self.tripwire, holds=swarm.holds, seed=swarm.seed)
+        self.spare = Broker(self.loop, self.faults, self.tripwire, holds=swarm.holds, seed=f"{swarm.seed}/spare")
         self.witness = Witness(self.loop, self.server.seqs)
         self.clients = Node("clients")
         self.slots: list[Process | None] = [None] * swarm.engines
@@ -307,6 +308,9 @@ class World:
             transport = self.broker.end(node)
         else:
             transport = EventEmitterTransport(heartbeat_interval=1.0)
+        members = {"default": transport}
+        if swarm.shared and swarm.pooled:
+            members["spare"] = self.spare.end(node)
         settings = Settings(
             lease=swarm.lease,
             poll_every=swarm.poll_every,
@@ -324,7 +328,7 @@ class World:
             Deps(
                 store=store,
                 registry=registry,
-                transport=TransportPool({"default": transport}),
+                transport=TransportPool(members, dispatch_timeout=swarm.dispatch_timeout),
                 control_plane=self.bus.plane(node),
                 clock=clock,
                 ids=ids,
@@ -353,7 +357,9 @@ class World:
         node = Node(f"w{slot}.{self._births}")
         draw = Random(f"node/{self.swarm.seed}/{node.name}")
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1.0)
-        self.broker.workers.append(Worker(node, StepHandler(Registry([remote]), clock)))
+        worker = Worker(node, StepHandler(Registry([remote]), clock))
+        self.broker.workers.append(worker)
+        self.spare.workers.append(worker)
         self.worker_slots[slot] = node
 
     async def _supervise(self) -> None:
