@@ -48,6 +48,55 @@ class _Member:
         """Not started, or not yet: there is nothing to try."""
 
 
+class _Bound:
+    """How long any dispatch may take. One timer for all of them: each has the same time, so the first to begin is the first
+    to run out. A timer of its own for each would cost more than all else here together."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._until: dict[asyncio.Task[object], float] = {}
+        self._out: set[asyncio.Task[object]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def keep(self, call: Awaitable[None]) -> None:
+        """Wait for it. Raises TransportError when it has taken too long; it is cancelled then."""
+        task = asyncio.current_task()
+        assert task is not None
+        cancelling = task.cancelling()
+        self._until[task] = task.get_loop().time() + self.seconds
+        if self._timer is None:
+            self._arm(task.get_loop(), self._until[task])
+        try:
+            await call
+        except asyncio.CancelledError:
+            if task in self._out and task.cancelling() - 1 <= cancelling:
+                raise TransportError(f"It did not answer within {self.seconds:g} s.") from None
+            raise
+        finally:
+            self._until.pop(task, None)
+            if task in self._out:
+                self._out.remove(task)
+                task.uncancel()
+
+    def close(self) -> None:
+        if self._timer is not None and not self._until:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
+        self._timer = loop.call_at(when, self._ring, loop)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        for task, until in list(self._until.items()):
+            if until > loop.time():
+                self._arm(loop, until)
+                return
+            del self._until[task]
+            self._out.add(task)
+            task.cancel()
+
+
 class TransportPool:
     """Transports by id, in order of preference. Itself a transport: the engine and the worker see one."""
 
@@ -67,12 +116,12 @@ class TransportPool:
         if len({id(transport) for transport in members.values()}) < len(members):
             raise DefinitionError("One transport stands in the pool under two names; build one for each name.")
         self.members: Mapping[str, Transport] = MappingProxyType(dict(members))
-        self.dispatch_timeout = dispatch_timeout
         self.cool_down = cool_down
         self.cool_down_max = cool_down_max
         self._members = [_Member(id, transport) for id, transport in members.items()]
         self._by_id = {member.id: member for member in self._members}
         self._capabilities = _together(list(members.values()))
+        self._bound = _Bound(dispatch_timeout)
         self._origin: dict[str, _Member] = {}
         """Step id → where a task that is being worked on here came from."""
         self._opening: set[asyncio.Task[None]] = set()
@@ -130,6 +179,7 @@ class TransportPool:
             member.closed = True
             if isinstance(outcome, Exception):
                 log.warning("transport %s could not be closed cleanly: %r", member.id, outcome)
+        self._bound.close()
 
     async def _start(self, member: _Member) -> Exception | None:
         try:
@@ -191,13 +241,9 @@ class TransportPool:
             member.probing = True
         if task.transport != member.id:
             task = msgspec.structs.replace(task, transport=member.id)
-        limit = asyncio.timeout(self.dispatch_timeout)
         try:
-            async with limit:
-                await member.transport.dispatch(task)
-        except Exception as raised:
-            silent = f"It did not answer within {self.dispatch_timeout:g} s."
-            error = TransportError(silent) if limit.expired() else raised
+            await self._bound.keep(member.transport.dispatch(task))
+        except Exception as error:
             if not _too_large(task, member.transport):
                 self._failed(member, error, probe=probe)
             return error

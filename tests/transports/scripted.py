@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ BLANK = Capabilities(name="scripted", shared=True, holds=True, broadcast=False, 
 
 
 class Scripted:
-    """`mood`: "well", "fails", "hangs" (until the caller gives up), "ambiguous" (takes the task and fails)."""
+    """`mood`: "well", "fails", "hangs" (until the caller gives up), "ambiguous" (takes the task and fails), "slow" (by
+    `delays`), "stubborn" (takes the task once it is told to give up)."""
 
     def __init__(self, mood: str = "well", **capabilities: Any) -> None:
         self.capabilities = msgspec.structs.replace(BLANK, **capabilities)
@@ -29,6 +31,7 @@ class Scripted:
         self.tasks: list[RemoteTask] = []
         """Those it took."""
         self.held: dict[str, RemoteTask] = {}
+        self.delays: dict[str, float] = {}
         self.cancelled: list[str] = []
         self.replies: list[StepResult] = []
         self.beats: list[Heartbeat] = []
@@ -51,7 +54,12 @@ class Scripted:
         self.asked.append(task)
         if self.mood == "hangs":
             await asyncio.Event().wait()
-        if self.mood in ("well", "ambiguous"):
+        if self.mood == "slow":
+            await asyncio.sleep(self.delays[task.step_id])
+        if self.mood == "stubborn":
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        if self.mood not in ("fails", "hangs"):
             self.tasks.append(task)
             self.held[task.step_id] = task
         if self.mood in ("fails", "ambiguous"):

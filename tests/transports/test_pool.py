@@ -159,6 +159,42 @@ async def test_many_that_hang_at_once_cost_the_bound_once() -> None:
 
 
 @virtually
+async def test_each_dispatch_has_the_whole_bound_from_its_own_start() -> None:
+    """Those that began later run out later, one that is answered in time is not touched, and nobody stays cancelled."""
+    slow, spare = Scripted("slow"), Scripted()
+    pool = TransportPool({"slow": slow, "spare": spare}, dispatch_timeout=2.0, cool_down=0.0)
+    await pool.start()
+    loop, ends = asyncio.get_running_loop(), {}
+
+    async def send(name: str, after: float, takes: float) -> str:
+        await asyncio.sleep(after)
+        slow.delays[f"{name}:0"] = takes
+        member = await pool.send(task(name))
+        ends[name] = round(loop.time() - after, 6)
+        current = asyncio.current_task()
+        assert current is not None
+        assert current.cancelling() == 0
+        return member
+
+    went = await asyncio.gather(send("a", 0.0, 9.0), send("b", 0.5, 1.9), send("c", 1.0, 9.0), send("d", 7.0, 9.0))
+    assert went == ["spare", "slow", "spare", "spare"]
+    assert ends == {"a": 2.0, "b": 1.9, "c": 2.0, "d": 2.0}
+
+
+@virtually
+async def test_a_member_that_will_not_be_cancelled_is_believed() -> None:
+    """It took longer than allowed, and says that it accepted the task: that counts, and the sender is not cancelled."""
+    stubborn = Scripted("stubborn")
+    pool = TransportPool({"a": stubborn, "b": Scripted()}, dispatch_timeout=2.0)
+    await pool.start()
+    assert await pool.send(task("r")) == "a"
+    await asyncio.sleep(0)
+    current = asyncio.current_task()
+    assert current is not None
+    assert current.cancelling() == 0
+
+
+@virtually
 async def test_a_cancelled_dispatch_is_no_failure_of_the_member() -> None:
     """Who stops waiting says nothing about the member, and leaves no probe behind."""
     a, b = Scripted("hangs"), Scripted()
