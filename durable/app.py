@@ -5,6 +5,7 @@ It puts the parts together — a store by URL, a transport, an engine — and kn
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
@@ -17,13 +18,13 @@ from durable.core.ctx import Context
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
-from durable.core.errors import DurableError, EngineStopped
+from durable.core.errors import DefinitionError, DurableError, EngineStopped
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
 from durable.core.retry import RetryPolicy
 from durable.engine.dead_letter import listen
-from durable.engine.deps import Deps, Settings
+from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.handle import RunHandle
 from durable.engine.start import StartRequest
@@ -60,8 +61,8 @@ class Durable:
 
     `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `transports`: several, by id, in order
     of preference. `control_plane`: default the first transport, if it can broadcast. `cold`, `lease` and the rest of
-    `settings` are those of durable/engine/deps.py. `worker=False` makes an API node: it starts and inspects runs and
-    never executes one.
+    `settings` are those of docs/operate.md, durations in any spelling ("10s"). `worker=False` makes an API node: it
+    starts and inspects runs and never executes one.
     """
 
     def __init__(
@@ -90,9 +91,8 @@ class Durable:
         self._clock = clock or SystemClock()
         self._ids = ids or SystemIds()
         if lease is not None:
-            settings["lease"] = seconds(lease)
-        settings["dead_letter_workflow"] = workflow_name(dead_letter_workflow)
-        self.settings = Settings(execute=worker, **settings)
+            settings["lease"] = lease
+        self.settings = _settings(settings, execute=worker, dead_letter_workflow=workflow_name(dead_letter_workflow))
         self._engine: WorkflowEngine | None = None
 
     # ------------------------------------------------------------------ authoring
@@ -255,7 +255,9 @@ class Durable:
         """Start many runs, each on its own: a handle, or why there is none."""
         return await self.engine.start_many(requests)
 
-    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+    async def start_and_wait(
+        self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any
+    ) -> Any:
         """Start a run and wait for what it returns."""
         handle = await self.start(workflow, input, **options)
         return await handle.result(timeout)
@@ -279,3 +281,16 @@ class Durable:
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal as it grows, until the run ends."""
         return self.engine.watch(run_id, after)
+
+
+def _settings(given: dict[str, Any], **ours: Any) -> Settings:
+    """Durations as people write them; a misspelt name is an error that knows the right one."""
+    names = [name for name in Settings.__struct_fields__ if name not in ours]
+    for name, value in given.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            known = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}."
+            raise DefinitionError(f"Durable has no setting {name!r}. {known}")
+        if name in DURATIONS and value is not None:
+            given[name] = seconds(value)
+    return Settings(**ours, **given)

@@ -12,8 +12,10 @@ A subclass comes back as the class the annotation names. Time zones come back as
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
+import inspect
 import math
 import re
 import sys
@@ -33,6 +35,7 @@ from durable.core.errors import (
     PayloadText,
     PayloadTooLarge,
     RetryAfter,
+    StepFailed,
 )
 
 DEFAULT_LIMIT = 1 << 20
@@ -258,6 +261,9 @@ def _stack(error: BaseException) -> str | None:
             if seen is not error:
                 lines.append(f"after {type(seen).__name__}: {_message(seen)[:200]}")
             lines.extend(_frames(seen.__traceback__))
+            if isinstance(seen, StepFailed) and seen.error is not None and seen.error.stack:
+                lines.append(f"in step {seen.key}, {seen.error.type}:")
+                lines.extend(seen.error.stack.splitlines())
             seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
         return clean(_bounded("\n".join(lines), MAX_STACK)) or None
     except Exception:
@@ -426,6 +432,8 @@ def _unwritable(value: Any, error: Exception, what: str) -> DurableError:
         return PayloadText(_text_problem(what, _path(value, _is_surrogate_text), "half a surrogate pair"))
     if isinstance(error, TypeError) and (found := _find(value, _is_unknown)) is not None:
         path, culprit = found
+        if isinstance(culprit, asyncio.Future) or inspect.iscoroutine(culprit):
+            return PayloadError(f"{what}: {path} was not awaited, so it is no value yet. Write `await` before it.")
         return PayloadError(
             f"{what}: {path} is a {_name(type(culprit))}, which cannot be written as JSON. Use a dataclass, "
             "msgspec Struct, pydantic model or plain JSON value; carry an id or a path in place of an open thing."
@@ -438,7 +446,8 @@ def _text_problem(what: str, path: str, problem: str) -> str:
 
 
 def _describe_misfit(annotation: Any, error: Exception) -> str:
-    return f"not a {_name(annotation)}: {clean(_bounded(str(error), MAX_MESSAGE))}"
+    name = _name(annotation)
+    return f"not {'an' if name[0] in 'aeiou' else 'a'} {name}: {clean(_bounded(str(error), MAX_MESSAGE))}"
 
 
 def _name(annotation: Any) -> str:

@@ -34,7 +34,6 @@ from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
 from durable.store.records import Commit, Message, RunPage, RunQuery, RunRecord
-from durable.transports.pool import TransportPool
 
 log = logging.getLogger("durable.engine")
 
@@ -96,8 +95,8 @@ class WorkflowEngine:
             dead_letter.prepare(deps)
         lease = self._new_lease()
         self._executor.start(lease)
-        if deps.settings.execute:
-            await lease.start()
+        # An engine that executes nothing beats too: a heartbeat is where the store's time comes from (S31).
+        await lease.start()
         deps.transport.on_result(self._results.take)
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
         await deps.transport.start()
@@ -140,19 +139,18 @@ class WorkflowEngine:
             await self.deps.control_plane.close()
         if self._rebirth is not None:
             self._rebirth.cancel()
-        if self.deps.settings.execute:
-            await executor.lease.stop()
-            try:
-                await self.deps.store.leave(self.incarnation)
-            except StoreError as error:
-                log.warning("could not sign off; the lease will end by itself: %s", error)
+        await executor.lease.stop()
+        try:
+            await self.deps.store.leave(self.incarnation)
+        except StoreError as error:
+            log.warning("could not sign off; the lease will end by itself: %s", error)
 
     async def _settle_bodies(self, timeout: float) -> None:
         """Wait until nothing is executing and nothing waits to be committed, or until time is up."""
         executor = self._executor
         deadline = self._local.monotonic() + timeout
         while self._local.monotonic() < deadline:
-            busy = [run for run in executor.residents.values() if not run.held and _busy(run, self.deps.transport)]
+            busy = [run for run in executor.residents.values() if not run.held and (_busy(run) or executor.has_task_here(run))]
             if not busy:
                 return
             await asyncio.sleep(min(0.02, timeout))
@@ -181,6 +179,8 @@ class WorkflowEngine:
         if is_workflow(workflow):
             found = workflow_of(workflow)
             return registry.workflow(found.name, version or found.version)
+        if not isinstance(workflow, str):
+            workflow_of(workflow)  # says what is missing
         return registry.workflow(str(workflow), version) if version else registry.latest(str(workflow))
 
     async def start_run(self, workflow: Any, input: Any = None, **options: Any) -> RunHandle[Any]:
@@ -199,7 +199,9 @@ class WorkflowEngine:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
-    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+    async def start_and_wait(
+        self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any
+    ) -> Any:
         """Start a run and wait for what it returns."""
         handle = await self.start_run(workflow, input, **options)
         return await handle.result(timeout)
@@ -339,8 +341,8 @@ class WorkflowEngine:
             return
 
 
-def _busy(run: Resident, pool: TransportPool) -> bool:
+def _busy(run: Resident) -> bool:
     """Whether stopping now would waste what is under way. A task in this process ends with it."""
     if run.bodies or run.committing or run.pending or run.arrivals or run.actions or run.queued:
         return True
-    return any(not sent.published or not pool.member(sent.transport).capabilities.shared for sent in run.sent.values())
+    return any(not sent.published for sent in run.sent.values())
