@@ -150,8 +150,8 @@ class WorkflowEngine:
         executor = self._executor
         deadline = self._local.monotonic() + timeout
         while self._local.monotonic() < deadline:
-            busy = [run for run in executor.residents.values() if not run.held and (_busy(run) or executor.has_task_here(run))]
-            if not busy:
+            runs = (run for run in executor.residents.values() if not run.held)
+            if not any(_busy(run) or executor.has_task_here(run) for run in runs):
                 return
             await asyncio.sleep(min(0.02, timeout))
         log.warning("draining: %d runs are still executing; they are handed over", executor.running)
@@ -342,7 +342,7 @@ class WorkflowEngine:
 
 
 def _busy(run: Resident) -> bool:
-    """Whether stopping now would waste what is under way. A task in this process ends with it."""
+    """Whether stopping now would waste what is under way."""
     if run.bodies or run.committing or run.pending or run.arrivals or run.actions or run.queued:
         return True
     return any(not sent.published for sent in run.sent.values())
