@@ -63,8 +63,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 DURATIONS = frozenset(
-    ("lease", "beat_every", "poll_every", "tick", "hot_for", "cancel_grace", "drain_timeout", "reconcile")
-    + ("dispatch_timeout", "cool_down")
+    "lease beat_every poll_every tick hot_for cancel_grace drain_timeout dispatch_timeout cool_down reconcile".split()
 )
 """Settings in seconds."""
 

@@ -34,6 +34,7 @@ from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
 from durable.store.records import Commit, Message, RunPage, RunQuery, RunRecord
+from durable.transports.pool import TransportPool
 
 log = logging.getLogger("durable.engine")
 
@@ -114,12 +115,13 @@ class WorkflowEngine:
         self._running = True
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Stop without loss: claim and start nothing more, let bodies finish within `timeout` seconds (default
+        """Stop without loss: claim, start and begin nothing more, let bodies under way finish within `timeout` seconds (default
         `drain_timeout`), hand the rest over. Nothing of it counts as a crash. Idempotent."""
         if not self._running:
             return
         self._running = False
         executor = self._executor
+        executor.draining = True
         await self._starter.close()
         if self.deps.settings.execute:
             await self._scheduler.stop()
@@ -151,7 +153,7 @@ class WorkflowEngine:
         deadline = self._local.monotonic() + timeout
         while self._local.monotonic() < deadline:
             runs = (run for run in executor.residents.values() if not run.held)
-            if not any(_busy(run) or executor.has_task_here(run) for run in runs):
+            if not any(_busy(run, self.deps.transport) for run in runs):
                 return
             await asyncio.sleep(min(0.02, timeout))
         log.warning("draining: %d runs are still executing; they are handed over", executor.running)
@@ -341,8 +343,8 @@ class WorkflowEngine:
             return
 
 
-def _busy(run: Resident) -> bool:
-    """Whether stopping now would waste what is under way."""
-    if run.bodies or run.committing or run.pending or run.arrivals or run.actions or run.queued:
+def _busy(run: Resident, pool: TransportPool) -> bool:
+    """Whether stopping now would waste what is under way. A task in this process ends with it."""
+    if run.committing or run.pending or run.arrivals or run.queued or any(run.bodies.values()):
         return True
-    return any(not sent.published for sent in run.sent.values())
+    return any(not pool.member(sent.transport).capabilities.shared for sent in run.sent.values() if sent.published)
