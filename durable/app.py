@@ -6,7 +6,7 @@ It puts the parts together — a store by URL, a transport, an engine — and kn
 from __future__ import annotations
 
 import difflib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -33,6 +33,7 @@ from durable.store.memory import MemoryStore
 from durable.store.records import RunPage, RunQuery, RunRecord
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
+from durable.transports.pool import DEFAULT, TransportPool
 from durable.worker.handler import StepHandler
 
 I = TypeVar("I")  # noqa: E741
@@ -58,7 +59,8 @@ def open_store(store: Store | str) -> Store:
 class Durable:
     """An application: workflows, steps, and the engine that runs them.
 
-    `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `cold`, `lease` and the rest of
+    `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `transports`: several, by id, in order
+    of preference. `control_plane`: default the first transport, if it can broadcast. `cold`, `lease` and the rest of
     `settings` are those of docs/operate.md, durations in any spelling ("10s"). `worker=False` makes an API node: it
     starts and inspects runs and never executes one.
     """
@@ -70,6 +72,7 @@ class Durable:
         workflows: Sequence[Any] = (),
         steps: Sequence[Any] = (),
         transport: Transport | None = None,
+        transports: Mapping[str, Transport] | None = None,
         control_plane: ControlPlane | None = None,
         worker: bool = True,
         clock: Clock | None = None,
@@ -81,7 +84,9 @@ class Durable:
         self.registry = Registry([*workflows, *steps])
         self.store = store
         """Read when the app is opened; a command line may put another in its place before."""
-        self._transport = transport
+        if transport is not None and transports is not None:
+            raise DurableError("Give `transport`, or several by id as `transports`; not both.")
+        self._transports = {DEFAULT: transport} if transport is not None else transports
         self._control_plane = control_plane
         self._clock = clock or SystemClock()
         self._ids = ids or SystemIds()
@@ -169,13 +174,17 @@ class Durable:
         if self._engine is not None:
             raise DurableError("The app is running already.")
         store = open_store(self.store)
-        transport = self._transport or EventEmitterTransport()
+        pool = TransportPool(
+            {DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports,
+            dispatch_timeout=self.settings.dispatch_timeout,
+            cool_down=self.settings.cool_down,
+        )
         deps = Deps(
             store=store,
             registry=self.registry,
-            transport=transport,
+            transport=pool,
             handler=StepHandler(self.registry, self._clock) if self.settings.execute else None,
-            control_plane=self._control_plane or LocalControlPlane(),
+            control_plane=self._control_plane or pool.control_plane or LocalControlPlane(),
             clock=self._clock,
             ids=self._ids,
             settings=self.settings,

@@ -68,11 +68,11 @@ class Executor:
 
         # Told by the executor; set by the engine.
         self.on_finished: Callable[[Resident, Final], None] = lambda run, final: None
-        self.on_committed: Callable[[Resident], None] = lambda run: None
+        self.on_committed: Callable[[Resident, Commit], None] = lambda run, commit: None
         self.on_calm: Callable[[Resident], None] = lambda run: None
         self.on_mail: Callable[[Resident], None] = lambda run: None
         self.on_due: Callable[[], None] = lambda: None
-        self.on_nudge: Callable[[str, str], None] = lambda run_id, owner: None
+        self.on_nudge: Callable[[str, str | None], None] = lambda run_id, owner: None
 
         self._ready: deque[Resident] = deque()
         self._pumping = False
@@ -323,12 +323,15 @@ class Executor:
         if run.bodies or run.arrivals or run.actions or run.fetching or run.asking:
             return False
         for sent in run.sent.values():
-            # A task in this process lives and dies with it, so its run must be seen to die too.
             if not sent.published or sent.command.options.heartbeat_timeout is not None:
                 return False
-            if not self.deps.transport.capabilities.shared:
-                return False
-        return True
+        # A task in this process lives and dies with it, so its run must be seen to die too.
+        return not self.has_task_here(run)
+
+    def has_task_here(self, run: Resident) -> bool:
+        """Whether a task of this run is, or may be, under way in this process."""
+        pool = self.deps.transport
+        return any(not pool.member(sent.transport).capabilities.shared for sent in run.sent.values())
 
     def _left(self, run: Resident) -> bool:
         """An action may have ended or committed it; a function, since it changes behind the reader's back."""
@@ -341,7 +344,7 @@ class Executor:
         return not any(command.kind in (SIGNAL, CHILD, REMOTE) for command in run.machine.outstanding.values())
 
     def _activity(self, run: Resident) -> Activity:
-        if run.bodies or (run.sent and not self.deps.transport.capabilities.shared):
+        if run.bodies or (run.sent and self.has_task_here(run)):
             return Activity.EXECUTING  # a task in this process is as good as a body
         if run.cancel_deadline is not None:
             return Activity.CANCELLING
@@ -548,7 +551,7 @@ class Executor:
             self.on_nudge(run.run_id, owner)
         if commit.effects:
             self.on_due()
-        self.on_committed(run)
+        self.on_committed(run, commit)
         if run.ended:
             _tell(acks, None)
             final = run.final
