@@ -13,14 +13,15 @@ import msgspec
 from durable.control_plane.interface import ControlPlane
 from durable.control_plane.local import LocalControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
-from durable.core.ctx import Context
+from durable.core.ctx import Context, WorkflowClass
 from durable.core.definition import durable_step, workflow
 from durable.core.durations import Duration, seconds
-from durable.core.errors import DurableError, EngineStopped
+from durable.core.errors import DefinitionError, DurableError, EngineStopped
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
 from durable.core.retry import RetryPolicy
+from durable.core.step import StepObserver
 from durable.engine.deps import Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.handle import RunHandle
@@ -52,12 +53,26 @@ def open_store(store: Store | str) -> Store:
     raise DurableError(f"No store is known for {store!r}. Give sqlite:///path/to/file.db or memory://.")
 
 
+ROLES = ("engine", "api", "worker")
+
+
+def _role(role: str | None, worker: bool) -> str:
+    chosen = role or ("engine" if worker else "api")
+    if chosen not in ROLES:
+        raise DefinitionError(f"A role is one of {', '.join(ROLES)}, not {chosen!r}.")
+    if not worker and chosen != "api":
+        raise DefinitionError(f"worker=False is the role api, and the role given is {chosen}. Leave one of them out.")
+    return chosen
+
+
 class Durable:
     """An application: workflows, steps, and the engine that runs them.
 
     `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `cold`, `lease` and the rest of
-    `settings` are those of durable/engine/deps.py. `worker=False` makes an API node: it starts and inspects runs and
-    never executes one.
+    `settings` are those of durable/engine/deps.py.
+
+    `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
+    (`worker=False` says the same); a `worker` serves steps over the transport and opens no store.
     """
 
     def __init__(
@@ -69,9 +84,11 @@ class Durable:
         transport: Transport | None = None,
         control_plane: ControlPlane | None = None,
         worker: bool = True,
+        role: str | None = None,
         clock: Clock | None = None,
         ids: Ids | None = None,
         lease: Duration | None = None,
+        on_step: StepObserver | None = None,
         **settings: Any,
     ) -> None:
         self.registry = Registry([*workflows, *steps])
@@ -83,7 +100,10 @@ class Durable:
         self._ids = ids or SystemIds()
         if lease is not None:
             settings["lease"] = seconds(lease)
-        self.settings = Settings(execute=worker, **settings)
+        self.role = _role(role, worker)
+        self._on_step = on_step
+        self.settings = Settings(execute=self.role == "engine", **settings)
+        self._serving: Transport | None = None
         self._engine: WorkflowEngine | None = None
 
     # ------------------------------------------------------------------ authoring
@@ -144,6 +164,10 @@ class Durable:
     @property
     def engine(self) -> WorkflowEngine:
         """The running engine. Raises EngineStopped before `async with app:`."""
+        if self._serving is not None:
+            raise EngineStopped(
+                "This node is a worker: it serves steps and has no engine. Ask a node of role engine or api."
+            )
         if self._engine is None:
             raise EngineStopped("The app is not running. Enter it first: `async with app: ...`.")
         return self._engine
@@ -157,15 +181,19 @@ class Durable:
 
     async def open(self) -> None:
         """Open the store and start the engine. Raises StoreError with what to do."""
-        if self._engine is not None:
+        if self._engine is not None or self._serving is not None:
             raise DurableError("The app is running already.")
+        if self.role == "worker":
+            await self._serve()
+            return
         store = open_store(self.store)
         transport = self._transport or EventEmitterTransport()
         deps = Deps(
             store=store,
             registry=self.registry,
             transport=transport,
-            handler=StepHandler(self.registry, self._clock) if self.settings.execute else None,
+            handler=StepHandler(self.registry, self._clock, self._on_step) if self.settings.execute else None,
+            on_step=self._on_step,
             control_plane=self._control_plane or LocalControlPlane(),
             clock=self._clock,
             ids=self._ids,
@@ -180,8 +208,24 @@ class Durable:
             raise
         self._engine = engine
 
+    async def _serve(self) -> None:
+        """As a worker: no store, no engine, only the transport's worker end."""
+        transport = self._transport
+        if transport is None:
+            raise DefinitionError(
+                "A worker needs a transport that reaches the engines: the default one stays inside this process. "
+                "Give transport=..., the same as theirs."
+            )
+        await transport.start()
+        steps = [step.name for step in self.registry.steps() if not step.needs_instance]
+        await transport.serve(steps, StepHandler(self.registry, self._clock, self._on_step))
+        self._serving = transport
+
     async def close(self, timeout: float | None = None) -> None:
-        """Drain the engine and close the store. Idempotent."""
+        """Drain the engine and close the store; a worker finishes what it has taken. Idempotent."""
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            await serving.close(self.settings.drain_timeout if timeout is None else timeout)
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.drain(timeout)
@@ -189,6 +233,18 @@ class Durable:
 
     # ------------------------------------------------------------------ runs
 
+    @overload
+    async def start(
+        self,
+        workflow: type[WorkflowClass[I, O]],
+        input: I,
+        *,
+        key: str | None = None,
+        version: str | None = None,
+        delay: Duration | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+    ) -> RunHandle[O]: ...
     @overload
     async def start(
         self,
@@ -237,7 +293,9 @@ class Durable:
         """Start many runs, each on its own: a handle, or why there is none."""
         return await self.engine.start_many(requests)
 
-    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+    async def start_and_wait(
+        self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any
+    ) -> Any:
         """Start a run and wait for what it returns."""
         handle = await self.start(workflow, input, **options)
         return await handle.result(timeout)

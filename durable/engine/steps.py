@@ -112,7 +112,8 @@ class LocalSteps:
     async def _body(self, run: Resident, command: RunStep, attempt: int) -> Any:
         task = step_id(run.run_id, command.ordinal)
         write = partial(self._log, run, command.key)
-        enter_step(StepScope(run.run_id, task, command.key, command.name, attempt, write))
+        scope = StepScope(run.run_id, task, command.key, command.name, attempt, write)
+        enter_step(scope, self._executor.deps.on_step)
         timeout = command.options.timeout
         if timeout is None:
             return await self._call(command)

@@ -12,16 +12,17 @@ from durable.core.clock import Clock
 from durable.core.errors import ErrorData, NotRegistered, StepTimeout
 from durable.core.payload import describe, encode
 from durable.core.registry import Registry
-from durable.core.step import StepScope, enter_step
+from durable.core.step import StepObserver, StepScope, enter_step
 from durable.protocol.messages import RemoteTask, StepEvent, StepResult
 
 
 class StepHandler:
     """A transport's task handler over a registry of steps."""
 
-    def __init__(self, registry: Registry, clock: Clock) -> None:
+    def __init__(self, registry: Registry, clock: Clock, on_step: StepObserver | None = None) -> None:
         self._registry = registry
         self._clock = clock
+        self._on_step = on_step
 
     async def __call__(self, task: RemoteTask) -> StepResult:
         """Never raises but CancelledError: a failure is an answer."""
@@ -57,7 +58,8 @@ class StepHandler:
 
     async def _run(self, task: RemoteTask, write: Any) -> bytes:
         step = self._registry.step(task.name)
-        enter_step(StepScope(task.run_id, task.step_id, task.name, task.name, task.attempt, write))
+        scope = StepScope(task.run_id, task.step_id, task.name, task.name, task.attempt, write)
+        enter_step(scope, self._on_step)
         timeout = step.options.timeout
         limit = asyncio.timeout(timeout)
         try:
