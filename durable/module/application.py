@@ -203,10 +203,22 @@ class Application:
     def _read(self) -> Graph:
         overrides = self._overrides
         graph = read(_with_durable(self.root), overrides)
-        if self._changes and DurableOptions not in overrides:
+        if DurableOptions not in overrides:
             [node] = graph.find(DurableOptions)
-            node.spec = _changed(node.spec, self._changes)
+            node.spec = self._adjusted(node.spec)
+            node.needs = node.needs if node.spec.form == "factory" else []
         return graph
+
+    def _adjusted(self, spec: Provider) -> Provider:
+        """The options with what was said by who runs the app."""
+        changes = self._changes
+        if not changes:
+            return spec
+        if spec.form == "value":
+            return provide(DurableOptions, use_value=spec.use_value.but(**changes))
+        make = spec.use_factory
+        assert make is not None
+        return provide(DurableOptions, use_factory=lambda given: make(given).but(**changes), inject=spec.inject)
 
     def _made(self) -> Container:
         if self._container is None:
@@ -255,15 +267,6 @@ def _with_durable(root: Any) -> DynamicModule:
         definition.exports,
         definition.is_global,
     )
-
-
-def _changed(spec: Provider, changes: dict[str, Any]) -> Provider:
-    """The options with some of them said by who runs the app."""
-    if spec.form == "value":
-        return provide(DurableOptions, use_value=spec.use_value.but(**changes))
-    make = spec.use_factory
-    assert make is not None
-    return provide(DurableOptions, use_factory=lambda given: make(given).but(**changes), inject=spec.inject)
 
 
 async def create(root: Any, *, role: str | None = None, store: Any = None) -> Application:
