@@ -5,12 +5,13 @@ it would leave most of them behind. Therefore the loop's own time is made virtua
 open: any test runner, `asyncio.run` or notebook will do, and nobody has to choose a loop. Time stands still while anything
 can go on. It passes as it really does while a thread works, and for a moment when a connection is open; then it jumps.
 
-Relies on two private things of asyncio's selector loop, `_selector` and `_ssock`; a test pins them.
+Relies on three private things of asyncio's selector loop, `_selector`, `_ssock` and `_clock_resolution`; a test pins them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import time
@@ -24,6 +25,7 @@ LONGEST = 200 * 365 * 86_400.0
 SOCKET_PATIENCE = 0.05
 """Real seconds an open connection is given to say something before time jumps."""
 THREAD_LOOK = 0.05
+_MARK = "_durable_virtual_time"
 
 
 class NothingHappens(DurableError):
@@ -36,8 +38,7 @@ class VirtualTime:
     def __init__(self, loop: Any) -> None:
         self._loop = loop
         self._users = 0
-        self._now: float = loop.time()
-        self._began = self._now
+        self._now = self._began = 0.0
         self._threads = 0
         self._idle: list[asyncio.Future[None]] = []
         self._selector: Any = None
@@ -46,14 +47,15 @@ class VirtualTime:
     def enter(cls) -> VirtualTime:
         """Virtual time on the running loop. Raises DurableError on a loop that is not asyncio's own."""
         loop: Any = asyncio.get_running_loop()
-        found = getattr(loop, "_durable_virtual_time", None)
+        found = getattr(loop, _MARK, None)
         if found is None:
             if not isinstance(loop, asyncio.SelectorEventLoop) or not hasattr(loop, "_selector"):
                 raise DurableError(
                     f"Virtual time needs asyncio's selector loop, and this is {type(loop).__module__}.{type(loop).__name__}. "
                     "Run the test with asyncio.SelectorEventLoop (for pytest-asyncio: its event loop settings)."
                 )
-            found = loop._durable_virtual_time = cls(loop)
+            found = cls(loop)
+            setattr(loop, _MARK, found)
         virtual: VirtualTime = found
         if virtual._users == 0:
             virtual._install()
@@ -79,9 +81,12 @@ class VirtualTime:
 
     def _install(self) -> None:
         loop = self._loop
-        self._now = self._began = loop.time()
+        self._now = self._began = math.ceil(loop.time())
         self._selector = loop._selector
         self._run_in_executor = loop.run_in_executor
+        # Time moves by whole microseconds, and what is due in one is due together, however floats add up.
+        self._resolution = loop._clock_resolution
+        loop._clock_resolution = 1e-6
         loop._selector = _Selector(self._selector, self._select)
         loop.time = self.time
         loop.run_in_executor = self._in_thread
@@ -89,11 +94,12 @@ class VirtualTime:
     def _remove(self) -> None:
         loop = self._loop
         loop._selector = self._selector
+        loop._clock_resolution = self._resolution
         loop.run_in_executor = self._run_in_executor
         ahead = self._now - time.monotonic()
         # Never back: timers of others were set by the time they saw.
         loop.time = lambda: time.monotonic() + ahead
-        del loop._durable_virtual_time
+        delattr(loop, _MARK)
 
     def _in_thread(self, executor: Any, function: Any, *args: Any) -> Any:
         future = self._run_in_executor(executor, function, *args)
@@ -123,7 +129,7 @@ class VirtualTime:
                 return events
         if timeout is None:
             return self._selector.select(None)
-        self._now += timeout
+        self._now = round(self._now + timeout, 6)
         if self._now - self._began > LONGEST:
             self._began = self._now  # what cleans up after this needs time too
             raise NothingHappens(
@@ -135,7 +141,7 @@ class VirtualTime:
     def _really(self, timeout: float) -> Any:
         before = time.monotonic()
         events = self._selector.select(timeout)
-        self._now += time.monotonic() - before
+        self._now = round(self._now + time.monotonic() - before, 6)
         return events
 
     def _connected(self) -> bool:
