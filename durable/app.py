@@ -14,7 +14,8 @@ from durable.control_plane.interface import ControlPlane
 from durable.control_plane.local import LocalControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
 from durable.core.ctx import Context, WorkflowClass
-from durable.core.definition import durable_step, workflow
+from durable.core.dead_letter import DeadLetter
+from durable.core.definition import durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, DurableError, EngineStopped
 from durable.core.ids import Ids, SystemIds
@@ -22,6 +23,7 @@ from durable.core.journal import Entry
 from durable.core.registry import Registry
 from durable.core.retry import RetryPolicy
 from durable.core.step import StepObserver
+from durable.engine.dead_letter import listen
 from durable.engine.deps import Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.handle import RunHandle
@@ -89,6 +91,7 @@ class Durable:
         ids: Ids | None = None,
         lease: Duration | None = None,
         on_step: StepObserver | None = None,
+        dead_letter_workflow: Any = None,
         **settings: Any,
     ) -> None:
         self.registry = Registry([*workflows, *steps])
@@ -100,6 +103,7 @@ class Durable:
         self._ids = ids or SystemIds()
         if lease is not None:
             settings["lease"] = seconds(lease)
+        settings["dead_letter_workflow"] = workflow_name(dead_letter_workflow)
         self.role = _role(role, worker)
         self._on_step = on_step
         self.settings = Settings(execute=self.role == "engine", **settings)
@@ -140,6 +144,11 @@ class Durable:
     def step(self, name: Any = None, **options: Any) -> Any:
         """Register a function as a step that `ctx.remote` can call by reference or by name."""
         return self._register(durable_step, name, options)
+
+    def on_dead(self, handler: Callable[[DeadLetter], Any]) -> Any:
+        """Have every dead run told to `handler`, a plain or async function; before the app is opened. Also a decorator."""
+        listen(self.registry, handler)
+        return handler
 
     def register(self, *things: Any) -> None:
         """Register workflows and steps decorated elsewhere with `@workflow` and `@durable_step`."""

@@ -33,7 +33,7 @@ MAX_NAME = 200
 """Characters in a name or version: they stand in indexes and queue names."""
 
 _WORKFLOW = "__durable_workflow__"
-_STEP = "__durable_step__"
+STEP_MARK = "__durable_step__"
 _RESERVED = ("__", "rollback:")
 # C0 and C1 controls, line and paragraph separators, and surrogates, which no store keeps.
 _UNNAMEABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -103,6 +103,8 @@ class WorkflowDefinition(_Definition):
     """Seconds a run may take in all."""
     tags: tuple[str, ...] = ()
     priority: int = 0
+    dead_letter_workflow: str | None = None
+    """Started for each run of this workflow that is dead; None: the application's default."""
     factory: Factory | None = field(default=None, repr=False)
 
     def call(self, ctx: Any, data: bytes) -> Coroutine[Any, Any, Any]:
@@ -128,6 +130,8 @@ class StepDefinition(_Definition):
     """A named step: a sync or async function or method of at most one input."""
 
     options: RemoteOptions = field(default_factory=RemoteOptions)
+    dead_letter: bool = False
+    """It reads dead letters."""
     instance: Any = field(default=None, repr=False)
 
     @property
@@ -184,6 +188,7 @@ def workflow(
     timeout: Duration | None = None,
     tags: Iterable[str] = (),
     priority: int = 0,
+    dead_letter_workflow: Any = None,
 ) -> Callable[[T], T]: ...
 def workflow(
     name: Any = None,
@@ -192,6 +197,7 @@ def workflow(
     timeout: Duration | None = None,
     tags: Iterable[str] = (),
     priority: int = 0,
+    dead_letter_workflow: Any = None,
 ) -> Any:
     """Make an async function `(ctx, input?)`, or a class with `async def run(self, ctx, input?)`, a workflow."""
     scope = _Scope.of(sys._getframe(1))
@@ -209,6 +215,7 @@ def workflow(
             timeout=_optional(timeout, "timeout", shape),
             tags=_tags(tags, shape),
             priority=_priority(priority, shape),
+            dead_letter_workflow=workflow_name(dead_letter_workflow),
         )
         setattr(target, _WORKFLOW, definition)
         return target
@@ -251,10 +258,15 @@ def durable_step(
             transport=transport,
             group=group,
         )
-        setattr(target, _STEP, StepDefinition(name=chosen, fn=target, _shape=shape, options=options))
+        setattr(target, STEP_MARK, StepDefinition(name=chosen, fn=target, _shape=shape, options=options))
         return target
 
     return decorate(name) if callable(name) else decorate
+
+
+def workflow_name(workflow: Any) -> str | None:
+    """The name meant by a name or a decorated workflow."""
+    return workflow if workflow is None or isinstance(workflow, str) else workflow_of(workflow).name
 
 
 def is_workflow(obj: Any) -> bool:
@@ -264,7 +276,7 @@ def is_workflow(obj: Any) -> bool:
 
 def is_step(obj: Any) -> bool:
     """Whether it carries a step's definition, or is one."""
-    return isinstance(obj, StepDefinition) or isinstance(getattr(obj, _STEP, None), StepDefinition)
+    return isinstance(obj, StepDefinition) or isinstance(getattr(obj, STEP_MARK, None), StepDefinition)
 
 
 def workflow_of(obj: Any) -> WorkflowDefinition:
@@ -284,7 +296,7 @@ def step_of(obj: Any) -> StepDefinition:
     """The definition of a decorated function or method; a bound method gives one bound to its instance."""
     if isinstance(obj, StepDefinition):
         return obj
-    definition = getattr(obj, _STEP, None)
+    definition = getattr(obj, STEP_MARK, None)
     if not isinstance(definition, StepDefinition):
         raise DefinitionError(f"{_label(obj)} is not a step. Put @durable_step on it.")
     instance = getattr(obj, "__self__", None)
@@ -298,7 +310,7 @@ def steps_in(provider: Any) -> list[StepDefinition]:
     for base in reversed(cls.__mro__):
         for attribute, member in vars(base).items():
             found.pop(attribute, None)  # an override replaces its parent's step, or hides it
-            definition = getattr(getattr(member, "__func__", member), _STEP, None)  # a staticmethod hides it
+            definition = getattr(getattr(member, "__func__", member), STEP_MARK, None)  # a staticmethod hides it
             if isinstance(definition, StepDefinition):
                 found[attribute] = definition
     return [step if isinstance(provider, type) else step.bind(provider) for step in found.values()]

@@ -111,6 +111,10 @@ class Registry:
         """All, by name."""
         return [self._steps[name] for name in sorted(self._steps)]
 
+    def dead_letters(self) -> list[StepDefinition]:
+        """The steps that read dead letters and can be run here, by name."""
+        return [step for step in self.steps() if step.dead_letter and not step.needs_instance]
+
     def routes(self) -> list[tuple[str, str]]:
         """(name, version) of every workflow: what an engine with this registry may claim."""
         return [(definition.name, definition.version) for definition in self.workflows()]

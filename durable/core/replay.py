@@ -107,7 +107,7 @@ class Machine:
         """Asked for and unanswered, by key, in order of ordinals."""
         self.outcome: Outcome | None = None
         self.loop = Loop()  # type: ignore[abstract]
-        self._input = input
+        self.input = input
         self._main: WorkflowTask | None = None
         self._ending: Entry | None = None
         self._broken: BaseException | None = None
@@ -247,7 +247,7 @@ class Machine:
         if entry.payload:
             self._recorded_on = str(msgspec.json.decode(entry.payload).get("python", PYTHON))
         try:
-            main = self.definition.call(Context(self), self._input)
+            main = self.definition.call(Context(self), self.input)
         except Exception as error:  # the input does not fit, or the class could not be made
             main = _fail(error)
         # An empty context: what the engine keeps in its own is none of the workflow's business.

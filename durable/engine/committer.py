@@ -73,6 +73,12 @@ class Group(Generic[Q, A]):
         self.submit(item, done)
         return await future
 
+    async def flush(self, monotonic: Callable[[], float], seconds: float) -> None:
+        """Wait until all that was asked is answered, or for that long."""
+        deadline = monotonic() + seconds
+        while self._task is not None and monotonic() < deadline:
+            await asyncio.wait({self._task}, timeout=0.05)
+
     async def close(self) -> None:
         """Wait for what is queued; with the store out of reach, give it up."""
         self._closed = True

@@ -36,6 +36,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     """Runs this engine drives at once before it stops claiming and starting more."""
     max_recovery_attempts: int = 3
     """Crashes in a row, without progress between, after which a run is dead."""
+    dead_letter_workflow: str | None = None
+    """Started for each dead run whose workflow names none itself."""
     cancel_grace: float = 10.0
     """How long a cancelled run may go on cleaning up."""
     drain_timeout: float = 15.0

@@ -12,10 +12,12 @@ import msgspec
 
 from durable.control_plane.interface import ControlPlane
 from durable.core.clock import StoreClock
+from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import Entry
 from durable.core.payload import encode
+from durable.engine import dead_letter
 from durable.engine.deps import Deps
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
@@ -33,6 +35,9 @@ from durable.protocol.messages import ControlMessage
 from durable.store.records import Message, RunPage, RunQuery, RunRecord
 
 log = logging.getLogger("durable.engine")
+
+HAND_OVER_SECONDS = 5.0
+"""How long a drain tries to write down what waits; an unreachable store is not waited for longer."""
 
 T = TypeVar("T")
 
@@ -79,6 +84,8 @@ class WorkflowEngine:
     async def start(self) -> None:
         """Take a lease and begin. The store is open, the transport not yet started."""
         deps = self.deps
+        if deps.settings.execute:
+            dead_letter.prepare(deps)
         lease = self._new_lease()
         self._executor.start(lease)
         if deps.settings.execute:
@@ -141,7 +148,10 @@ class WorkflowEngine:
         log.warning("draining: %d runs are still executing; they are handed over", executor.running)
 
     async def _hand_over(self) -> None:
+        """Runs that only wait are put to sleep as they are; the others are due at once, for whoever is there."""
         executor = self._executor
+        executor.suspend_waiting()
+        await executor.commits.flush(self._local.monotonic, HAND_OVER_SECONDS)
         runs = list(executor.residents.values())
         for run in runs:
             executor.drop(run)
@@ -227,6 +237,10 @@ class WorkflowEngine:
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal above `after` as it grows, until the run ends. Raises RunNotFound."""
         return self._timeline.watch(run_id, after)
+
+    def on_dead(self, handler: Callable[[DeadLetter], Any]) -> None:
+        """Have every dead run told to `handler`, a plain or async function, exactly once and with retries. Before `start`."""
+        dead_letter.listen(self.deps.registry, handler)
 
     # ------------------------------------------------------------------ inside
 

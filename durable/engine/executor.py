@@ -379,6 +379,12 @@ class Executor:
                 spare -= 1
                 self._commit(run, suspend=True)
 
+    def suspend_waiting(self) -> None:
+        """Let every run leave memory that only waits: the engine is about to stop."""
+        for run in list(self.residents.values()):
+            if not (run.committing or run.held or run.ended or run.opening) and self._parked(run):
+                self._commit(run, suspend=True)
+
     # ------------------------------------------------------------------ end
 
     def _end(self, run: Resident) -> None:

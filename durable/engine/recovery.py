@@ -16,6 +16,7 @@ from functools import partial
 from durable.core.errors import ErrorData
 from durable.core.journal import RUN, Entry
 from durable.core.payload import encode_error
+from durable.engine.dead_letter import route
 from durable.engine.executor import Executor, tell_parent
 from durable.engine.residents import Final, Resident
 from durable.protocol.states import Activity, Status
@@ -95,6 +96,7 @@ class Recovery:
             self._executor.drop(run)
             if run.ended:
                 self._executor.on_finished(run, final)
+                self._executor.on_due()
 
         self._commit(run, [entry], None, done, final)
 
@@ -112,7 +114,8 @@ class Recovery:
             commit.activity = activity
         if final is not None:
             commit.status, commit.error = final.status, final.error
+            commit.effects = route(executor.deps, run, final)
             if run.parent is not None:
-                commit.effects = (tell_parent(run.run_id, run.workspace, run.parent, final),)
+                commit.effects += (tell_parent(run.run_id, run.workspace, run.parent, final),)
         executor.commits.submit(commit, done)
 

@@ -1,11 +1,10 @@
-"""Workflows, steps and dead-letter methods of all providers, registered with their instances. Called once, at start."""
+"""Workflows, steps and dead-letter methods (steps, too) of all providers, registered with their instances. Called once, at start."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from durable.app import Durable
-from durable.core import definition
 from durable.core.definition import is_step, is_workflow, steps_in, workflow_of
 from durable.core.errors import DefinitionError
 from durable.core.registry import Registry
@@ -25,23 +24,19 @@ def register(container: Container, instances: dict[Node, Any], durable: Durable)
             if node.is_workflow and node.spec.made is not None:
                 registry.add(workflow_of(node.spec.made).bind(_maker(container, node)))
             elif node in instances:
-                _methods(registry, durable, node, instances[node])
+                _methods(registry, node, instances[node])
 
 
 def _maker(container: Container, node: Node) -> Any:
     return lambda cls: container.fresh(node)
 
 
-def _methods(registry: Registry, durable: Durable, node: Node, instance: Any) -> None:
+def _methods(registry: Registry, node: Node, instance: Any) -> None:
     if isinstance(instance, type) or is_workflow(instance) or is_step(instance):
         return
     try:
         for step in steps_in(instance):
             registry.add_step(step)
-        # Dead-letter methods are known once the core defines them.
-        find = getattr(definition, "dead_letters_in", None)
-        for letter in find(instance) if find else ():
-            durable.register(letter)
     except DefinitionError as error:
         error.add_note(f"while reading {node.where}")
         raise

@@ -45,7 +45,7 @@ class DurableOptions:
             "worker": worker,
             "max_recovery_attempts": max_recovery_attempts,
             "lease": lease,
-            "dead_letter": dead_letter,
+            "dead_letter_workflow": dead_letter,
         }
         self.given: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | settings
         known = _known()

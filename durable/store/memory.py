@@ -505,6 +505,8 @@ class MemoryStore:
         self._tables.owned.setdefault(incarnation, {})[run.id] = None
         run.epoch += 1
         run.recovery_attempts += crashed
+        if run.activity is not Activity.BLOCKED:
+            run.activity = Activity.QUEUED if run.recovery_attempts else Activity.EXECUTING
         run.started_at = run.started_at or now
         run.updated_at = now
         return ClaimedRun(copy.copy(run), crashed)

@@ -515,17 +515,35 @@ def test_a_call_from_another_thread_is_refused_and_sticks() -> None:
     driver.machine.drop()
 
 
-def test_a_call_from_outside_the_turn_is_refused_and_sticks() -> None:
-    """So does a step body that uses ctx, or sets the workflow's event."""
+def test_ctx_outside_the_turn_is_refused_where_it_is_called() -> None:
+    """A step body that uses ctx gets an error that says so; the run itself has done nothing wrong and goes on."""
     kept: list[Any] = []
 
-    async def wf(ctx: Context) -> None:
+    async def wf(ctx: Context) -> int:
         kept.append(ctx)
-        await ctx.step(body)
+        answer: int = await ctx.step(body)
+        return answer
 
     driver = begun(wf)
     with pytest.raises(ForeignAwait, match="step body"):
         kept[0].step(body)
+    driver.answer("body", 1)
+    assert driver.machine.outcome is not None
+    driver.machine.drop()
+
+
+def test_touching_the_loop_from_outside_the_turn_sticks() -> None:
+    """A step body that sets the workflow's event has changed the workflow behind the journal's back: the turn fails."""
+    kept: list[asyncio.Event] = []
+
+    async def wf(ctx: Context) -> None:
+        kept.append(asyncio.Event())
+        asyncio.create_task(kept[0].wait())
+        await ctx.step(body)
+
+    driver = begun(wf)
+    with pytest.raises(ForeignAwait):
+        kept[0].set()
     with pytest.raises(ForeignAwait):
         driver.answer("body", 1)
     driver.machine.drop()

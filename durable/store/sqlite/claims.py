@@ -161,7 +161,7 @@ def _due(cx: sqlite3.Connection, request: ClaimRequest, now: int) -> tuple[list[
         WITH RECURSIVE
         routes AS (
           SELECT DISTINCT json_extract(value, '$[0]') AS workflow, json_extract(value, '$[1]') AS version
-          FROM json_each(?1)),
+          FROM json_each(:routes)),
         lanes(workflow, version, priority) AS (
           SELECT workflow, version, (
             SELECT max(x.priority) FROM runs x WHERE {lane.replace("lanes.", "routes.")})
@@ -175,14 +175,14 @@ def _due(cx: sqlite3.Connection, request: ClaimRequest, now: int) -> tuple[list[
              SELECT r.priority, r.wake_at, r.number
              FROM lanes JOIN runs r ON r.number IN (
                SELECT x.number FROM runs x
-               WHERE {lane} AND x.priority = lanes.priority AND x.wake_at <= ?2
-               ORDER BY x.wake_at LIMIT ?3)
-             ORDER BY r.priority DESC, r.wake_at LIMIT ?3)),
+               WHERE {lane} AND x.priority = lanes.priority AND x.wake_at <= :now
+               ORDER BY x.wake_at LIMIT :most)
+             ORDER BY r.priority DESC, r.wake_at LIMIT :most)),
           (SELECT min((
              SELECT min(x.wake_at) FROM runs x
-             WHERE {lane} AND x.priority = lanes.priority AND x.wake_at > ?2)) FROM lanes)"""
+             WHERE {lane} AND x.priority = lanes.priority AND x.wake_at > :now)) FROM lanes)"""
     routes = listed([(route.workflow, route.version) for route in request.routes])
-    found, next_due_at = cx.execute(text, (routes, now, request.limit + 1)).fetchone()
+    found, next_due_at = cx.execute(text, {"routes": routes, "now": now, "most": request.limit + 1}).fetchone()
     return [(priority, wake_at, number, False) for priority, wake_at, number in json.loads(found)], next_due_at
 
 
@@ -202,13 +202,16 @@ def _claim_blocked(cx: sqlite3.Connection, request: ClaimRequest, routes: str, n
 def _take(cx: sqlite3.Connection, numbers: Sequence[int], incarnation: str, now: int) -> dict[int, RunRecord]:
     if not numbers:
         return {}
-    chosen = listed(numbers)
     cx.execute(
         """
         UPDATE runs SET
           recovery_attempts = recovery_attempts + (owner IS NOT NULL AND activity = 'executing'),
-          owner = ?1, epoch = epoch + 1, started_at = coalesce(started_at, ?2), updated_at = ?2
-        WHERE number IN (SELECT value FROM json_each(?3))""",
-        (incarnation, now, chosen),
+          activity = CASE
+            WHEN activity = 'blocked' THEN activity
+            WHEN recovery_attempts + (owner IS NOT NULL AND activity = 'executing') > 0 THEN 'queued'
+            ELSE 'executing' END,
+          owner = :owner, epoch = epoch + 1, started_at = coalesce(started_at, :now), updated_at = :now
+        WHERE number IN (SELECT value FROM json_each(:chosen))""",
+        {"owner": incarnation, "now": now, "chosen": listed(numbers)},
     )
     return runs.numbered(cx, numbers)

@@ -285,8 +285,8 @@ def _set_attributes(cx: sqlite3.Connection, run_id: str, effect: SetAttributes) 
 def _free_slots(cx: sqlite3.Connection, run_id: str, effect: FreeSlots) -> None:
     keys = None if effect.keys is None else listed(effect.keys)
     cx.execute(
-        "DELETE FROM slots WHERE run_id = ?1 AND (?2 IS NULL OR key IN (SELECT value FROM json_each(?2)))",
-        (run_id, keys),
+        "DELETE FROM slots WHERE run_id = :run AND (:keys IS NULL OR key IN (SELECT value FROM json_each(:keys)))",
+        {"run": run_id, "keys": keys},
     )
 
 
@@ -300,11 +300,11 @@ def requeue(
         changed = cx.execute(
             """
             UPDATE runs SET
-              status = 'active', activity = ?3, epoch = epoch + 1, seq = seq + 1, commit_id = ?2, owner = NULL,
-              recovery_attempts = 0, output = NULL, error = NULL, finished_at = NULL, wake_at = ?4, updated_at = ?4
-            WHERE id = ?1 AND commit_id IS NOT ?2
+              status = 'active', activity = :activity, epoch = epoch + 1, seq = seq + 1, commit_id = :commit, owner = NULL,
+              recovery_attempts = 0, output = NULL, error = NULL, finished_at = NULL, wake_at = :now, updated_at = :now
+            WHERE id = :run AND commit_id IS NOT :commit
               AND (status IN ('dead', 'failed') OR (status = 'active' AND activity = 'blocked'))""",
-            (run_id, commit_id, activity, now),
+            {"run": run_id, "commit": commit_id, "activity": activity, "now": now},
         ).rowcount
         run = runs.get(cx, [run_id])[0]
         if run is None or run.commit_id != commit_id:

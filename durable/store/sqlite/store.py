@@ -52,7 +52,9 @@ BEAT_TIMEOUT_S = 1.0
 
 
 class SqliteStore:
-    """All runs in one file. Several processes on one machine may use it at once.
+    """All runs in one file. Several processes on one machine may use it at once. Beside the file stand SQLite's own
+    `-wal` and `-shm`, `.generation` (how often it was opened: tells a restored copy) and `.engines/` (locks of living
+    engines and of writers); none but the first two is ever needed to read it.
 
     `inline=True` runs every statement in the caller, with no thread: for tests under virtual time, and the only way for
     `:memory:`. It sees no other process's writes until it polls, knows no presence, and lends no transaction.

@@ -7,7 +7,7 @@ import asyncio
 from durable.core.clock import SECOND
 from durable.protocol.states import Activity, Status
 from durable.store.interface import Store
-from durable.store.records import Claim, ClaimRequest, Route
+from durable.store.records import Claim, ClaimRequest, Commit, CommitStatus, Route
 from durable.testing.suites.store.builder import (
     FAR,
     LEASE,
@@ -28,11 +28,11 @@ from durable.testing.suites.store.builder import (
 
 class ClaimTests(Tests):
     async def test_a_claim_takes_the_run_at_its_next_epoch(self, store: Store, builder: StoreBuilder) -> None:
-        """The claimed run is mine, one epoch up, started now; what it was doing is left as it was."""
+        """The claimed run is mine, one epoch up, started now, and executing: a crash from here on counts."""
         await begin(store, new())
         [taken] = await claim(store)
         assert not taken.crashed
-        assert (taken.run.owner, taken.run.epoch, taken.run.activity) == ("a", 1, Activity.QUEUED)
+        assert (taken.run.owner, taken.run.epoch, taken.run.activity) == ("a", 1, Activity.EXECUTING)
         assert taken.run.started_at == builder.now()
         assert taken.run == await read(store)
         assert await store.owned("a") == [("r", 1)]
@@ -137,7 +137,7 @@ class ClaimTests(Tests):
         taken = await claim(store, "b")
         assert sorted((claimed.run.id, claimed.run.epoch, claimed.crashed) for claimed in taken) == [
             ("r1", 2, True),
-            ("r2", 2, False),
+            ("r2", 2, True),
         ]
 
     async def test_S1_an_expired_owner_is_dead_for_ever(self, store: Store, builder: StoreBuilder) -> None:
@@ -189,16 +189,29 @@ class ClaimTests(Tests):
         for activity in Activity:
             await begin(store, new(activity, owner="a"))
             await done(store, commit(activity, activity=activity))
-        for attempt in (1, 2, 3):
-            engine = f"e{attempt}"
+        builder.advance(LEASE / SECOND)
+        store.beat("b", LEASE)
+        taken = {claimed.run.id: claimed for claimed in await claim(store, "b")}
+        assert set(taken) == set(Activity) - {Activity.PAUSED, Activity.BLOCKED}
+        for run_id, claimed in taken.items():
+            suspect = run_id == Activity.EXECUTING
+            assert claimed.crashed is suspect
+            assert claimed.run.recovery_attempts == (1 if suspect else 0)
+            assert claimed.run.activity == (Activity.QUEUED if suspect else Activity.EXECUTING)
+
+    async def test_S32_a_suspect_counts_again_only_once_it_executes(self, store: Store, builder: StoreBuilder) -> None:
+        """A suspect that waits for its turn alone is `queued`: another crash does not count until its engine has begun it."""
+        await begin(store, new(owner="a"))
+        for engine, attempts in (("b", 1), ("c", 1), ("d", 2)):
             builder.advance(LEASE / SECOND)
             store.beat(engine, LEASE)
-            taken = {claimed.run.id: claimed for claimed in await claim(store, engine)}
-            assert set(taken) == set(Activity) - {Activity.PAUSED, Activity.BLOCKED}
-            for run_id, claimed in taken.items():
-                suspect = run_id == Activity.EXECUTING
-                assert claimed.crashed is suspect
-                assert claimed.run.recovery_attempts == (attempt if suspect else 0)
+            [claimed] = await claim(store, engine)
+            assert claimed.run.recovery_attempts == attempts
+            if engine == "c":
+                run = claimed.run
+                begun = Commit(run.id, run.epoch, run.seq, "begun", [], activity=Activity.EXECUTING)
+                [answer] = await store.commit([begun])
+                assert answer.status is CommitStatus.DONE
 
     async def test_B21_claiming_and_suspending_is_no_crash(self, store: Store, builder: StoreBuilder) -> None:
         """Two hundred ordinary claims leave the recovery count at 0."""

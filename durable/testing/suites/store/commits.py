@@ -134,17 +134,20 @@ class CommitTests(Tests):
 
     async def test_S39_a_repeated_commit_counts_once(self, store: Store, builder: StoreBuilder) -> None:
         """A commit whose reply was lost is sent again: done, and applied once, whatever kind it was."""
-        await begin(store, new("plain", owner="a"), new("asleep", owner="a"), new("over", owner="a"))
+        await begin(store, *(new(run_id, owner="a") for run_id in ("plain", "asleep", "over", "empty")))
         batch = [
             commit("plain", entries=2),
+            commit("empty", entries=0, activity=Activity.WAITING),
             suspend("asleep", builder.now() + FAR),
             commit("over", status=Status.COMPLETED, output=b"1"),
         ]
         first = await store.commit(batch)
-        before = await store.get(["plain", "asleep", "over"])
+        before = await store.get(["plain", "asleep", "over", "empty"])
+        builder.advance(1)
         again = await store.commit(batch)
-        assert [outcome.status for outcome in first + again] == [CommitStatus.DONE] * 6
-        assert await store.get(["plain", "asleep", "over"]) == before
+        alone = [await one(store, change) for change in batch]
+        assert [outcome.status for outcome in first + again + alone] == [CommitStatus.DONE] * 12
+        assert await store.get(["plain", "asleep", "over", "empty"]) == before
         assert len(await store.page("plain", 0, 10)) == 2
 
     async def test_S39_a_repeated_commit_after_the_next_is_fenced(self, store: Store) -> None:
