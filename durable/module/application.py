@@ -106,7 +106,7 @@ class Application:
         self._state = "prepared"
         try:
             await lifecycle.start()
-            self._durable = lifecycle.instances[self._node(Durable)]
+            self._durable = lifecycle.instances[self._durable_node()]
             discovery.register(container, lifecycle.instances, self._durable)
         except BaseException:
             await self._abandon()
@@ -224,6 +224,9 @@ class Application:
         if self._container is None:
             self._container = Container(self.graph)
         return self._container
+
+    def _durable_node(self) -> Node:
+        return next(node for node in self.graph.find(Durable) if node.module.definition.module is DurableModule)
 
     def _node(self, token: Any, module: Any = None) -> Node:
         found = self.graph.find(token)

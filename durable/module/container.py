@@ -102,8 +102,10 @@ class Container:
         keywords: dict[str, Any] = {}
         for need in node.needs:
             if need.node is None:
+                if need.default is None:  # `T | None` without a default has none of its own
+                    keywords[need.parameter] = None
                 continue
-            value = self._later(need.node) if need.lazy else self._providers[need.node]
+            value: Any = self._later(need.node) if need.lazy else self._providers[need.node]
             if need.positional:
                 arguments.append(value)
             else:

@@ -1,4 +1,4 @@
-"""Workflows, steps and dead-letter methods (steps, too) of all providers, registered with their instances. Called once, at start."""
+"""Workflows and steps of all providers, dead-letter methods among them, registered with their instances. Called at start."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from durable.core.definition import WorkflowDefinition, is_workflow, step_of, steps_in, workflow_of
@@ -13,7 +14,7 @@ from durable.module.tree import HOOKS, Graph, scope
 
 def unfit(graph: Graph) -> list[str]:
     """Every such problem."""
-    return [*_captives(graph), *_misplaced(graph), *_durable_twice(graph)]
+    return [*_captives(graph), *_doubled(graph), *_never_kept(graph), *_durable_twice(graph)]
 
 
 def _captives(graph: Graph) -> list[str]:
@@ -28,79 +29,68 @@ def _captives(graph: Graph) -> list[str]:
     ]
 
 
-def _misplaced(graph: Graph) -> list[str]:
-    problems = []
-    steps: dict[str, tuple[str, str]] = {}
-    flows: dict[tuple[str, str], tuple[str, str]] = {}
+def _doubled(graph: Graph) -> list[str]:
+    """Workflows and steps of one name. The same function listed twice is one; the same class twice is two instances."""
+    problems: list[str] = []
+    first: dict[Any, tuple[Any, str, str]] = {}
+
+    def meet(key: Any, what: str, identity: Any, owner: str, place: str) -> None:
+        known, known_owner, known_place = first.setdefault(key, (identity, owner, place))
+        if known is not identity:
+            problems.append(
+                f"{what} is defined twice: by {known_owner} ({known_place}) and by {owner} ({place}). Rename one; or, if it is "
+                "the same class in two modules, provide it in one and export it."
+            )
+
+    def meet_workflow(flow: WorkflowDefinition, identity: Any, owner: str) -> None:
+        what = f"Workflow {flow.name} version {flow.version}"
+        meet((flow.name, flow.version), what, identity, owner, flow.place)
+
     for module in graph.modules:
         for thing in module.plain:
             if is_workflow(thing):
-                flow = workflow_of(thing)
-                problems += _once(
-                    flows,
-                    (flow.name, flow.version),
-                    _workflow(flow),
-                    module.name,
-                    flow.place,
-                    flow.fn,
-                )
+                meet_workflow(workflow_of(thing), workflow_of(thing).fn, module.name)
             else:
                 step = step_of(thing)
-                problems += _once(steps, step.name, f"Step {step.name}", module.name, step.place, step.fn)
+                meet(step.name, f"Step {step.name}", step.fn, module.name, step.place)
         for node in module.nodes:
             made = node.spec.made
             if node.target is not None or made is None:
                 continue
+            for step in steps_in(made):
+                meet(step.name, f"Step {step.name}", node, node.label, step.place)
             try:
                 if node.is_workflow:
-                    flow = workflow_of(made)
-                    problems += _once(
-                        flows,
-                        (flow.name, flow.version),
-                        _workflow(flow),
-                        node.label,
-                        flow.place,
-                        node,
-                    )
-            except DefinitionError as error:
+                    meet_workflow(workflow_of(made), node, node.label)
+            except DefinitionError as error:  # a subclass of a workflow that is none itself
                 problems.append(f"{module.path}: {error}")
-            found = steps_in(made)
-            for step in found:
-                problems += _once(steps, step.name, f"Step {step.name}", node.label, step.place, node)
-            if node.spec.scope == "singleton":
-                continue
-            if found:
-                problems.append(
-                    f"{module.path}: {node.name} has steps ({', '.join(step.name for step in found)}), so it is a singleton: "
-                    f"its instance serves every run. Take its scope {node.spec.scope!r} away; what lives for one run it may "
-                    "ask for as Callable[[], T]."
-                )
-            hooks = [hook for hook in HOOKS if hasattr(made, hook)]
-            if hooks:
-                problems.append(
-                    f"{module.path}: {node.name} has {' and '.join(hooks)}, which would never be called: only singletons are "
-                    f"started and stopped, and it is {node.spec.scope}."
-                )
-            if is_waiting(node.spec) or is_resource(node.spec):
-                problems.append(
-                    f"{module.path}: the factory of {node.name} is async or a resource, and what is {node.spec.scope} is made "
-                    "without waiting. Make it a singleton, or a plain factory."
-                )
     return problems
 
 
-def _workflow(flow: WorkflowDefinition) -> str:
-    return f"Workflow {flow.name} version {flow.version}"
-
-
-def _once(seen: dict[Any, tuple[str, str]], key: Any, what: str, owner: str, place: str, identity: Any) -> list[str]:
-    first = seen.setdefault(key, (owner, place))
-    if first == (owner, place):
-        return []
-    return [
-        f"{what} is defined twice: by {first[0]} ({first[1]}) and by {owner} ({place}). Rename one; or, if it is the same "
-        "class in two modules, provide it in one and export it."
-    ]
+def _never_kept(graph: Graph) -> Iterator[str]:
+    """What only a singleton can have."""
+    for node in graph.order:
+        spec, path = node.spec, node.module.path
+        if node.target is not None or spec.scope == "singleton":
+            continue
+        steps = steps_in(spec.made) if spec.made else []
+        if steps:
+            yield (
+                f"{path}: {node.name} has steps ({', '.join(step.name for step in steps)}), so it is a singleton: its "
+                f"instance serves every run. Take its scope {spec.scope!r} away; what lives for one run it may ask for as "
+                "Callable[[], T]."
+            )
+        hooks = [hook for hook in HOOKS if hasattr(spec.made, hook)]
+        if hooks:
+            yield (
+                f"{path}: {node.name} has {' and '.join(hooks)}, which would never be called: only singletons are started "
+                f"and stopped, and it is {spec.scope}."
+            )
+        if is_waiting(spec) or is_resource(spec):
+            yield (
+                f"{path}: the factory of {node.name} is async or a resource, and what is {spec.scope} is made without "
+                "waiting. Make it a singleton, or a plain factory."
+            )
 
 
 def is_waiting(spec: Provider) -> bool:

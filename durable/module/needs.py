@@ -7,6 +7,7 @@ meant.
 from __future__ import annotations
 
 import collections.abc
+import functools
 import inspect
 import types
 import typing
@@ -106,9 +107,7 @@ def _signature(node: Node, maker: Any) -> inspect.Signature:
 
 
 def _hints(node: Node, maker: Any, visible: Mapping[Token, Any]) -> dict[str, Any]:
-    function: Any = getattr(maker, "__init__") if isinstance(maker, type) else maker  # noqa: B009
-    if not hasattr(function, "__annotations__"):
-        function = getattr(function, "__call__", function)  # noqa: B004  # a callable object
+    function = _bare(getattr(maker, "__init__") if isinstance(maker, type) else maker)  # noqa: B009
     try:
         return typing.get_type_hints(function, include_extras=True)
     except NameError:
@@ -120,14 +119,29 @@ def _hints(node: Node, maker: Any, visible: Mapping[Token, Any]) -> dict[str, An
     # A name of `if TYPE_CHECKING` or of a function's body: what is visible here under that name is meant.
     names = {token.__name__: token for token in visible if isinstance(token, type)}
     try:
-        return typing.get_type_hints(function, localns=names | {"Inject": Inject}, include_extras=True)
+        return typing.get_type_hints(function, localns=names, include_extras=True)
     except NameError as error:
-        name = getattr(error, "name", None) or str(error)
-        known = near_names(str(name), names)
         raise DefinitionError(
-            f"{node.module.path}: {node.where} names {name!r}, which is not known there.{known} Import it outside "
-            "`if TYPE_CHECKING`, or provide it."
+            f"{node.module.path}: {node.where} names {error.name!r}, which is not known there."
+            f"{near_names(str(error.name), names)} Import it outside `if TYPE_CHECKING`, or provide it."
         ) from None
+
+
+def _bare(function: Any) -> Any:
+    """A function with the annotations of the parameters alone: what it returns may name anything."""
+    function = inspect.unwrap(function)
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not hasattr(function, "__globals__"):
+        function = getattr(type(function), "__call__", None)  # noqa: B004  # a callable object
+    if not hasattr(function, "__globals__"):
+        return _nothing
+    bare = types.FunctionType(_nothing.__code__, function.__globals__)
+    bare.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    return bare
+
+
+def _nothing() -> None: ...
 
 
 def _resolve(graph: Graph, node: Node, need: Need, visible: Mapping[Token, list[Node]]) -> Node | None:

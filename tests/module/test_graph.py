@@ -377,7 +377,7 @@ def test_overrides_are_checked() -> None:
         async def charge(self) -> None: ...
 
     root = DynamicModule(AppModule, (), [Charges, provide("gateway", use_value=1)])
-    with pytest.raises(DefinitionError, match="Nothing provides 'gatevay', so it cannot be overridden. Did you mean gateway?"):
+    with pytest.raises(DefinitionError, match=r"cannot be overridden\. Did you mean gateway\?"):
         Application(root).override("gatevay", 2)
     with pytest.raises(DefinitionError, match="has no step charge"):
         Application(root).override(Charges, object())

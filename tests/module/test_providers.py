@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from decimal import Decimal as Elsewhere
 
 
+class Root:
+    """The root module; each test says what is in it."""
+
+
 class Engine:
     pass
 
@@ -41,7 +45,7 @@ class Car:
 
 
 def app_of(*provided: Any, **options: Any) -> Application:
-    return Test.create(DynamicModule(Car, providers=provided, **options))
+    return Test.create(DynamicModule(Root, providers=provided, **options))
 
 
 async def test_by_type() -> None:
@@ -110,7 +114,9 @@ async def test_async_factories_and_resources() -> None:
 
     @injectable(scope="transient")
     class User:
-        def __init__(self, connection: Annotated[str, Inject("connection")], n: Annotated[int, Inject("plain")]) -> None:
+        def __init__(
+            self, connection: Annotated[str, Inject("connection")], n: Annotated[int, Inject("plain")]
+        ) -> None:
             self.got = (connection, n)
 
     async with app_of(
@@ -195,7 +201,7 @@ async def test_optional() -> None:
 async def test_names_only_a_type_checker_knows() -> None:
     """A name from `if TYPE_CHECKING` is the provider that is called so."""
 
-    class Elsewhere:  # noqa: F811
+    class Elsewhere:
         pass
 
     async with app_of(Elsewhere, Late) as app:
@@ -214,7 +220,7 @@ async def test_a_user_wires_and_inspects_the_container() -> None:
     class CarModule:
         pass
 
-    app = Test.create(DynamicModule(Engine, imports=[CarModule]))
+    app = Test.create(DynamicModule(Root, imports=[CarModule]))
     assert isinstance(app.container.car_module.car, providers.Singleton)
     special = Engine()
     app.container.car_module.engine.override(providers.Object(special))
@@ -266,7 +272,7 @@ async def test_for_root_async() -> None:
     by_annotation = DurableModule.for_root_async(use_factory=options, imports=[ConfigModule])
     by_token = DurableModule.for_root_async(use_factory=options, inject=[Config], imports=[ConfigModule])
     for dynamic in (by_annotation, by_token):
-        async with Application(DynamicModule(Car, imports=[dynamic]), role="api") as app:
+        async with Application(DynamicModule(Root, imports=[dynamic]), role="api") as app:
             assert app.durable.settings.max_recovery_attempts == 7
             assert app.durable.role == "api"
 
@@ -288,7 +294,7 @@ async def test_get_says_what_to_do() -> None:
     class Two:
         pass
 
-    app = Test.create(DynamicModule(Car, imports=[One, Two]))
+    app = Test.create(DynamicModule(Root, imports=[One, Two]))
     with pytest.raises(DurableError, match="has not started"):
         app.durable
     async with app:
