@@ -13,9 +13,9 @@ import msgspec
 from durable.control_plane.interface import ControlPlane
 from durable.control_plane.local import LocalControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
-from durable.core.ctx import Context, WorkflowClass
+from durable.core.ctx import Context, PlainWorkflowClass, WorkflowClass
 from durable.core.dead_letter import DeadLetter
-from durable.core.definition import durable_step, workflow, workflow_name
+from durable.core.definition import WorkflowDefinition, durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, DurableError, EngineStopped
 from durable.core.ids import Ids, SystemIds
@@ -280,7 +280,18 @@ class Durable:
     @overload
     async def start(
         self,
-        workflow: Any,
+        workflow: type[PlainWorkflowClass[O]],
+        *,
+        key: str | None = None,
+        version: str | None = None,
+        delay: Duration | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+    ) -> RunHandle[O]: ...
+    @overload
+    async def start(
+        self,
+        workflow: str | WorkflowDefinition,
         input: Any = None,
         *,
         key: str | None = None,

@@ -20,7 +20,8 @@ from typing import Any, TypeVar, overload
 from dependency_injector import containers
 
 from durable.app import Durable
-from durable.core.ctx import Context, WorkflowClass
+from durable.core.ctx import Context, PlainWorkflowClass, WorkflowClass
+from durable.core.definition import WorkflowDefinition
 from durable.core.errors import DefinitionError, DurableError, EngineStopped
 from durable.engine.handle import RunHandle
 from durable.module import discovery
@@ -189,7 +190,9 @@ class Application:
     @overload
     async def start(self, workflow: Callable[[Context], Awaitable[O]], **options: Any) -> RunHandle[O]: ...
     @overload
-    async def start(self, workflow: Any, input: Any = None, **options: Any) -> RunHandle[Any]: ...
+    async def start(self, workflow: type[PlainWorkflowClass[O]], **options: Any) -> RunHandle[O]: ...
+    @overload
+    async def start(self, workflow: str | WorkflowDefinition, input: Any = None, **options: Any) -> RunHandle[Any]: ...
     async def start(self, workflow: Any, input: Any = None, **options: Any) -> Any:
         """Start a run; options as in `Durable.start`."""
         return await self.durable.start(workflow, input, **options)
@@ -205,8 +208,9 @@ class Application:
         graph = read(_with_durable(self.root), overrides)
         if DurableOptions not in overrides:
             [node] = graph.find(DurableOptions)
-            node.spec = self._adjusted(node.spec)
-            node.needs = node.needs if node.spec.form == "factory" else []
+            spec, node.spec = node.spec, self._adjusted(node.spec)
+            if node.spec is not spec and node.spec.form == "value":
+                _forget_needs(graph, node)
         return graph
 
     def _adjusted(self, spec: Provider) -> Provider:
@@ -270,6 +274,15 @@ def _with_durable(root: Any) -> DynamicModule:
         definition.exports,
         definition.is_global,
     )
+
+
+def _forget_needs(graph: Graph, node: Node) -> None:
+    """What only this one needed, in its own module, is not made."""
+    given = {need.node for need in node.needs if need.node is not None and need.node.module is node.module}
+    node.needs = []
+    idle = given - {need.node for other in graph.order for need in other.needs}
+    graph.order = [other for other in graph.order if other not in idle]
+    node.module.nodes = [other for other in node.module.nodes if other not in idle]
 
 
 async def create(root: Any, *, role: str | None = None, store: Any = None) -> Application:
