@@ -13,10 +13,6 @@ from typing import Any
 from durable.module import Application, DurableModule, DynamicModule
 from tests.house.sources import ROOT
 from tests.module.shop import FakeGateway, Gateway, Payments, ShopModule, greet
-from tests.services import service
-
-service("starlette", "starlette", "pip install -e '.[test]'")
-service("fastapi", "fastapi", "pip install fastapi")
 
 
 class AppModule:
