@@ -5,6 +5,7 @@ It puts the parts together — a store by URL, a transport, an engine — and kn
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar, overload
 
@@ -24,7 +25,7 @@ from durable.core.registry import Registry
 from durable.core.retry import RetryPolicy
 from durable.core.step import StepObserver
 from durable.engine.dead_letter import listen
-from durable.engine.deps import Deps, Settings
+from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.handle import RunHandle
 from durable.engine.start import StartRequest
@@ -71,7 +72,7 @@ class Durable:
     """An application: workflows, steps, and the engine that runs them.
 
     `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `cold`, `lease` and the rest of
-    `settings` are those of durable/engine/deps.py.
+    `settings` are those of docs/operate.md, durations in any spelling ("10s").
 
     `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
     (`worker=False` says the same); a `worker` serves steps over the transport and opens no store.
@@ -102,11 +103,12 @@ class Durable:
         self._clock = clock or SystemClock()
         self._ids = ids or SystemIds()
         if lease is not None:
-            settings["lease"] = seconds(lease)
-        settings["dead_letter_workflow"] = workflow_name(dead_letter_workflow)
+            settings["lease"] = lease
         self.role = _role(role, worker)
         self._on_step = on_step
-        self.settings = Settings(execute=self.role == "engine", **settings)
+        self.settings = _settings(
+            settings, execute=self.role == "engine", dead_letter_workflow=workflow_name(dead_letter_workflow)
+        )
         self._serving: Transport | None = None
         self._engine: WorkflowEngine | None = None
 
@@ -339,3 +341,16 @@ class Durable:
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal as it grows, until the run ends."""
         return self.engine.watch(run_id, after)
+
+
+def _settings(given: dict[str, Any], **ours: Any) -> Settings:
+    """Durations as people write them; a misspelt name is an error that knows the right one."""
+    names = [name for name in Settings.__struct_fields__ if name not in ours]
+    for name, value in given.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            known = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}."
+            raise DefinitionError(f"Durable has no setting {name!r}. {known}")
+        if name in DURATIONS and value is not None:
+            given[name] = seconds(value)
+    return Settings(**ours, **given)

@@ -16,6 +16,7 @@ from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from random import Random
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, TypeVarTuple, overload
 from uuid import UUID
 
@@ -208,48 +209,42 @@ class Context:
             if not args:
                 raise DefinitionError(f"Step {name!r} needs a body: ctx.step({name!r}, fn, *args).")
             fn, *args = args  # type: ignore[assignment]
-        options = _STEP_OPTIONS
-        if is_step(fn):
-            definition = step_of(fn)
-            options = StepOptions(definition.options.retry, definition.options.timeout)
-            if fn is name:
-                name = definition.name
-            fn = definition.body
-            returns = definition.output_type if returns is _UNSET else returns
-        elif fn is name:
-            name = getattr(fn, "__name__", None)
-            if name is None:
-                raise DefinitionError(f"This step needs a name: ctx.step('name', fn, ...). It was given {fn!r:.100}.")
-        return self._step(name, fn, tuple(args), _step_options(options, retries, timeout), returns)
+            args = tuple(args)
+        plan = _plan_of(fn)
+        if fn is name:
+            name = plan.name
+        return self._step(name, plan, args, _step_options(plan.options, retries, timeout), returns)
 
     def side_effect(self, fn: Callable[[], T], *, name: str = "side_effect", returns: Any = _UNSET) -> Future[T]:
         """Record what a small function returns, without retries: a random number, the time, a flag."""
         self._loop.admit()
-        return self._step(name, fn, (), _ONCE, returns)
+        return self._step(name, _plan_of(fn), (), _ONCE, returns)
 
     def _step(
-        self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], options: StepOptions, returns: Any
+        self, name: str | None, plan: _Plan, args: tuple[Any, ...], options: StepOptions, returns: Any
     ) -> Future[Any]:
         machine = self._machine
+        if name is None:
+            raise DefinitionError(
+                f"This step needs a name: ctx.step('name', fn, ...). It was given {plan.body!r:.100}."
+            )
         if name not in machine.keys:
             check_name(name, "step name")
-        code = getattr(fn, "__code__", None)
-        if code is not None and code.co_flags & _GENERATORS:
-            raise DefinitionError(f"Step {name!r} is a generator; a step returns one value. Return a list.")
-        if not callable(fn):
-            raise DefinitionError(f"Step {name!r} needs a function to run, not {fn!r:.100}.")
+        if plan.problem is not None:
+            raise DefinitionError(f"Step {name!r} {plan.problem}")
         fingerprint = _NO_ARGUMENTS
         if args:
             fingerprint = payload.fingerprint(payload.canonical(args, what=f"the arguments of step {name!r}"))
         if returns is _UNSET:
-            returns = _return_type(fn, name)
-        read = payload.decoder(returns)
+            returns, read = plan.result(name)
+        else:
+            read = payload.decoder(returns)
         command = RunStep(
             next(self._loop.ordinals),
             machine.key(name),
             name,
             fingerprint,
-            fn,
+            plan.body,
             args,
             options,
             returns,
@@ -697,6 +692,50 @@ def _named(given: Any, what: str, decorator: str) -> str:
 
 def _fingerprint(input: Any, name: str) -> str:
     return payload.fingerprint(payload.canonical(input, what=f"the input of {name!r}"))
+
+
+class _Plan:
+    """What is known of a step's function, whoever calls it with what."""
+
+    def __init__(self, fn: Any) -> None:
+        self.body = fn
+        self.name: str | None = getattr(fn, "__name__", None)
+        self.options = _STEP_OPTIONS
+        self.problem: str | None = None
+        self._result: tuple[Any, Callable[[bytes], Any]] | None = None
+        if is_step(fn):
+            definition = step_of(fn)
+            self.name = definition.name
+            self.options = StepOptions(definition.options.retry, definition.options.timeout)
+            self.body = definition.body
+            self._result = (definition.output_type, payload.decoder(definition.output_type))
+        elif inspect.iscoroutine(fn):
+            fn.close()
+            self.problem = (
+                "was given a call, not a function. Give the function and its arguments apart: "
+                f"ctx.step('name', {fn.__name__}, ...)."
+            )
+        elif not callable(fn):
+            self.problem = f"needs a function to run, not {fn!r:.100}."
+        elif (code := getattr(fn, "__code__", None)) is not None and code.co_flags & _GENERATORS:
+            self.problem = "is a generator; a step returns one value. Return a list."
+
+    def result(self, name: str) -> tuple[Any, Callable[[bytes], Any]]:
+        """The annotation of the result, and its reader."""
+        if self._result is None:
+            annotation = _return_type(self.body, name)
+            self._result = (annotation, payload.decoder(annotation))
+        return self._result
+
+
+_cached_plan = functools.lru_cache(maxsize=1024)(_Plan)
+
+
+def _plan_of(fn: Any) -> _Plan:
+    # Functions with a closure are not kept: it may hold the whole run.
+    if type(fn) is FunctionType and fn.__closure__ is None:
+        return _cached_plan(fn)
+    return _Plan(fn)
 
 
 def _return_type(fn: Callable[..., Any], name: str) -> Any:

@@ -17,6 +17,7 @@ DurableError
 │   └── RunTimeout             run_timeout
 ├── StepFailed                 step_failed: inside a workflow, after the last attempt
 │   ├── StepTimeout            step_timeout
+│   │                          (step_cancelled: in `error.code`, of a body that cancelled itself)
 │   └── ChildFailed            child_failed
 ├── WaitTimeout                wait_timeout: also a TimeoutError
 ├── IdempotencyConflict        idempotency_conflict: same key, other input
@@ -58,6 +59,11 @@ class ErrorData(Struct, frozen=True, rename="camel", omit_defaults=True):
     retry_after: float | None = None
     details: Any = None
     stack: str | None = None
+
+    @property
+    def line(self) -> str:
+        """For people. An error of somebody else's class bears its name: of a KeyError the message alone says nothing."""
+        return f"{self.type}: {self.message}" if self.code == "error" and self.type else self.message
 
 
 class DurableError(Exception):

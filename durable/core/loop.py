@@ -174,49 +174,48 @@ class Loop(asyncio.AbstractEventLoop):
 
     def turn(self, action: Callable[..., None], *args: Any) -> None:
         """Run `action`, and then all that became ready, until everything waits. Raises what broke the run's rules."""
-        self._inside(self._run, action, args)
+        outside = self._enter()
+        try:
+            action(*args)
+            ready = self._ready
+            left = self._max_callbacks
+            while ready and self.error is None:
+                handle = ready.popleft()
+                if handle._cancelled:
+                    continue
+                if not left:
+                    self._busy()
+                left -= 1
+                try:
+                    handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
+                except Exception as error:
+                    if isinstance(error, DeterminismError):
+                        raise
+                    logger.warning("an error in %r of a workflow", handle, exc_info=error)
+                except SystemExit:
+                    pass  # the task that raised it keeps it as its outcome
+        finally:
+            self._leave(outside)
         if self.error is not None:
             raise self.error
         if len(self.tasks) + len(self._generators) > self._tidy_at:
             self._tidy()
 
-    def _run(self, action: Callable[..., None], args: tuple[Any, ...]) -> None:
-        action(*args)
-        ready = self._ready
-        left = self._max_callbacks
-        while ready:
-            if self.error is not None:
-                return
-            handle = ready.popleft()
-            if handle._cancelled:
-                continue
-            if not left:
-                self._busy()
-            left -= 1
-            try:
-                handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
-            except (DeterminismError, KeyboardInterrupt):
-                raise
-            except SystemExit:
-                pass  # the task that raised it keeps it as its outcome
-            except BaseException:
-                logger.warning("an error in %r of a workflow", handle, exc_info=True)
-
-    def _inside(self, act: Callable[..., Any], *args: Any) -> Any:
-        """Call with this loop as the running one, and put back whatever was running."""
+    def _enter(self) -> tuple[Any, ...]:
+        """Make this the running loop. Returns what was running, for `_leave` to put back."""
         outer = events._get_running_loop()
-        hooks = sys.get_asyncgen_hooks()
-        task = _park(outer)
+        outside = (outer, _park(outer), sys.get_asyncgen_hooks())
         self._thread = get_ident()
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(self._generators.append, _ignore)
-        try:
-            return act(*args)
-        finally:
-            sys.set_asyncgen_hooks(*hooks)
-            events._set_running_loop(outer)
-            self._thread = 0
-            _unpark(outer, task)
+        return outside
+
+    def _leave(self, outside: tuple[Any, ...]) -> None:
+        outer, task, hooks = outside
+        sys.set_asyncgen_hooks(*hooks)
+        events._set_running_loop(outer)
+        self._thread = 0
+        _unpark(outer, task)
 
     def _busy(self) -> NoReturn:
         self.error = Stalled(
@@ -417,7 +416,11 @@ class Loop(asyncio.AbstractEventLoop):
         self.closing = self.dropping = True
         self._ready.clear()
         self.alarms.clear()
-        self._inside(self._unwind)
+        outside = self._enter()
+        try:
+            self._unwind()
+        finally:
+            self._leave(outside)
         for task in self.tasks.values():
             task._log_traceback = False
         self.tasks.clear()

@@ -12,8 +12,10 @@ A subclass comes back as the class the annotation names. Time zones come back as
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
+import inspect
 import math
 import re
 import sys
@@ -426,6 +428,8 @@ def _unwritable(value: Any, error: Exception, what: str) -> DurableError:
         return PayloadText(_text_problem(what, _path(value, _is_surrogate_text), "half a surrogate pair"))
     if isinstance(error, TypeError) and (found := _find(value, _is_unknown)) is not None:
         path, culprit = found
+        if isinstance(culprit, asyncio.Future) or inspect.iscoroutine(culprit):
+            return PayloadError(f"{what}: {path} was not awaited, so it is no value yet. Write `await` before it.")
         return PayloadError(
             f"{what}: {path} is a {_name(type(culprit))}, which cannot be written as JSON. Use a dataclass, "
             "msgspec Struct, pydantic model or plain JSON value; carry an id or a path in place of an open thing."
@@ -438,7 +442,8 @@ def _text_problem(what: str, path: str, problem: str) -> str:
 
 
 def _describe_misfit(annotation: Any, error: Exception) -> str:
-    return f"not a {_name(annotation)}: {clean(_bounded(str(error), MAX_MESSAGE))}"
+    name = _name(annotation)
+    return f"not {'an' if name[0] in 'aeiou' else 'a'} {name}: {clean(_bounded(str(error), MAX_MESSAGE))}"
 
 
 def _name(annotation: Any) -> str:

@@ -8,6 +8,7 @@ replay tests and by `why`; never does what it asks for.
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
 import sys
@@ -77,7 +78,9 @@ class Asked(Promise):
     def __init__(
         self, loop: Loop, release: Callable[[Promise], None], command: Command, read: Callable[[bytes], Any]
     ) -> None:
-        super().__init__(loop, release)
+        asyncio.Future.__init__(self, loop=loop)  # past Promise's: this is the hot path
+        self.number = next(loop.numbers)
+        self.release = release
         self.command = command
         self.read = read
         self.alarm: Alarm | None = None
@@ -91,6 +94,10 @@ class Asked(Promise):
             self.set_exception(PayloadError(f"What came for {self.command.kind} {self.command.key!r}: {error}"))
         else:
             self.set_result(value)
+
+
+# What an author reads who forgot an await: "unsupported operand type(s) for +: 'NotAwaited' and 'int'".
+Asked.__name__ = Asked.__qualname__ = "NotAwaited"
 
 
 class Machine:
@@ -565,7 +572,7 @@ def _failure_of(command: Command, entry: Entry) -> StepFailed:
     elif data.code == "step_timeout":
         cls = StepTimeout
     what = "Child" if command.kind == CHILD else "Step"
-    return cls(f"{what} {command.key!r} failed: {data.message}", key=command.key, error=data, attempts=entry.attempt)
+    return cls(f"{what} {command.key!r} failed: {data.line}", key=command.key, error=data, attempts=entry.attempt)
 
 
 def _origins(error: BaseException) -> Iterator[BaseException]:

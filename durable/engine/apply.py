@@ -15,6 +15,7 @@ from durable.core.commands import Abandon, Command, Note, Patch, RunStep, SendTa
 from durable.core.errors import ErrorData, NotRegistered
 from durable.core.journal import CHILD, LOG, PATCHED, RUN, Entry
 from durable.core.payload import encode_error
+from durable.engine import children
 from durable.engine.residents import Arrival, Resident
 from durable.store.records import Message, NewRun, Parent, PutMessage, StartRun
 
@@ -58,7 +59,10 @@ def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[
     if isinstance(command, WaitSignal):
         return
     if isinstance(command, StartChild):
-        return  # started by the very commit that journaled it; its outcome comes through the inbox
+        # Started by the very commit that journaled it; its outcome comes through the inbox, if there was one open.
+        if run.machine.generation:
+            children.ask(executor, run, command)
+        return
     if last is not None and last.status == "retrying":
         assert last.payload is not None
         run.attempts[command.key] = last.attempt + 1

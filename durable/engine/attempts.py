@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from durable.core.clock import SECOND
-from durable.core.commands import Command, RunStep, SendTask
+from durable.core.commands import Command, RunStep, SendTask, StartChild
 from durable.core.errors import ErrorData
-from durable.core.journal import CHILD, REMOTE, RUN, STEP, Entry
+from durable.core.journal import CHILD, REMOTE, RUN, Entry
 from durable.core.payload import decode_error, encode_error
 from durable.engine.apply import RetryNote
 from durable.engine.residents import Arrival, Resident
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     """Take in what came of a command. True if the entry is to be journaled as it is; otherwise it has been dealt with."""
     command = _command(run, arrival)
+    if isinstance(command, StartChild) and arrival.child_id not in (None, command.child_id):
+        _late(executor, run, arrival)  # of an earlier life, left behind
+        return False
     if command is None or (arrival.attempt and arrival.attempt != run.attempts.get(command.key, arrival.attempt)):
         if arrival.status in ("completed", "failed"):
             _late(executor, run, arrival)
@@ -43,7 +46,7 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
         executor.dispatch.settle(run, key)
     if arrival.status == "failed" and arrival.kind != CHILD:
         return _gives_up(executor, run, command, arrival)
-    if arrival.kind == STEP and run.recovery_attempts:
+    if arrival.kind != CHILD and run.recovery_attempts:
         run.progressed = True
     run.attempts.pop(key, None)
     run.retries.pop(key, None)
@@ -126,6 +129,4 @@ def _lost(executor: Executor, run: Resident, key: str, moment: int, why: str) ->
     sent = run.sent[key]
     executor.dispatch.tell_worker(run, key)
     error = ErrorData(message=why, code="step_timeout", type="StepTimeout")
-    return Arrival(
-        moment, REMOTE, "failed", key=key, attempt=sent.attempt, payload=encode_error(error)
-    )
+    return Arrival(moment, REMOTE, "failed", key=key, attempt=sent.attempt, payload=encode_error(error))

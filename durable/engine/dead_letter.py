@@ -90,7 +90,9 @@ def _handlers(registry: Registry) -> WorkflowDefinition:
         steps = [registry.step(name) for name in names]
         told = await ctx.gather(
             *(
-                ctx.step(step.name, step.body, letter, retries=step.options.retry, timeout=step.options.timeout, returns=Any)
+                ctx.step(
+                    step.name, step.body, letter, retries=step.options.retry, timeout=step.options.timeout, returns=Any
+                )
                 for step in steps
             ),
             mode="settled",

@@ -41,6 +41,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     cancel_grace: float = 10.0
     """How long a cancelled run may go on cleaning up."""
     drain_timeout: float = 15.0
+    """How long `async with app` waits, on its way out, for runs that are executing."""
     reconcile: float = 86_400.0
     """The wake time of a run that waits for something without a time of its own: a safety net."""
     threads: bool = True
@@ -50,10 +51,17 @@ class Settings(Struct, frozen=True, kw_only=True):
     execute: bool = True
     """False: an API node. It starts, signals and inspects runs, and never executes one."""
     workspace: str = DEFAULT_WORKSPACE
+    """Whose runs this engine sees. A run of another workspace is not found here."""
 
     @property
     def beat(self) -> float:
         return self.beat_every if self.beat_every is not None else 0.3 * self.lease
+
+
+DURATIONS = frozenset(
+    ("lease", "beat_every", "poll_every", "tick", "hot_for", "cancel_grace", "drain_timeout", "reconcile")
+)
+"""Settings in seconds."""
 
 
 class Deps(Struct, frozen=True, kw_only=True):

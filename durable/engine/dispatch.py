@@ -43,7 +43,9 @@ class Dispatch:
         now = executor.clock.now()
         sent = self._await(run, command, attempt, now)
         note = DispatchNote(msgspec.Raw(command.input), sent.deadline)
-        arrival = Arrival(now, REMOTE, "dispatched", key=command.key, attempt=attempt, payload=msgspec.json.encode(note))
+        arrival = Arrival(
+            now, REMOTE, "dispatched", key=command.key, attempt=attempt, payload=msgspec.json.encode(note)
+        )
         executor.append(run, arrival, command)  # it may have been given up in the very turn that asked for it
         run.actions.append(partial(self._publish, run, command, attempt))
 

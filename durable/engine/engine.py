@@ -88,8 +88,8 @@ class WorkflowEngine:
             dead_letter.prepare(deps)
         lease = self._new_lease()
         self._executor.start(lease)
-        if deps.settings.execute:
-            await lease.start()
+        # An engine that executes nothing beats too: a heartbeat is where the store's time comes from (S31).
+        await lease.start()
         deps.transport.on_result(self._results.take)
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
         await deps.transport.start()
@@ -128,12 +128,11 @@ class WorkflowEngine:
         await self.deps.control_plane.close()
         if self._rebirth is not None:
             self._rebirth.cancel()
-        if self.deps.settings.execute:
-            await executor.lease.stop()
-            try:
-                await self.deps.store.leave(self.incarnation)
-            except StoreError as error:
-                log.warning("could not sign off; the lease will end by itself: %s", error)
+        await executor.lease.stop()
+        try:
+            await self.deps.store.leave(self.incarnation)
+        except StoreError as error:
+            log.warning("could not sign off; the lease will end by itself: %s", error)
 
     async def _settle_bodies(self, timeout: float) -> None:
         """Wait until nothing is executing and nothing waits to be committed, or until time is up."""
@@ -170,6 +169,8 @@ class WorkflowEngine:
         if is_workflow(workflow):
             found = workflow_of(workflow)
             return registry.workflow(found.name, version or found.version)
+        if not isinstance(workflow, str):
+            workflow_of(workflow)  # says what is missing
         return registry.workflow(str(workflow), version) if version else registry.latest(str(workflow))
 
     async def start_run(self, workflow: Any, input: Any = None, **options: Any) -> RunHandle[Any]:
@@ -188,7 +189,9 @@ class WorkflowEngine:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
-    async def start_and_wait(self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+    async def start_and_wait(
+        self, workflow: Any, input: Any = None, *, timeout: float | None = None, **options: Any
+    ) -> Any:
         """Start a run and wait for what it returns."""
         handle = await self.start_run(workflow, input, **options)
         return await handle.result(timeout)

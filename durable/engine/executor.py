@@ -13,9 +13,10 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextvars import Context as Variables
 from functools import partial
+from typing import Any
 
 from durable.core.clock import SECOND, StoreClock
 from durable.core.commands import Cancelled, Command, Completed, Failed, StartChild
@@ -23,6 +24,7 @@ from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDe
 from durable.core.journal import CHILD, COMMAND_KINDS, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.payload import describe, encode_error
 from durable.engine import apply, attempts
+from durable.engine.children import tell_parent
 from durable.engine.committer import Group
 from durable.engine.deps import Deps
 from durable.engine.dispatch import Dispatch
@@ -30,7 +32,7 @@ from durable.engine.lease import Lease
 from durable.engine.residents import Arrival, Final, Resident
 from durable.engine.steps import LocalSteps
 from durable.protocol.states import Activity, Status
-from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal, Message, Parent, PutMessage
+from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal
 
 log = logging.getLogger("durable.executor")
 
@@ -268,7 +270,9 @@ class Executor:
         if not run.ended and (run.machine.outcome is not None or run.final is not None):
             self._end(run)
         uncommitted = run.pending or run.effects or run.inbox_read > run.inbox_written
-        if run.ended or run.effects or ((run.actions or run.acks) and uncommitted):
+        # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
+        unnamed = run.bodies and run.activity is not Activity.EXECUTING
+        if run.ended or run.effects or ((run.actions or run.acks) and (uncommitted or unnamed)):
             self._commit(run)
             return
         if run.actions or run.acks:
@@ -300,7 +304,7 @@ class Executor:
 
     def _parked(self, run: Resident) -> bool:
         """Whether everything this run does is wait, so that it could leave memory."""
-        if run.bodies or run.arrivals or run.actions or run.fetching:
+        if run.bodies or run.arrivals or run.actions or run.fetching or run.asking:
             return False
         for sent in run.sent.values():
             # A task in this process lives and dies with it, so its run must be seen to die too.
@@ -321,8 +325,8 @@ class Executor:
         return not any(command.kind in (SIGNAL, CHILD, REMOTE) for command in run.machine.outstanding.values())
 
     def _activity(self, run: Resident) -> Activity:
-        if run.bodies:
-            return Activity.EXECUTING
+        if run.bodies or (run.sent and not self.deps.transport.capabilities.shared):
+            return Activity.EXECUTING  # a task in this process is as good as a body
         if run.cancel_deadline is not None:
             return Activity.CANCELLING
         if any(c.kind != STEP and c.key not in run.retries for c in run.machine.outstanding.values()):
@@ -363,9 +367,12 @@ class Executor:
             run.flushing = False
             if run.dropped or run.committing or run.held or run.ended:
                 continue
-            if run.pending or run.marks or run.inbox_read > run.inbox_written:
-                self._commit(run)
-            elif run.idle and run.activity != self._activity(run):
+            if (
+                run.pending
+                or run.marks
+                or run.inbox_read > run.inbox_written
+                or (run.idle and run.activity != self._activity(run))
+            ):
                 self._commit(run)
 
     def evict(self) -> None:
@@ -444,6 +451,12 @@ class Executor:
             await self.deps.store.release(runs)
         except DurableError:
             log.warning("could not release %s; its lease will end by itself", runs)
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it as a task that is not lost."""
+        task = self._loop.create_task(work)
+        self._keep.add(task)
+        task.add_done_callback(self._keep.discard)
 
     # ------------------------------------------------------------------ commit
 
@@ -588,25 +601,6 @@ class Executor:
             run.machine.drop()
         except Exception:
             log.exception("run %s could not be unwound cleanly", run.run_id)
-
-
-def tell_parent(run_id: str, workspace: str, parent: Parent, final: Final) -> PutMessage:
-    """The outcome, for the parent's inbox: part of the commit that ends the child (B48)."""
-    payload = final.output
-    if final.status is not Status.COMPLETED:
-        payload = final.error or encode_error(ErrorData(message=f"The child run {run_id} was {final.status}."))
-    return PutMessage(
-        Message(
-            run_id=parent.run_id,
-            id=f"{run_id}:outcome",
-            kind="child",
-            name=final.status.value,
-            payload=payload,
-            key=parent.key,
-            ordinal=parent.ordinal,
-            workspace=workspace,
-        )
-    )
 
 
 def _final(run: Resident) -> Final:

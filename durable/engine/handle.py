@@ -59,4 +59,7 @@ def outcome(run_id: str, final: Final, output_type: Any) -> Any:
         return decode(final.output or b"null", output_type, what=f"the output of run {run_id}")
     error = decode_error(final.error) if final.error is not None else ErrorData(message=f"The run was {final.status}.")
     kind = _RAISES.get(final.status) or (RunTimeout if error.code == "run_timeout" else RunFailed)
-    raise kind(f"Run {run_id} {final.status}: {error.message}", run_id=run_id, error=error)
+    raised = kind(f"Run {run_id} {final.status}: {error.line}", run_id=run_id, error=error)
+    if error.stack:  # the trace says who waited; this says where it happened
+        raised.add_note("In the run:\n" + "\n".join(f"  {line}" for line in error.stack.splitlines()))
+    raise raised

@@ -16,8 +16,9 @@ from functools import partial
 from durable.core.errors import ErrorData
 from durable.core.journal import RUN, Entry
 from durable.core.payload import encode_error
+from durable.engine.children import tell_parent
 from durable.engine.dead_letter import route
-from durable.engine.executor import Executor, tell_parent
+from durable.engine.executor import Executor
 from durable.engine.residents import Final, Resident
 from durable.protocol.states import Activity, Status
 from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal
@@ -118,4 +119,3 @@ class Recovery:
             if run.parent is not None:
                 commit.effects += (tell_parent(run.run_id, run.workspace, run.parent, final),)
         executor.commits.submit(commit, done)
-

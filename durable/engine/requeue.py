@@ -24,7 +24,9 @@ async def requeue(deps: Deps, now: int, run_id: str) -> None:
     if record.status is Status.ACTIVE and not blocked:
         return
     if record.status not in REOPENABLE and not blocked:
-        raise RunFinished(f"Run {run_id!r} is {record.status}; only dead, failed and blocked runs can be requeued.", run_id=run_id)
+        raise RunFinished(
+            f"Run {run_id!r} is {record.status}; only dead, failed and blocked runs can be requeued.", run_id=run_id
+        )
     payload = None
     if record.status is Status.FAILED:
         cut = await _cut(deps, run_id)

@@ -34,6 +34,8 @@ class Arrival(Struct, gc=False):
     enqueued_at: int | None = None
     started_at: int | None = None
     finished_at: int | None = None
+    child_id: str | None = None
+    """Whose outcome it is: the command may have started another child since, after a requeue."""
     number: int | None = None
     """Its inbox row, if it came that way."""
     ack: Callable[[BaseException | None], None] | None = None
@@ -74,6 +76,7 @@ class Resident:
         "alarm",
         "armed",
         "arrivals",
+        "asking",
         "attempts",
         "bodies",
         "cancel_deadline",
@@ -174,6 +177,8 @@ class Resident:
         self.committing = False
         self.suspending = False
         self.fetching = False
+        self.asking = 0
+        """Children being asked how they ended."""
         self.flushing = False
         self.ended = False
         self.dropped = False

@@ -69,7 +69,13 @@ def arrival_of(row: InboxRow) -> Arrival:
     message = row.message
     if message.kind == "signal":
         return Arrival(
-            row.created_at, SIGNAL, "received", key=message.id, name=message.name, payload=message.payload, number=row.number
+            row.created_at,
+            SIGNAL,
+            "received",
+            key=message.id,
+            name=message.name,
+            payload=message.payload,
+            number=row.number,
         )
     if message.kind == "cancel":
         return Arrival(row.created_at, RUN, "cancelling", payload=message.payload, number=row.number)
@@ -82,6 +88,7 @@ def arrival_of(row: InboxRow) -> Arrival:
             key=message.key,
             ordinal=message.ordinal,
             payload=message.payload,
+            child_id=message.id.removesuffix(":outcome"),
             number=row.number,
         )
     return Arrival(

@@ -169,8 +169,7 @@ class Scheduler:
         lost = [
             (run_id, epoch)
             for run_id, epoch in owned
-            if run_id not in self.starting
-            and ((run := executor.residents.get(run_id)) is None or run.epoch < epoch)
+            if run_id not in self.starting and ((run := executor.residents.get(run_id)) is None or run.epoch < epoch)
         ]
         if lost:
             log.warning("releasing %d runs that the store says are ours and that are not here", len(lost))

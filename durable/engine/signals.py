@@ -33,7 +33,9 @@ class Mail:
         """Like `send`; raises RunNotFound or RunFinished. False: it had been sent before."""
         status = await self.send(message)
         if status is SendStatus.NOT_FOUND:
-            raise RunNotFound(f"There is no run {message.run_id!r} here. Is it another workspace's?", run_id=message.run_id)
+            raise RunNotFound(
+                f"There is no run {message.run_id!r} here. Is it another workspace's?", run_id=message.run_id
+            )
         if status is SendStatus.FINISHED:
             raise RunFinished(
                 f"Run {message.run_id!r} has finished; the {message.kind} came too late and was not stored.",

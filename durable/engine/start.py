@@ -136,7 +136,5 @@ class Starter:
             return  # the lease was lost meanwhile; whoever claims it goes on
         definition = executor.deps.registry.workflow(new.workflow, new.version)
         machine = Machine(definition, run_id=new.id, input=new.input)
-        run = Resident(
-            new.id, new.workspace, definition, machine, new.parent, 1, len(new.entries), Activity.EXECUTING
-        )
+        run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, len(new.entries), Activity.EXECUTING)
         executor.admit(run, Journal(list(new.entries)))

@@ -90,7 +90,9 @@ async def raw_commits(store: Store, commits: int) -> float:
     rounds = max(1, commits // BATCH)
     wall = time.perf_counter()
     for seq in range(rounds):
-        entry = Entry(seq + 1, now, "step", "completed", "add", seq, "add", 1, "0123456789abcdef", b"12345", None, now, now)
+        entry = Entry(
+            seq + 1, now, "step", "completed", "add", seq, "add", 1, "0123456789abcdef", b"12345", None, now, now
+        )
         answers = await store.commit([Commit(run.id, 1, seq, f"c{seq}", [entry]) for run in runs])
         assert all(answer.status == "done" for answer in answers)
     return rounds * BATCH / (time.perf_counter() - wall)
@@ -108,7 +110,9 @@ def raw_inserts(path: Path) -> list[float]:
     for seq in range(LONE):
         begun = time.perf_counter()
         connection.execute("BEGIN IMMEDIATE")
-        connection.execute("INSERT INTO raw VALUES (?,?,?,?,?,?,?)", (run, seq, 1, "step", "completed", "add", b"12345"))
+        connection.execute(
+            "INSERT INTO raw VALUES (?,?,?,?,?,?,?)", (run, seq, 1, "step", "completed", "add", b"12345")
+        )
         connection.execute("COMMIT")
         took.append(time.perf_counter() - begun)
     connection.close()
@@ -160,18 +164,24 @@ async def measure(name: str, workflows: int, rounds: int, folder: Path) -> dict[
         "raw_commits_per_s": statistics.median(raws),
         "lone_step_ms": {"p50": cuts[49] * 1e3, "p95": cuts[94] * 1e3, "p99": cuts[98] * 1e3},
     }
-    print(f"{name:>7}  {result['workflows_per_s']:>8,.0f} five-step workflows/s  {result['steps_per_s']:>8,.0f} steps/s"
-          f"  ({result['cpu_us_per_step']:.0f} µs of CPU a step; raw commits {result['raw_commits_per_s']:,.0f}/s)")
-    print(f"{'':>7}  lone step p50 {cuts[49] * 1e3:.3f} ms, p95 {cuts[94] * 1e3:.3f} ms, p99 {cuts[98] * 1e3:.3f} ms", end="")
+    print(
+        f"{name:>7}  {result['workflows_per_s']:>8,.0f} five-step workflows/s  {result['steps_per_s']:>8,.0f} steps/s"
+        f"  ({result['cpu_us_per_step']:.0f} µs of CPU a step; raw commits {result['raw_commits_per_s']:,.0f}/s)"
+    )
+    print(
+        f"{'':>7}  lone step p50 {cuts[49] * 1e3:.3f} ms, p95 {cuts[94] * 1e3:.3f} ms, p99 {cuts[98] * 1e3:.3f} ms",
+        end="",
+    )
     if raw_lone:
         raw = statistics.median(raw_lone)
         result["lone_step_vs_commit"] = cuts[49] / raw
         print(f"; raw INSERT + COMMIT p50 {raw * 1e3:.3f} ms: {cuts[49] / raw:.2f} ×")
     else:
         print()
-    print(f"{'':>7}  CPU a step by part: " + ", ".join(
-        f"{part} {share * result['cpu_us_per_step']:.1f} µs" for part, share in list(shares.items())[:12]
-    ))
+    print(
+        f"{'':>7}  CPU a step by part: "
+        + ", ".join(f"{part} {share * result['cpu_us_per_step']:.1f} µs" for part, share in list(shares.items())[:12])
+    )
     return result
 
 

@@ -77,7 +77,9 @@ def raw_ms(path: Path, rounds: int) -> float:
     cx = sqlite3.connect(path, isolation_level=None)
     cx.execute("PRAGMA journal_mode = WAL")
     cx.execute("PRAGMA synchronous = FULL")
-    cx.execute("CREATE TABLE t (run_id TEXT, seq INTEGER, at INTEGER, name TEXT, payload BLOB, PRIMARY KEY (run_id, seq))")
+    cx.execute(
+        "CREATE TABLE t (run_id TEXT, seq INTEGER, at INTEGER, name TEXT, payload BLOB, PRIMARY KEY (run_id, seq))"
+    )
     times = []
     for seq in range(rounds):
         began = time.perf_counter()

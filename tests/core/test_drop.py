@@ -152,7 +152,10 @@ def test_a_stubborn_coroutine_is_abandoned_and_reported(caplog: pytest.LogCaptur
 
     driver = Driver(wf)
     abandoned = len(ours._ABANDONED)
-    with caplog.at_level(logging.WARNING, "durable.workflow"), pytest.raises(Exception, match="nothing that can happen"):
+    with (
+        caplog.at_level(logging.WARNING, "durable.workflow"),
+        pytest.raises(Exception, match="nothing that can happen"),
+    ):
         driver.begin()
     with caplog.at_level(logging.WARNING, "durable.workflow"):
         driver.machine.drop()

@@ -139,7 +139,7 @@ def test_cancelled_timers_are_gone() -> None:
     async def wf(ctx: Context) -> None:
         for _ in range(500):
             async with asyncio.timeout(1000):
-                pass
+                await asyncio.sleep(0)
         await ctx.sleep(5)
 
     driver = begun(wf)
@@ -686,12 +686,14 @@ def test_async_generators_are_held_until_the_end() -> None:
             seen.append("closed")
 
     async def wf(ctx: Context) -> int:
+        taken = 0
         async for number in numbers():
+            taken = number
             break
         gc.collect()
         await ctx.sleep(1)
         gc.collect()
-        return number
+        return taken
 
     driver = begun(wf)
     driver.fire()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
 
-from durable.core.errors import ErrorData, TransportError
+from durable.core.errors import DurableError, ErrorData, TransportError
 from durable.protocol.messages import Heartbeat, RemoteTask, StepResult
 from durable.testing.facts import eventually
 from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler
@@ -41,9 +42,9 @@ class Broker:
         *,
         error: ErrorData | None = None,
         through: BrokerTransport | None = None,
-        attempt: int | None | type = int,
+        attempt: int | type | None = int,
     ) -> None:
-        """A worker's answer, delivered to one engine; raises what its handler raises."""
+        """A worker's answer, delivered to one engine, and again while its handler raises: that is the contract."""
         result = StepResult(
             run_id=task.run_id,
             seq=task.seq,
@@ -55,7 +56,14 @@ class Broker:
         )
         end = through or next(end for end in self.ends if end.open)
         assert end.results is not None
-        await end.results(result)
+        for tries in range(200):
+            try:
+                await end.results(result)
+                break
+            except DurableError:
+                if tries == 199:
+                    raise
+                await asyncio.sleep(0.005)
         self.held.pop(task.step_id, None)
 
     def beat(self, task: RemoteTask) -> None:

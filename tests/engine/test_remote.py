@@ -334,7 +334,7 @@ async def test_a_remote_result_of_the_wrong_type_is_an_error_in_the_workflow(wor
     await broker.answer(await broker.sent(), {"not": "a number"})
     await world.waits(handle.id)
     await handle.signal("go")
-    assert "not a int" in await handle.result(5)
+    assert "not an int" in await handle.result(5)
 
 
 async def test_B19_a_long_remote_step_and_many_takeovers_do_not_kill_a_run(world: World) -> None:
@@ -420,9 +420,7 @@ async def test_a_remote_step_knows_itself_and_logs(world: World) -> None:
     assert await handle.result(5) == f"{handle.id}:0"
 
 
-async def test_a_result_for_another_workspaces_run_is_refused(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_result_for_another_workspaces_run_is_refused(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """A result names a run; an engine of another workspace does not write to it."""
     caplog.set_level(logging.ERROR)
     broker = Broker()

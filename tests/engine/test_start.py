@@ -119,7 +119,7 @@ async def test_an_input_that_cannot_be_kept_is_refused_at_the_call(
 async def test_an_input_of_the_wrong_type_is_refused_at_the_call(world: World) -> None:
     """The workflow's annotation decides what its input may be, before the run exists."""
     app = await world.engine(double)
-    with pytest.raises(PayloadError, match="not a int"):
+    with pytest.raises(PayloadError, match="not an int"):
         await app.start("double", "twelve")
     assert (await app.find()).runs == []
 
@@ -138,7 +138,12 @@ async def test_start_many_with_some_bad_starts_the_others(world: World) -> None:
         ]
     )
     kinds = [answer if isinstance(answer, Exception) else None for answer in answers]
-    assert [type(kind) for kind in kinds if kind] == [UnknownWorkflow, PayloadError, UnknownVersion, IdempotencyConflict]
+    assert [type(kind) for kind in kinds if kind] == [
+        UnknownWorkflow,
+        PayloadError,
+        UnknownVersion,
+        IdempotencyConflict,
+    ]
     good = [answer for answer in answers if not isinstance(answer, Exception)]
     assert await all_results(good) == [2, 4]
     assert len((await app.find()).runs) == 2

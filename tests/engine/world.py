@@ -7,6 +7,7 @@ released and nothing is signed off. A pause is SIGSTOP: calls hang and heartbeat
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,6 +77,7 @@ class Line:
             self.calls[name] = self.calls.get(name, 0) + 1
             await self._gate()
             self._raise(self.fault, name, args)
+            await self._gate()  # the fault may have been a death
             answer = await member(*args, **options)
             await self._gate()
             self._raise(self.fault_after, name, args)
@@ -177,13 +179,19 @@ class World:
         self.line(app).flow()
 
     async def close(self) -> None:
-        for app in self.apps:
-            self.line(app).flow()
-            self.line(app).fault = self.line(app).fault_after = None
+        for app in list(self.apps):
+            line = self.line(app)
+            line.flow()
+            line.fault = line.fault_after = None
+            if line.dead:
+                await self.crash(app, noticed=False)
+                continue
             try:
-                await app.close(1.0)
-            except StoreError as error:  # a test that broke its store for good
-                print("closing:", error)
+                async with asyncio.timeout(5):
+                    await app.close(1.0)
+            except (StoreError, TimeoutError) as error:  # a test that broke its store for good
+                print("closing:", repr(error))
+                self.graves.append(app)
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             if (task.get_name() or "").startswith("durable-") or "durable" in repr(task.get_coro()):
@@ -250,7 +258,7 @@ class World:
             record, entries = await self.record(run_id), await self.journal(run_id)
             assert [entry.seq for entry in entries] == list(range(1, len(entries) + 1)), "the journal is dense"
             assert record.seq == len(entries), "the row knows its last entry"
-            assert all(a.at <= b.at for a, b in zip(entries, entries[1:], strict=False)), "time never goes back"
+            assert all(a.at <= b.at for a, b in itertools.pairwise(entries)), "time never goes back"
             answered = [e.key for e in entries if e.kind in ("step", "remote", "child") and e.delivers]
             requeued = any(e.status == "requeued" for e in entries)
             assert requeued or len(answered) == len(set(answered)), f"a command was answered twice: {answered}"
@@ -297,4 +305,3 @@ def memory_factory() -> Callable[[], Any]:
 
 
 __all__ = ["LEASE", "SHORT", "Gate", "Line", "World", "all_results", "eventually", "memory_factory"]
-

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from durable.testing.simulation.crashes import SCENARIOS, course, sample, singles
+from durable.testing.simulation.crashes import MODES, SCENARIOS, course, sample, singles
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("cold", [False, True], ids=["hot", "cold"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_every_single_crash(scenario: str, cold: bool) -> None:
+def test_every_single_crash(scenario: str, mode: str) -> None:
     """Wherever a process vanishes, the run ends as if it had not."""
     tripped = 0
-    for crashes, one in singles(scenario, cold=cold):
+    for crashes, one in singles(scenario, mode=mode):
         tripped += one.tripped
         assert not one.what, f"crashes {crashes}: {one.what}"
     assert tripped >= 4
@@ -28,8 +28,8 @@ def test_pairs_of_crashes(budget: Any) -> None:
     durable.testing.simulation.crashes` takes every pair there is."""
     seconds = 60.0 if budget.seconds is None else 0.1 * budget.seconds
     began = time.monotonic()
-    for scenario, cold, pair in sample(budget.start):
-        one = course(scenario, pair, cold=cold)
-        assert not one.what, f"{scenario}, cold={cold}, crashes {pair}: {one.what}"
+    for scenario, mode, pair in sample(budget.start):
+        one = course(scenario, pair, mode=mode)
+        assert not one.what, f"{scenario}, {mode}, crashes {pair}: {one.what}"
         if time.monotonic() - began > seconds:
             return

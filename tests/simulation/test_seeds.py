@@ -17,7 +17,9 @@ ENOUGH = 500
 
 def told(totals: Totals) -> str:
     """What to do about failures."""
-    lines = [f"python -m durable.testing.simulation --seed {one.seed} --shrink   # {one.found[0]}" for one in totals.failed]
+    lines = [
+        f"python -m durable.testing.simulation --seed {one.seed} --shrink   # {one.found[0]}" for one in totals.failed
+    ]
     return "\n".join(lines[:10])
 
 
@@ -32,7 +34,7 @@ def test_many_seeds(budget: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing wrong ever happens, everything ends after healing, and every kind of fault and entry has been seen."""
     for case, found in run_cases(regressions(HERE / "regressions.txt")):
         assert not found, f"{case.why}: {found}"
-    seconds = None if budget.seconds is None else max(10.0, 0.5 * budget.seconds)
+    seconds = None if budget.seconds is None else max(10.0, 0.7 * budget.seconds)
     totals = run_many(budget.start, SEEDS, seconds=seconds)
     with capsys.disabled():
         print("\n" + "\n".join(totals.lines()))

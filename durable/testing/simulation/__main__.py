@@ -1,9 +1,9 @@
 """Simulate many seeds, or look at one.
 
-    python -m durable.testing.simulation --seeds 2000             totals by kind; a zero fails
-    python -m durable.testing.simulation --seed 17 --trace        every write, by whom, and what became of it
-    python -m durable.testing.simulation --seed 17 --shrink       the same failure with less around it
-    python -m durable.testing.simulation --case '{"seed": 17 …}'  a line of tests/simulation/regressions.txt
+python -m durable.testing.simulation --seeds 2000             totals by kind; a zero fails
+python -m durable.testing.simulation --seed 17 --trace        every write, by whom, and what became of it
+python -m durable.testing.simulation --seed 17 --shrink       the same failure with less around it
+python -m durable.testing.simulation --case '{"seed": 17 …}'  a line of tests/simulation/regressions.txt
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ ENOUGH = 500
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("durable.testing.simulation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "durable.testing.simulation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=200, help="how many")
     parser.add_argument("--from", dest="first", type=int, default=0, help="the first")
     parser.add_argument("--seconds", type=float, help="stop after so many")

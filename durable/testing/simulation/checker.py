@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from durable.core.errors import DeterminismError
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.replay import Machine
 from durable.protocol.states import TERMINAL, Status
+from durable.testing.programs import PROGRAM
 from durable.testing.simulation.programs import RETRY, WORKFLOWS
 from durable.testing.simulation.world import EPOCH, Evidence, Stored
 
@@ -41,7 +43,7 @@ def went_on(evidence: Evidence) -> Iterator[str]:
     if evidence.stuck:
         yield evidence.stuck
     for complaint, times in Counter(evidence.complaints).items():
-        yield f"{complaint} ({times}×)"
+        yield f"{complaint} ({times} times)"
 
 
 def settled(evidence: Evidence) -> Iterator[str]:
@@ -134,7 +136,7 @@ def dense(evidence: Evidence) -> Iterator[str]:
             yield f"{run_id} has inbox rows {[row.number for row in inbox]}, and counts {run.inbox_last}"
         if run.inbox_read > run.inbox_last:
             yield f"{run_id} has read {run.inbox_read} of {run.inbox_last} inbox rows"
-        for before, after in zip(journal, journal[1:], strict=False):
+        for before, after in pairwise(journal):
             if after.at < before.at and after.status not in ("requeued", "unblocked"):
                 yield f"{run_id}: entry {after.seq} is stamped before entry {before.seq}"
 
@@ -154,6 +156,14 @@ def in_time(evidence: Evidence) -> Iterator[str]:
                 yield f"{run_id}: entry {entry.seq} is stamped {at:.4f} and was committed at {written:.4f}"
             if at < 0:
                 yield f"{run_id}: entry {entry.seq} is stamped {at:.4f}, before time began"
+
+
+def watched(evidence: Evidence) -> Iterator[str]:
+    """S33: whoever watches a run sees every entry once, in order, over every break."""
+    for run_id, seen in evidence.streams.items():
+        stored = evidence.runs[run_id].journal
+        if seen != stored:
+            yield f"{run_id}: watchers saw {[entry.seq for entry in seen]} of {len(stored)} entries"
 
 
 def tidy(evidence: Evidence) -> Iterator[str]:
@@ -188,11 +198,15 @@ def committed_once(evidence: Evidence) -> Iterator[str]:
                 results[entry.kind, entry.key] += 1
                 if results[entry.kind, entry.key] > 1:
                     yield f"{run_id}: {entry.kind} {entry.key} has two results"
-            if entry.kind in (STEP, REMOTE) and entry.status == "completed" and entry.name != "side_effect":
+            if entry.kind in (STEP, REMOTE) and entry.status == "completed" and _witnessed(stored, entry):
                 value = msgspec.json.decode(entry.payload or b"null")
                 seen = (run_id, f"{run_id}:{entry.ordinal}", entry.attempt, value)
                 if seen not in returned:
                     yield f"{run_id}: {entry.kind} {entry.key} attempt {entry.attempt} has a result nobody returned: {value!r}"
+
+
+def _witnessed(stored: Stored, entry: Entry) -> bool:
+    return stored.run.workflow != PROGRAM and entry.name != "side_effect"
 
 
 def retried_by_policy(evidence: Evidence) -> Iterator[str]:
@@ -387,6 +401,9 @@ def families(evidence: Evidence) -> Iterator[str]:
         elif line.what == "commit" and line.status == "done" and line.ends and not line.last:
             ended_at[line.run_id] = line.at
             closed[line.run_id] = parents.get(line.run_id) in ended_at
+            for child, above_id in parents.items():
+                if above_id == line.run_id and ended_at.get(child) == line.at:
+                    closed[child] = True  # in one batch: neither came first
     for run_id, stored in evidence.runs.items():
         for entry in stored.journal:
             if entry.kind == CHILD and entry.status == "started":
@@ -447,6 +464,7 @@ CHECKS = (
     ambiguous,
     dense,
     in_time,
+    watched,
     tidy,
     committed_once,
     retried_by_policy,
@@ -458,4 +476,3 @@ CHECKS = (
     observed,
     dead_by_count,
 )
-

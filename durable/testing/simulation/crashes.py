@@ -12,7 +12,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from random import Random
+from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from durable.testing.simulation.checker import check
@@ -43,15 +45,23 @@ SCENARIOS: dict[str, Callable[[], Plan]] = {
         [{"op": "gather", "branches": [[_step("a")], [_step("b", takes=0.05)], [_step("c", takes=0.5)]]}]
     ),
     "remote step": lambda: Plan.fixed([_remote(), _step("b")]),
-    "remote steps at once": lambda: Plan.fixed([{"op": "group", "branches": [[_remote(takes=0.05)], [_remote(takes=0.05)]]}]),
+    "remote steps at once": lambda: Plan.fixed(
+        [{"op": "group", "branches": [[_remote(takes=0.05)], [_remote(takes=0.05)]]}]
+    ),
     "child": lambda: Plan.fixed([_child(_step("a"))]),
     "grandchild": lambda: Plan.fixed([_child(_child(_step("a")), _step("b")), _step("c")]),
     "child left behind": lambda: Plan.fixed(
         [
-            {"op": "start_child", "workflow": "sim.program", "ops": [_step("a", takes=0.5)], "close": "abandon",
-             "joins": False, "meanwhile": [_step("b")]},
+            {
+                "op": "start_child",
+                "workflow": "sim.program",
+                "ops": [_step("a", takes=0.5)],
+                "close": "abandon",
+                "joins": False,
+                "meanwhile": [_step("b")],
+            },
         ]
-    ),  # fmt: skip
+    ),
     "child given up": lambda: Plan.fixed([{"op": "within", "seconds": 0.3, "ops": [_child(_step("a", takes=2.0))]}]),
     "signal before the wait": lambda: Plan.fixed(
         [{"op": "sleep", "seconds": 0.3}, {"op": "signal", "name": "x"}], signals=["x"], delays=[0.0]
@@ -83,13 +93,12 @@ class Found(Struct):
     """A scenario that did not survive its crashes."""
 
     scenario: str
-    cold: bool
+    mode: str
     crashes: tuple[Crash, ...]
     what: list[str]
 
     def __str__(self) -> str:
-        mode = "cold" if self.cold else "hot"
-        return f"{self.scenario} ({mode}), crashes {self.crashes}: {self.what[0]}"
+        return f"{self.scenario} ({self.mode}), crashes {self.crashes}: {self.what[0]}"
 
 
 class Course(Struct):
@@ -100,9 +109,18 @@ class Course(Struct):
     what: list[str]
 
 
-def swarm(*, cold: bool) -> Swarm:
+MODES: dict[str, dict[str, Any]] = {
+    "hot": {},
+    "cold": {"cold": True},
+    "local": {"shared": False},
+    "sqlite": {"store": "sqlite"},
+}
+"""Worlds a scenario is run in: what differs from the first."""
+
+
+def swarm(mode: str) -> Swarm:
     """A calm world for two engines and two workers."""
-    return Swarm(
+    calm = Swarm(
         seed=0,
         runs=(0,),
         moves=(),
@@ -118,7 +136,7 @@ def swarm(*, cold: bool) -> Swarm:
         holds=True,
         latency=0.0005,
         drift=0.0,
-        cold=cold,
+        cold=False,
         hot_for=0.2,
         hot_limit=1000,
         tick=0.005,
@@ -126,34 +144,37 @@ def swarm(*, cold: bool) -> Swarm:
         max_running=100,
         cancel_grace=1.0,
     )
+    return msgspec.structs.replace(calm, **MODES[mode])
 
 
-def course(scenario: str, crashes: tuple[Crash, ...] = (), *, cold: bool = False, trace: Callable[[str], None] | None = None) -> Course:
+def course(
+    scenario: str, crashes: tuple[Crash, ...] = (), *, mode: str = "hot", trace: Callable[[str], None] | None = None
+) -> Course:
     """Run a scenario with these crashes."""
     wire = Tripwire()
     wire.at = dict(crashes)
     plan = SCENARIOS[scenario]()
-    world = World(swarm(cold=cold), plans={0: plan}, tripwire=wire, trace=trace)
+    world = World(swarm(mode), plans={0: plan}, tripwire=wire, trace=trace)
     report = world.run()
     return Course(wire.names, len(wire.tripped), check(report.evidence))
 
 
-def singles(scenario: str, *, cold: bool) -> Iterator[tuple[tuple[Crash, ...], Course]]:
+def singles(scenario: str, *, mode: str) -> Iterator[tuple[tuple[Crash, ...], Course]]:
     """Undisturbed, then every single crash."""
-    calm = course(scenario, cold=cold)
+    calm = course(scenario, mode=mode)
     yield (), calm
     for number in range(1, len(calm.effects) + 1):
         for when in ("before", "after"):
             if calm.effects[number - 1] == "claim" and when == "before":
                 continue
             crash = ((number, when),)
-            yield crash, course(scenario, crash, cold=cold)
+            yield crash, course(scenario, crash, mode=mode)
 
 
-def pairs(scenario: str, *, cold: bool) -> list[tuple[Crash, Crash]]:
+def pairs(scenario: str, *, mode: str) -> list[tuple[Crash, Crash]]:
     """Every pair whose second crash lies behind the first one."""
     found: list[tuple[Crash, Crash]] = []
-    for crashes, first in singles(scenario, cold=cold):
+    for crashes, first in singles(scenario, mode=mode):
         if not crashes or not first.tripped:
             continue
         number, when = crashes[0]
@@ -163,17 +184,17 @@ def pairs(scenario: str, *, cold: bool) -> list[tuple[Crash, Crash]]:
     return found
 
 
-def sample(seed: int) -> Iterator[tuple[str, bool, tuple[Crash, Crash]]]:
-    """Pairs without end, drawn: (scenario, cold, pair)."""
+def sample(seed: int) -> Iterator[tuple[str, str, tuple[Crash, Crash]]]:
+    """Pairs without end, drawn: (scenario, mode, pair)."""
     draw = Random(f"pairs/{seed}")
     while True:
-        name, cold = draw.choice(list(SCENARIOS)), draw.random() < 0.5
-        calm = course(name, cold=cold)
+        name, mode = draw.choice(list(SCENARIOS)), draw.choice(list(MODES))
+        calm = course(name, mode=mode)
         first = (draw.randint(1, len(calm.effects)), draw.choice(("before", "after")))
-        once = course(name, (first,), cold=cold)
+        once = course(name, (first,), mode=mode)
         if len(once.effects) > first[0]:
             second = (draw.randint(first[0] + 1, len(once.effects)), draw.choice(("before", "after")))
-            yield name, cold, (first, second)
+            yield name, mode, (first, second)
 
 
 def main(argv: list[str]) -> int:
@@ -181,14 +202,14 @@ def main(argv: list[str]) -> int:
     quiet()
     bad = 0
     for name in argv or list(SCENARIOS):
-        for cold in (False, True):
-            every: list[tuple[Crash, ...]] = [crashes for crashes, _ in singles(name, cold=cold)]
-            every += pairs(name, cold=cold)
+        for mode in MODES:
+            every: list[tuple[Crash, ...]] = [crashes for crashes, _ in singles(name, mode=mode)]
+            every += pairs(name, mode=mode)
             for crashes in every:
-                if what := course(name, crashes, cold=cold).what:
+                if what := course(name, crashes, mode=mode).what:
                     bad += 1
-                    sys.stdout.write(f"{Found(name, cold, crashes, what)}\n")
-            sys.stdout.write(f"{name} ({'cold' if cold else 'hot'}): {len(every)} runs\n")
+                    sys.stdout.write(f"{Found(name, mode, crashes, what)}\n")
+            sys.stdout.write(f"{name} ({mode}): {len(every)} runs\n")
             sys.stdout.flush()
     return 1 if bad else 0
 

@@ -85,14 +85,21 @@ class Swarm(Struct, frozen=True):
     poll_every: float
     max_running: int
     cancel_grace: float
+    more: bool = False
+    """Also random programs of durable/testing/programs.py, watchers, priorities and drawn arguments."""
+    door: bool = False
+    """One engine more, which starts, signals and inspects runs, and executes none."""
+    partial: bool = False
+    """The first engine does not serve every workflow."""
 
     @classmethod
-    def draw(cls, seed: int, *, stores: tuple[str, ...] = ("memory",)) -> Swarm:
+    def draw(cls, seed: int) -> Swarm:
         """What this seed is."""
+        after = Random(f"swarm, more/{seed}")
         draw = Random(f"swarm/{seed}")
         some = draw.choice((0.3, 0.6, 1.0))
         kinds = frozenset(kind for kind in KINDS if draw.random() < some)
-        engines_moves = [kind for kind in ("crash", "crash_before", "crash_after", "pause", "partition", "restart")]
+        engines_moves = ["crash", "crash_before", "crash_after", "pause", "partition", "restart"]
         if not kinds.intersection(engines_moves):
             kinds |= {draw.choice(engines_moves)}
         lease = draw.choice((1.0, 2.0, 3.0, 5.0, 10.0, 30.0))
@@ -107,7 +114,7 @@ class Swarm(Struct, frozen=True):
             safety=draw.uniform(3.0, 12.0) + 2 * lease * draw.random(),
             rate=draw.choice((0.002, 0.01, 0.03)),
             order=draw.choice(("any", "any", "fifo")),
-            store=draw.choice(stores),
+            store="memory" if after.random() < 0.85 else "sqlite",
             shared=draw.random() < 0.7,
             holds=draw.random() < 0.6,
             latency=draw.choice((0.0002, 0.001, 0.01)),
@@ -119,6 +126,9 @@ class Swarm(Struct, frozen=True):
             poll_every=draw.choice((0.3, 1.0, 2.0)),
             max_running=draw.choice((2, 5, 20, 1000)),
             cancel_grace=draw.choice((0.5, 2.0, 10.0)),
+            more=True,
+            door=after.random() < 0.2,
+            partial=after.random() < 0.2,
         )
 
 

@@ -14,6 +14,7 @@ from durable.core.ctx import Context
 from durable.core.definition import durable_step, workflow
 from durable.core.errors import StepFailed, WaitTimeout
 from durable.core.retry import RetryPolicy
+from durable.testing import programs
 from durable.testing.simulation.witness import body
 
 Op = dict[str, Any]
@@ -44,7 +45,12 @@ async def deadline_program(ctx: Context, ops: list[Op]) -> list[Any]:
     return await _Interpreter(ctx).sequence(ops)
 
 
-WORKFLOWS: dict[str, Any] = {"sim.program": program, "sim.deadline": deadline_program}
+WORKFLOWS: dict[str, Any] = {
+    "sim.program": program,
+    "sim.deadline": deadline_program,
+    programs.PROGRAM: programs.run_program,
+}
+STEPS: list[Any] = [remote, programs.work_remotely]
 
 
 class _Interpreter:
@@ -141,6 +147,10 @@ class _Interpreter:
     async def op_drawn(self, op: Op) -> Any:
         return [self.ctx.random(), str(self.ctx.uuid()), self.ctx.now().isoformat()]
 
+    async def op_dice(self, op: Op) -> Any:
+        # An argument that replay must draw again, in every life of the run.
+        return await self.ctx.step("dice", local, {"takes": round(self.ctx.random() / 100, 6)}, retries=RETRY)
+
     async def op_log(self, op: Op) -> Any:
         self.ctx.log("line", number=op["number"])
         return None
@@ -156,7 +166,7 @@ def _shown(one: Any) -> Any:
 class Plan:
     """One run of a seed: its program, and what clients do with it."""
 
-    def __init__(self, seed: int, number: int, *, span: float, lossy: bool) -> None:
+    def __init__(self, seed: int, number: int, *, span: float, lossy: bool, more: bool = False) -> None:
         self.number = number
         draw = Random(f"program/{seed}/{number}")
         self._draw = draw
@@ -176,12 +186,28 @@ class Plan:
         self.waits = draw.random() < 0.5
         self.delays: list[float] | None = None
         """When each signal is sent, seconds after the start is known; None: drawn."""
+        self.priority: int | None = None
+        self.watches = False
+        self.input: Any = self.ops
+        if more:
+            self._more(Random(f"program, more/{seed}/{number}"))
+
+    def _more(self, draw: Random) -> None:
+        self.watches = draw.random() < 0.2
+        self.priority = draw.choice((None, None, 0, 1, 5))
+        if draw.random() < 0.2:
+            self.ops.append({"op": "dice"})
+        if draw.random() < 0.25:
+            made = programs.generate(draw.randrange(1_000_000), max_nodes=16)
+            self.workflow, self.input, self.ops, self.signals = programs.PROGRAM, made, [], []
+            self.extra = list(programs.SIGNALS)
 
     @classmethod
     def fixed(cls, ops: list[Op], *, workflow: str = "sim.program", **fields: Any) -> Plan:
         """A plan that is not drawn. Signals are those of `signals`, at `delays`."""
         plan = cls.__new__(cls)
-        plan.number, plan.workflow, plan.ops = 0, workflow, ops
+        plan.number, plan.workflow, plan.ops, plan.input = 0, workflow, ops, ops
+        plan.priority, plan.watches = None, False
         plan.signals, plan.extra, plan.delays = [], [], None
         plan.at, plan.key, plan.doubled, plan.later = 0.0, "key-0", False, False
         plan.cancel_at, plan.requeues, plan.waits = None, False, True

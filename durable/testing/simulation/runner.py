@@ -47,6 +47,8 @@ class Case(msgspec.Struct, omit_defaults=True):
     kinds: tuple[str, ...] | None = None
     engines: int | None = None
     store: str | None = None
+    plain: bool = False
+    """Without what was added later: drawn as it was when the case was kept."""
     why: str = ""
 
     def swarm(self) -> Swarm:
@@ -57,11 +59,22 @@ class Case(msgspec.Struct, omit_defaults=True):
                 changes[name] = value
         if self.kinds is not None:
             changes["kinds"] = frozenset(self.kinds)
+        if self.plain:
+            changes = {"store": "memory", "more": False, "door": False, "partial": False, **changes}
         return msgspec.structs.replace(drawn, **changes)
 
     @classmethod
     def of(cls, swarm: Swarm, why: str = "") -> Case:
-        return cls(swarm.seed, swarm.runs, swarm.moves, tuple(sorted(swarm.kinds)), swarm.engines, swarm.store, why)
+        return cls(
+            swarm.seed,
+            swarm.runs,
+            swarm.moves,
+            tuple(sorted(swarm.kinds)),
+            swarm.engines,
+            swarm.store,
+            not swarm.more,
+            why,
+        )
 
     def text(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -177,7 +190,11 @@ def run_many(
     command = [sys.executable, "-m", "durable.testing.simulation", "--worker"]
     workers = [
         subprocess.Popen(
-            [*command, f"{first + n}:{first + count}:{processes}", *([] if deadline is None else ["--until", str(deadline)])],
+            [
+                *command,
+                f"{first + n}:{first + count}:{processes}",
+                *([] if deadline is None else ["--until", str(deadline)]),
+            ],
             stdout=subprocess.PIPE,
             env=environment(),
             text=True,

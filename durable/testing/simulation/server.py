@@ -75,6 +75,8 @@ class StoreServer:
         self.cut: dict[Node, float] = {}
         """Node → until when it cannot be reached."""
         self.listeners: list[tuple[Connection, Callable[[], None]]] = []
+        self.latest = 0.0
+        """When the last request that was held up will have arrived."""
         self.trace: Callable[[str], None] | None = None
 
     def connect(self, node: Node) -> Connection:
@@ -143,11 +145,13 @@ class Connection:
         if faults.hits("store_late"):
             gives_up = faults.delay(0.01, 1.0)
             late = gives_up + faults.delay(0.0, 2.0 * faults.swarm.lease)
+            server.latest = max(server.latest, loop.time() + late)
             loop.post(loop.world, late, self._arrive, name, act, None, 0.0, effect)
             loop.post(self.node, gives_up, _fail, reply, f"{name}: no answer in time")
             return await reply
         if faults.hits("store_stall"):
             there += faults.delay(0.25, 15.0)
+            server.latest = max(server.latest, loop.time() + there)
             back += faults.delay(0.25, 15.0)
         if lost in _LOST and faults.hits(lost, 2):
             loop.post(loop.world, there, self._arrive, name, act, None, 0.0, effect)

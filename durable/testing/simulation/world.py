@@ -17,7 +17,14 @@ import msgspec
 from msgspec import Struct
 
 from durable.core.clock import SECOND, Clock
-from durable.core.errors import DurableError, IdempotencyConflict, RunFinished, RunNotFound, StoreUnavailable
+from durable.core.errors import (
+    DurableError,
+    IdempotencyConflict,
+    NotRegistered,
+    RunFinished,
+    RunNotFound,
+    StoreUnavailable,
+)
 from durable.core.ids import SeededIds
 from durable.core.registry import Registry
 from durable.engine.deps import Deps, Settings
@@ -26,11 +33,12 @@ from durable.protocol.states import REOPENABLE, TERMINAL
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
 from durable.store.records import RunQuery, RunRecord
+from durable.store.sqlite import SqliteStore
 from durable.testing.simulation import witness as witnesses
 from durable.testing.simulation.broker import Broker, Bus, Worker
 from durable.testing.simulation.faults import LOSSES, MOVES, Faults, Swarm, Tripwire
 from durable.testing.simulation.loop import Deadlock, Livelock, Node, SimLoop
-from durable.testing.simulation.programs import WORKFLOWS, Plan, remote
+from durable.testing.simulation.programs import STEPS, WORKFLOWS, Plan
 from durable.testing.simulation.server import StoreServer, at_once
 from durable.testing.simulation.witness import Body, Witness
 from durable.transports.event_emitter import EventEmitterTransport
@@ -41,6 +49,8 @@ EPOCH = 1_700_000_000 * SECOND
 """When the store's clock begins, µs."""
 PATIENCE = 300.0
 """Seconds of virtual time after healing by which everything must have settled."""
+CORE = ("sim.program",)
+"""What an engine serves that does not serve everything: children are asked for by this name alone."""
 CRASHES = ("crash", "crash_before", "crash_after", "crash_recovery")
 
 
@@ -78,6 +88,8 @@ class Evidence(Struct):
     """Rows of finished runs that should be gone."""
     complaints: list[str]
     """Errors nobody expected, told by the loop and the product's loggers."""
+    streams: dict[str, list[Any]] = {}
+    """What those who watched a run were shown."""
     stuck: str = ""
     """Why the simulation could not go on, if so."""
     healed_at: float = 0.0
@@ -139,7 +151,13 @@ class Process:
         return self.ready and not self.node.dead
 
 
-STORES: dict[str, Callable[[Clock], Store]] = {"memory": MemoryStore}
+def _sqlite(clock: Clock) -> Store:
+    store = SqliteStore(":memory:", inline=True, allow_weak_durability=True, clock=clock)
+    at_once(store.open())
+    return store
+
+
+STORES: dict[str, Callable[[Clock], Store]] = {"memory": MemoryStore, "sqlite": _sqlite}
 """What may stand behind the server: a seed names one."""
 
 Engines = Callable[[Deps], WorkflowEngine]
@@ -160,7 +178,7 @@ class World:
         plans: dict[int, Plan] | None = None,
     ) -> None:
         self.swarm = swarm
-        self.loop = SimLoop(swarm.seed, order=swarm.order)
+        self.loop = SimLoop(swarm.seed, order=swarm.order)  # type: ignore[abstract]
         self.faults = Faults(swarm)
         self.tripwire = tripwire or Tripwire()
         self.time = StoreTime(self.loop)
@@ -170,21 +188,22 @@ class World:
         self.broker = Broker(self.loop, self.faults, self.tripwire, holds=swarm.holds, seed=swarm.seed)
         self.witness = Witness(self.loop, self.server.seqs)
         self.clients = Node("clients")
-        self.slots: list[Process | None] = [None] * swarm.engines
+        self.slots: list[Process | None] = [None] * (swarm.engines + swarm.door)
         self.worker_slots: list[Node | None] = [None] * swarm.workers
         self.history: list[Call] = []
         self.complaints: list[str] = []
+        self.streams: dict[str, list[Any]] = {}
         self.healed_at = 0.0
         self._engines = engines
         self._trace = trace
         self._digest = hashlib.sha256()
         self._births = 0
-        self._alive = True
+        self._nodes = [self.loop.world, self.clients]
         self._random = Random(f"world/{swarm.seed}")
         self._grave: list[object] = []
         lossy = bool(swarm.kinds & LOSSES) and swarm.shared
         span = 0.8 * swarm.safety
-        self.plans = plans or {n: Plan(swarm.seed, n, span=span, lossy=lossy) for n in swarm.runs}
+        self.plans = plans or {n: Plan(swarm.seed, n, span=span, lossy=lossy, more=swarm.more) for n in swarm.runs}
         self._open_plans = len(self.plans)
         self._closed: set[int] = set()
         """Plans whose runs have ended for good: nobody will reopen them."""
@@ -196,7 +215,7 @@ class World:
         """From the first start to the last check's evidence."""
         with warnings.catch_warnings():
             warnings.simplefilter("always", RuntimeWarning)
-            warnings.showwarning = self._warned
+            warnings.showwarning = self._warned  # type: ignore[assignment]
             return self._run()
 
     def _run(self) -> Report:
@@ -229,25 +248,24 @@ class World:
         return report
 
     def _warned(self, message: Warning | str, *rest: Any) -> None:
-        if self._alive and not self.loop.node.dead:
+        if not self.loop.node.dead:
             self.complaints.append(f"{self.loop.node.name}: {message}")
 
     def _bury(self) -> None:
         """Let go of everything that is left, now: destructors must not run in the midst of another seed."""
-        self._alive = False
+        warnings.showwarning = lambda *_, **__: None
+        at_once(self.base.close())
         self.loop.close()
-        self.slots.clear()
-        self._grave.clear()
-        self.server.listeners.clear()
-        self.bus.listeners.clear()
-        self.broker.ends.clear()
-        self.broker.workers.clear()
-        self.broker.jobs.clear()
+        for node in self._nodes:
+            node.grave.clear()
+            node.held.clear()
+        self.tripwire.tripped = [(number, when, Node(node.name)) for number, when, node in self.tripwire.tripped]
+        vars(self).clear()
         gc.collect()
 
     async def _main(self) -> None:
         swarm, loop = self.swarm, self.loop
-        for slot in range(swarm.engines):
+        for slot in range(len(self.slots)):
             self._boot(slot)
         if swarm.shared:
             for slot in range(swarm.workers):
@@ -265,7 +283,7 @@ class World:
             if self._settled():
                 break
         # Stragglers: late deliveries, zombies' last requests.
-        await asyncio.sleep(2.0 + swarm.lease)
+        await asyncio.sleep(min(6.0, 2.0 + swarm.lease))
 
     def _heal(self) -> None:
         """Everything works from now on. Some engines never come back: a core is enough."""
@@ -297,15 +315,12 @@ class World:
         self._births += 1
         name = f"e{slot}.{self._births}"
         node = Node(name)
+        self._nodes.append(node)
         draw = Random(f"node/{swarm.seed}/{name}")
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1 + draw.uniform(-swarm.drift, swarm.drift))
         ids = SeededIds(f"{swarm.seed}/{name}")
         store = self.server.connect(node)
-        transport: Transport
-        if swarm.shared:
-            transport = self.broker.end(node)
-        else:
-            transport = EventEmitterTransport(heartbeat_interval=1.0)
+        transport: Transport = self.broker.end(node) if swarm.shared else EventEmitterTransport(heartbeat_interval=1.0)
         settings = Settings(
             lease=swarm.lease,
             poll_every=swarm.poll_every,
@@ -316,9 +331,11 @@ class World:
             max_running=swarm.max_running,
             cancel_grace=swarm.cancel_grace,
             max_recovery_attempts=6,
+            execute=slot < swarm.engines,
             threads=False,
         )
-        registry = Registry([*WORKFLOWS.values(), remote])
+        serves = [workflow for name, workflow in WORKFLOWS.items() if slot or not swarm.partial or name in CORE]
+        registry = Registry([*serves, *STEPS])
         engine = self._engines(
             Deps(
                 store=store,
@@ -344,15 +361,16 @@ class World:
             except StoreUnavailable:
                 await asyncio.sleep(0.1)
         if not self.swarm.shared:
-            await transport.serve(["sim.remote"], StepHandler(registry, clock))
+            await transport.serve([step.name for step in registry.steps()], StepHandler(registry, clock))
         process.ready = True
 
     def _boot_worker(self, slot: int) -> None:
         self._births += 1
         node = Node(f"w{slot}.{self._births}")
+        self._nodes.append(node)
         draw = Random(f"node/{self.swarm.seed}/{node.name}")
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1.0)
-        self.broker.workers.append(Worker(node, StepHandler(Registry([remote]), clock)))
+        self.broker.workers.append(Worker(node, StepHandler(Registry(STEPS), clock)))
         self.worker_slots[slot] = node
 
     async def _supervise(self) -> None:
@@ -417,7 +435,7 @@ class World:
 
     async def _arm(self, process: Process, when: str, kind: str) -> None:
         self.tripwire.armed[process.node] = when
-        while not self.faults.healed and not process.node.dead:
+        while not self.faults.healed and not process.node.dead:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         if any(node is process.node for _, _, node in self.tripwire.tripped):
             self._happened(kind, process.node)
@@ -459,7 +477,13 @@ class World:
     # ------------------------------------------------------------------ clients
 
     async def _ask(
-        self, plan: Plan, what: str, act: Callable[[WorkflowEngine], Awaitable[Any]], *, timeout: float = 5.0, detail: str = ""
+        self,
+        plan: Plan,
+        what: str,
+        act: Callable[[WorkflowEngine], Awaitable[Any]],
+        *,
+        timeout: float = 5.0,
+        detail: str = "",
     ) -> Call:
         """One request to any engine. What becomes of it is in the history."""
         call = Call(plan.number, what, self.loop.time(), detail=detail)
@@ -475,7 +499,7 @@ class World:
         async def there() -> None:
             try:
                 answer: tuple[str, Any] = ("ok", await act(process.engine))
-            except (RunNotFound, RunFinished, IdempotencyConflict) as error:
+            except (RunNotFound, RunFinished, IdempotencyConflict, NotRegistered) as error:
                 answer = ("fail", error)
             except (DurableError, TimeoutError, asyncio.CancelledError) as error:
                 answer = ("info", error)
@@ -514,13 +538,18 @@ class World:
 
         async def act(engine: WorkflowEngine) -> str:
             handle = await engine.start_run(
-                WORKFLOWS[plan.workflow], plan.ops, key=plan.key, at=at, tags=(f"plan-{plan.number}",)
+                WORKFLOWS[plan.workflow],
+                plan.input,
+                key=plan.key,
+                at=at,
+                tags=(f"plan-{plan.number}",),
+                priority=plan.priority,
             )
             return handle.id
 
         while True:
             if plan.doubled:
-                calls = await asyncio.gather(self._ask(plan, "start", act), self._ask(plan, "start", act))
+                calls = list(await asyncio.gather(*[self._ask(plan, "start", act) for _ in range(2)]))
             else:
                 calls = [await self._ask(plan, "start", act)]
             for call in calls:
@@ -528,9 +557,7 @@ class World:
                     return call.run_id
             if plan.key is None and any(call.outcome == "info" for call in calls):
                 # Nobody knows, and nobody may try again: look after everything is well again.
-                while not self.faults.healed:
-                    await asyncio.sleep(0.5)
-                await asyncio.sleep(2 * self.swarm.lease + 35.0)
+                await self._all_arrived()
                 found = [run.id for run in self._all_runs() if f"plan-{plan.number}" in run.tags]
                 return found[0] if found else None
             await asyncio.sleep(0.3)
@@ -543,6 +570,8 @@ class World:
             work.append(self._signal(plan, run_id, name, f"{name}{index}", delay, draw.random() < 0.3))
         if plan.cancel_at is not None:
             work.append(self._cancel(plan, run_id))
+        if plan.watches:
+            work.append(self._watch(plan, run_id))
         work.append(self._attend_end(plan, run_id, draw.random() * 2.0))
         await asyncio.gather(*work)
 
@@ -609,7 +638,35 @@ class World:
             call = await self._ask(plan, "requeue", requeue)
             call.run_id = run_id
             # One that nobody answered may still arrive.
-            await asyncio.sleep(1.0 if call.outcome != "info" else 35.0 + 2 * self.swarm.lease)
+            await asyncio.sleep(1.0)
+            if call.outcome == "info":
+                await self._all_arrived()
+
+    async def _watch(self, plan: Plan, run_id: str) -> None:
+        """Follow the journal, through whichever engine answers, each time from where it broke off."""
+        seen = self.streams.setdefault(run_id, [])
+
+        async def act(engine: WorkflowEngine) -> str:
+            async with asyncio.timeout(8.0):
+                async for entry in engine.watch(run_id, after=seen[-1].seq if seen else 0):
+                    mine = seen[-1].seq if seen else 0
+                    if entry.seq <= mine:
+                        break  # another request of ours, given up and still running, was faster
+                    seen.append(entry)
+            return "over"
+
+        while not self._overdue():
+            await self._ask(plan, "watch", act, timeout=9.0)
+            await asyncio.sleep(0.5)
+            if plan.number in self._closed:
+                call = await self._ask(plan, "watch", act, timeout=9.0)
+                if call.outcome == "ok":
+                    return
+
+    async def _all_arrived(self) -> None:
+        """Wait until nothing that was held up can arrive any more."""
+        while not self.faults.healed or self.loop.time() < max(self.healed_at + 6.0, self.server.latest + 1.0):  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
 
     def _overdue(self) -> bool:
         return self.faults.healed and self.loop.time() > self.healed_at + PATIENCE
@@ -645,6 +702,7 @@ class World:
             log=self.server.log,
             leftovers=_leftovers(self.base, runs),
             complaints=self.complaints,
+            streams=self.streams,
             stuck=stuck,
             healed_at=self.healed_at,
             ended_at=self.loop.time(),

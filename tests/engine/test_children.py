@@ -1,0 +1,292 @@
+"""Child runs: started by the commit that asks for them, told of by the commit that ends them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from durable import ChildFailed, Context, RunFailed, workflow
+from durable.core.errors import UnknownWorkflow
+from durable.protocol.states import Status
+from tests.engine.world import Gate, World, eventually
+
+
+@workflow(name="square")
+async def square(ctx: Context, n: int) -> int:
+    return n * n
+
+
+@workflow(name="waits")
+async def waits(ctx: Context) -> Any:
+    return await ctx.wait_for_signal("go")
+
+
+async def child_of(world: World, parent: str, index: int = 0) -> Any:
+    await world.until_journal(
+        parent, lambda lines: sum(line.startswith("child") and line.endswith("started") for line in lines) > index
+    )
+    return (await (await world.store()).children(parent))[index]
+
+
+async def test_a_child_returns_to_its_parent(world: World) -> None:
+    """`ctx.child` waits for the result, typed; ids tell where a child belongs."""
+
+    @workflow(name="sum")
+    async def total(ctx: Context) -> int:
+        return sum(await asyncio.gather(*(ctx.child(square, n) for n in range(4))))
+
+    app = await world.engine(total, square)
+    handle = await app.start(total)
+    assert await handle.result(5) == 14
+    children = await (await world.store()).children(handle.id)
+    assert [child.id for child in children] == [f"{handle.id}.child.{n}" for n in range(4)]
+    await world.sound(handle.id, *(child.id for child in children))
+
+
+async def test_a_started_child_runs_on_its_own(world: World) -> None:
+    """`start_child` hands back a handle at once: its id may be passed on, its result awaited later or never."""
+
+    @workflow(name="starter")
+    async def starter(ctx: Context) -> list[Any]:
+        kept = ctx.start_child(square, 5)
+        ctx.start_child(square, 6, on_parent_close="abandon")
+        return [kept.run_id, await kept.result()]
+
+    app = await world.engine(starter, square)
+    handle = await app.start(starter)
+    run_id, result = await handle.result(5)
+    assert result == 25
+    assert await app.run(run_id).result(5) == 25
+    assert await app.run(f"{handle.id}.child.1").result(5) == 36
+
+
+async def test_B48_a_parent_is_told_of_every_end_in_the_commit_that_makes_it(world: World) -> None:
+    """A child that failed, was cancelled or is dead reaches the waiting parent as ChildFailed with its code."""
+
+    @workflow(name="fails")
+    async def fails(ctx: Context) -> None:
+        raise ValueError("no")
+
+    @workflow(name="parent")
+    async def parent(ctx: Context, name: str) -> str:
+        try:
+            await ctx.child(name)
+        except ChildFailed as error:
+            return error.error.code if error.error else "?"
+        return ""
+
+    app = await world.engine(parent, fails, waits)
+    assert await app.start_and_wait(parent, "fails", timeout=5) == "error"
+    handle = await app.start(parent, "waits")
+    child = await child_of(world, handle.id)
+    await world.waits(child.id)
+    await app.run(child.id).cancel()
+    assert await handle.result(5) == "run_cancelled"
+    store = await world.store()
+    assert (await store.get([child.id]))[0].finished_at is not None
+    row = (await store.inbox([(handle.id, 0)]))[0][-1]
+    assert (row.message.kind, row.message.name) == ("child", "cancelled")
+
+
+async def test_B48_a_dead_child_is_told_of_too(world: World) -> None:
+    """A child whose engine dies under it too often is dead, and its parent goes on with that."""
+    gate = Gate()
+
+    @workflow(name="poison")
+    async def poison(ctx: Context) -> None:
+        await ctx.step("poison", gate)
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> str:
+        try:
+            await ctx.child(poison)
+        except ChildFailed as error:
+            return error.error.code if error.error else "?"
+        return ""
+
+    app = await world.engine(parent, poison, max_recovery_attempts=1)
+    handle = await app.start(parent)
+    for round in range(1, 3):
+        await gate.reached(round)
+        await world.waits(handle.id)
+        await world.crash(app)
+        app = await world.engine(parent, poison, max_recovery_attempts=1)
+    assert await app.run(handle.id).result(5) == "run_dead"
+    await world.sound(handle.id)
+
+
+async def test_B47_a_child_is_started_in_the_commit_that_journals_it(world: World) -> None:
+    """Whatever crash: the journal says `started` exactly if the child is in the store."""
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> Any:
+        return await ctx.child(waits)
+
+    app = await world.engine(parent, waits)
+    line = world.line(app)
+    line.fault_after = lambda name, args: _hang_after_commit(line, name, args)
+    handle = await app.start(parent)
+    await world.until_journal(handle.id, lambda lines: "child waits started" in lines)
+    await world.crash(app)
+    child = await child_of(world, handle.id)
+    app = await world.engine(parent, waits)
+    await app.run(child.id).signal("go", "after all")
+    assert await app.run(handle.id).result(5) == "after all"
+    assert len(await (await world.store()).children(handle.id)) == 1
+    await world.sound(handle.id, child.id)
+
+
+def _hang_after_commit(line: Any, name: str, args: Any) -> None:
+    """The commit that starts the child happens, and its answer never comes."""
+    if name == "commit" and any(commit.effects for commit in args[0]):
+        line.hold()
+
+
+async def test_B47_a_crash_before_the_commit_leaves_neither(world: World) -> None:
+    """A commit that did not arrive started no child; the next owner asks again, once."""
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> Any:
+        return await ctx.child(square, 3)
+
+    app = await world.engine(parent, square)
+    line = world.line(app)
+
+    def fault(name: str, args: Any) -> None:
+        if name == "commit" and any(commit.effects for commit in args[0]):
+            line.dead = True
+
+    line.fault = fault
+    handle = await app.start(parent)
+    await eventually(lambda: line.dead)
+    assert await (await world.store()).children(handle.id) == []
+    await world.crash(app)
+    app = await world.engine(parent, square)
+    assert await app.run(handle.id).result(5) == 9
+    assert len(await (await world.store()).children(handle.id)) == 1
+
+
+async def test_an_unknown_child_workflow_is_an_error_at_the_await(world: World) -> None:
+    """A name nobody registered here fails the command with `unknown_workflow`; nothing is started."""
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> str:
+        try:
+            await ctx.child("nobody", 1)
+        except ChildFailed as error:
+            return error.error.code if error.error else "?"
+        return ""
+
+    app = await world.engine(parent)
+    handle = await app.start(parent)
+    assert await handle.result(5) == UnknownWorkflow.code
+    assert await (await world.store()).children(handle.id) == []
+    await world.sound(handle.id)
+
+
+async def test_a_child_outlives_its_parents_engine(world: World) -> None:
+    """Parent on one engine, child on another, either dies: the outcome still arrives."""
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> Any:
+        return await ctx.child(waits)
+
+    first = await world.engine(parent, waits)
+    second = await world.engine(waits)
+    handle = await first.start(parent)
+    child = await child_of(world, handle.id)
+    await world.waits(child.id)
+    await world.crash(first)
+    await second.run(child.id).signal("go", 1)
+    await second.run(child.id).result(5)
+    third = await world.engine(parent)
+    assert await third.run(handle.id).result(5) == 1
+    await world.sound(handle.id, child.id)
+
+
+@pytest.mark.parametrize("on_close", ["cancel", "abandon"])
+async def test_what_happens_to_an_open_child_when_its_parent_fails(world: World, on_close: str) -> None:
+    """`on_parent_close` decides: told to stop, or left alone."""
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> None:
+        ctx.start_child(waits, on_parent_close=on_close)  # type: ignore[arg-type]
+        await ctx.sleep(0.01)
+        raise ValueError("gives up")
+
+    app = await world.engine(parent, waits)
+    handle = await app.start(parent)
+    with pytest.raises(RunFailed, match="gives up"):
+        await handle.result(5)
+    child = await child_of(world, handle.id)
+    if on_close == "cancel":
+        record = await world.until(child.id, lambda r: r.status is not Status.ACTIVE)
+        assert record.status is Status.CANCELLED
+    else:
+        await app.run(child.id).signal("go", "alone")
+        assert await app.run(child.id).result(5) == "alone"
+
+
+async def test_S23_a_cancel_cascades_to_children(world: World) -> None:
+    """Cancelling a parent that waits for its children ends them too, and each has one terminal state."""
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> None:
+        await asyncio.gather(ctx.child(waits), ctx.child(waits))
+
+    app = await world.engine(parent, waits)
+    handle = await app.start(parent)
+    children = [await child_of(world, handle.id, n) for n in range(2)]
+    for child in children:
+        await world.waits(child.id)
+    await handle.cancel()
+    for run_id in (handle.id, *(child.id for child in children)):
+        record = await world.until(run_id, lambda r: r.status is not Status.ACTIVE)
+        assert record.status is Status.CANCELLED
+    await world.sound(handle.id, *(child.id for child in children))
+
+
+async def test_B23_a_child_started_by_a_run_that_is_being_cancelled_does_not_survive_it(world: World) -> None:
+    """A cancel lands while the parent is about to start one more child: when all is over none is left running."""
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> None:
+        try:
+            await ctx.wait_for_signal("never")
+        finally:
+            ctx.start_child(waits)
+
+    app = await world.engine(parent, waits)
+    handle = await app.start(parent)
+    await world.waits(handle.id)
+    await handle.cancel()
+    await world.until(handle.id, lambda r: r.status is Status.CANCELLED)
+    for child in await (await world.store()).children(handle.id):
+        record = await world.until(child.id, lambda r: r.status is not Status.ACTIVE)
+        assert record.status is Status.CANCELLED
+
+
+async def test_a_failed_childs_error_is_data_all_the_way_up(world: World) -> None:
+    """Three levels: message, type and code of the cause arrive at the top, live and replayed alike."""
+
+    @workflow(name="leaf")
+    async def leaf(ctx: Context) -> None:
+        raise ValueError("the cause")
+
+    @workflow(name="middle")
+    async def middle(ctx: Context) -> None:
+        await ctx.child(leaf)
+
+    @workflow(name="top")
+    async def top(ctx: Context) -> str:
+        try:
+            await ctx.child(middle)
+        except ChildFailed as error:
+            await ctx.sleep(0.01)
+            return str(error)
+        return ""
+
+    app = await world.engine(top, middle, leaf)
+    assert "the cause" in await app.start_and_wait(top, timeout=5)
