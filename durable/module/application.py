@@ -28,6 +28,7 @@ from durable.module import discovery
 from durable.module.container import Container
 from durable.module.decorators import UNSET, DynamicModule, Provider, Token, is_module, module_of, name_of, provide
 from durable.module.durable_module import DurableModule, DurableOptions
+from durable.module.fitness import is_resource, is_waiting
 from durable.module.graph import read
 from durable.module.lifecycle import Lifecycle
 from durable.module.tree import Graph, Node, describe
@@ -145,8 +146,13 @@ class Application:
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C cancels instead
                 loop.add_signal_handler(number, stopping.set)
-        async with self:
-            await stopping.wait()
+        try:
+            async with self:
+                await stopping.wait()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(NotImplementedError):
+                    loop.remove_signal_handler(number)
 
     @asynccontextmanager
     async def lifespan(self, _: Any = None) -> AsyncIterator[dict[str, Any]]:
@@ -204,13 +210,11 @@ class Application:
     # ------------------------------------------------------------------ inside
 
     def _read(self) -> Graph:
-        overrides = self._overrides
-        graph = read(_with_durable(self.root), overrides)
-        if DurableOptions not in overrides:
-            [node] = graph.find(DurableOptions)
-            spec, node.spec = node.spec, self._adjusted(node.spec)
-            if node.spec is not spec and node.spec.form == "value":
-                _forget_needs(graph, node)
+        graph = read(_with_durable(self.root), self._overrides)
+        [node] = graph.find(DurableOptions)
+        spec, node.spec = node.spec, self._adjusted(node.spec)
+        if node.spec is not spec and node.spec.form == "value":
+            _forget_needs(graph, node)
         return graph
 
     def _adjusted(self, spec: Provider) -> Provider:
@@ -221,8 +225,9 @@ class Application:
         if spec.form == "value":
             return provide(DurableOptions, use_value=spec.use_value.but(**changes))
         make = spec.use_factory
-        assert make is not None
-        return provide(DurableOptions, use_factory=lambda given: make(given).but(**changes), inject=spec.inject)
+        if make is None or is_waiting(spec) or is_resource(spec):
+            raise DefinitionError("Override DurableOptions by a value or a plain factory.")
+        return provide(DurableOptions, use_factory=lambda *given, **named: make(*given, **named).but(**changes))
 
     def _made(self) -> Container:
         if self._container is None:

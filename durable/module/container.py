@@ -7,7 +7,6 @@ awaitable; so what had to be awaited is put in its own place when it is there, a
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import inspect
 from collections.abc import Callable
@@ -72,7 +71,8 @@ class Container:
         provider = self._providers[node]
         made = provider() if scope(node) == "singleton" or _in_step() else self.fresh(node)
         if inspect.isawaitable(made):
-            asyncio.ensure_future(made).cancel()
+            if inspect.iscoroutine(made):
+                made.close()
             raise DurableError(f"{node.label} has to be awaited and is not there yet. Start the app first.")
         return made
 

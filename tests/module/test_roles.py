@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from typing import Any
 
 import pytest
 
 from durable import Context, DurableError, durable_step, workflow
 from durable.core.errors import DefinitionError
-from durable.module import Application, DurableModule, DynamicModule, module
+from durable.module import Application, DurableModule, DurableOptions, DynamicModule, module
 from durable.store.memory import MemoryStore
 from durable.testing.facts import eventually
+from durable.testing.harness import Test
 from durable.transports.event_emitter import EventEmitterTransport
 
 
@@ -86,3 +90,28 @@ async def test_worker_false_is_the_role_api() -> None:
     root = DynamicModule(Where, [DurableModule.for_root("memory://", worker=False)])
     async with Application(root) as app:
         assert app.durable.role == "api"
+
+
+async def test_options_may_be_overridden() -> None:
+    """An override of the options holds, with the role of who runs the app; in a test the outside world stays out."""
+    root = DynamicModule(Where, [DurableModule.for_root("sqlite:///never.db")], [asks])
+    given = DurableOptions("memory://", max_recovery_attempts=9)
+    for app in (
+        Application(root, role="api").override(DurableOptions, given),
+        Application(root, role="api").override(DurableOptions, use_factory=lambda: given),
+    ):
+        async with app:
+            assert (app.durable.role, app.durable.settings.max_recovery_attempts) == ("api", 9)
+    async with Test.create(root).override(DurableOptions, given) as test:
+        assert (test.durable.role, test.durable.settings.max_recovery_attempts) == ("engine", 9)
+
+
+async def test_serve_runs_until_it_is_told_to_stop() -> None:
+    """`serve` is the main of a process: SIGTERM drains it, and the signals are the caller's again."""
+    app = Application(DynamicModule(Where, [DurableModule.for_root("memory://")], [asks]))
+    serving = asyncio.create_task(app.serve())
+    await eventually(lambda: app._state == "running", "it runs")
+    os.kill(os.getpid(), signal.SIGTERM)
+    await serving
+    assert app._state == "closed"
+    assert not asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
