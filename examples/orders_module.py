@@ -7,6 +7,7 @@ gets the shop injected.
 """
 
 import asyncio
+from collections.abc import Iterator
 from decimal import Decimal
 
 from orders import HOME, Order, fulfil
@@ -26,22 +27,10 @@ class Payments:
         return await self.shop.charge(order.id, order.total, key=current_step().idempotency_key)
 
 
-class Desk:
-    """Tells how many orders are open when the engine comes up."""
-
-    def __init__(self, payments: Payments) -> None:
-        self.payments = payments
-
-    def on_start(self) -> None:
-        [(charges,)] = self.payments.shop.ledger.ask("SELECT count(*) FROM facts WHERE kind = 'charged'")
-        print(f"the desk is open; {charges} charges so far")
-
-    def on_stop(self) -> None:
-        print("the desk is closed")
-
-
-def open_shop() -> Shop:
-    return Shop(Ledger(HOME / "ledger.db"))
+def open_shop() -> Iterator[Shop]:
+    print("the shop opens")
+    yield Shop(Ledger(HOME / "ledger.db"))
+    print("the shop is closed")
 
 
 @module(providers=[provide(Shop, use_factory=open_shop), Payments], exports=[Payments])
@@ -51,7 +40,7 @@ class PaymentsModule:
 
 @module(
     imports=[DurableModule.for_root(f"sqlite:///{HOME / 'orders.db'}", lease="2s"), PaymentsModule],
-    providers=[fulfil, Desk],
+    providers=[fulfil],
 )
 class AppModule:
     pass

@@ -35,6 +35,7 @@ from durable.core.errors import (
     PayloadText,
     PayloadTooLarge,
     RetryAfter,
+    StepFailed,
 )
 
 DEFAULT_LIMIT = 1 << 20
@@ -260,6 +261,9 @@ def _stack(error: BaseException) -> str | None:
             if seen is not error:
                 lines.append(f"after {type(seen).__name__}: {_message(seen)[:200]}")
             lines.extend(_frames(seen.__traceback__))
+            if isinstance(seen, StepFailed) and seen.error is not None and seen.error.stack:
+                lines.append(f"in step {seen.key}, {seen.error.type}:")
+                lines.extend(seen.error.stack.splitlines())
             seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
         return clean(_bounded("\n".join(lines), MAX_STACK)) or None
     except Exception:

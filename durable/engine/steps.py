@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from durable.core.commands import RunStep
 from durable.core.errors import ErrorData, PayloadError, StepTimeout
 from durable.core.journal import LOG, STEP
-from durable.core.payload import describe, encode, encode_error
+from durable.core.payload import clean, describe, encode, encode_error
 from durable.core.step import StepScope, enter_step
 from durable.engine.apply import log_payload
 from durable.engine.residents import Arrival, Resident
@@ -147,7 +147,7 @@ class LocalSteps:
 
     def _log(self, run: Resident, key: str, level: str, message: str, fields: dict[str, Any]) -> None:
         data = encode(fields, what="the fields of a log line", limit=self._limit) if fields else None
-        payload = log_payload(level, message, data)
+        payload = log_payload(level, clean(str(message)), data)
 
         def write() -> None:
             index = run.logs.get(key, 0)

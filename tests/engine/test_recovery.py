@@ -164,7 +164,7 @@ async def test_S32_a_poison_run_is_dead_after_max_recovery_attempts(world: World
 
 
 async def test_S32_a_poison_second_attempt_counts_too(world: World) -> None:
-    """A body that kills its engine only when it is retried is found out all the same: the row says `executing` before it begins."""
+    """A body that kills its engine only when it is retried is found out too: the row says `executing` before it begins."""
     gate = Gate()
 
     async def body() -> int:

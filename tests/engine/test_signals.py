@@ -290,7 +290,7 @@ async def test_S18_a_signal_of_another_workspace_is_refused(world: World) -> Non
 
 
 async def test_B07_every_suspended_run_has_a_wake_time(world: World) -> None:
-    """Waiting for a signal without a timeout, for a child, for a worker: the row says when it is looked at again at the latest."""
+    """Waiting for a signal without a timeout: the row says when it is looked at again at the latest."""
     app = await world.engine(collect, hot_for=0.0, lease=0.3)
     handle = await app.start(collect, 1)
     if not world.cold:

@@ -1,4 +1,4 @@
-"""Local steps: bodies run at least once, their results are journaled once, and what is refused fails the step, never the engine."""
+"""Local steps: bodies run at least once, results are journaled once, and what is refused fails the step, never the engine."""
 
 from __future__ import annotations
 

@@ -180,6 +180,8 @@ class World:
 
     async def close(self) -> None:
         for app in list(self.apps):
+            if app._engine is None:
+                continue
             line = self.line(app)
             line.flow()
             line.fault = line.fault_after = None

@@ -30,7 +30,7 @@ def rows(page: str, heading: str) -> dict[str, list[str]]:
     found = {}
     for line in table:
         first, *others = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
-        found |= {name: others for name in re.findall(r"`([^`]+)`", first)}
+        found |= dict.fromkeys(re.findall(r"`([^`]+)`", first), others)
     return found
 
 

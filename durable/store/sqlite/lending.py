@@ -49,6 +49,9 @@ class Lender:
             cx = self._cx = self._cx or self._connect()
             try:
                 with atomic(cx):
+                    done_before = _done_before(cx, commit)
+                    if done_before is not None:
+                        return done_before
                     [outcome] = commits.commit(cx, [commit], clock.now())
                     if outcome.status is CommitStatus.DONE:
                         loop.call_soon_threadsafe(_lend, lent, cx)
@@ -88,6 +91,13 @@ class Lender:
     def close(self) -> None:
         if self._cx is not None:
             self._cx.close()
+
+
+def _done_before(cx: sqlite3.Connection, commit: Commit) -> CommitOutcome | None:
+    """The answer to a commit that had succeeded, its reply lost: its work is in the same transaction, and done too."""
+    row = cx.execute("SELECT inbox_last FROM runs WHERE id = ? AND commit_id = ?", (commit.run_id, commit.commit_id))
+    found = row.fetchone()
+    return None if found is None else CommitOutcome(CommitStatus.DONE, found[0])
 
 
 def _lend(lent: asyncio.Future[sqlite3.Connection], cx: sqlite3.Connection) -> None:

@@ -247,13 +247,16 @@ def replays(evidence: Evidence) -> Iterator[str]:
     """The outcome is what the program computes from the journal, and nothing else."""
     for run_id, stored in evidence.runs.items():
         run, journal = stored.run, stored.journal
-        if any(entry.kind == RUN and entry.status == "blocked" for entry in journal):
+        if any(entry.kind == RUN and entry.status == "blocked" for entry in journal) and not _may_block(
+            evidence, run.tags
+        ):
             entry = next(entry for entry in journal if entry.kind == RUN and entry.status == "blocked")
             yield f"{run_id} was blocked: {entry.payload!r}"
             continue
         if run.status not in TERMINAL or run.status is Status.DEAD:
             continue
-        # The last life: after the last requeue.
+        if _may_block(evidence, run.tags) and any(entry.name == "bad" for entry in journal):
+            continue  # it began and ended under the bad deploy, which is gone
         machine = _machine(stored)
         entries = _until_the_end(journal)
         try:
@@ -278,6 +281,10 @@ def replays(evidence: Evidence) -> Iterator[str]:
         elif run.status is not Status.CANCELLED:
             # Only a clean-up that took too long is ended from outside.
             yield f"{run_id} is {run.status.value}, and its journal leads to no end"
+
+
+def _may_block(evidence: Evidence, tags: tuple[str, ...]) -> bool:
+    return any(plan.blocks for number, plan in evidence.plans.items() if f"plan-{number}" in tags)
 
 
 def _until_the_end(journal: list[Entry]) -> list[Entry]:

@@ -84,6 +84,9 @@ SCENARIOS: dict[str, Callable[[], Plan]] = {
     "race": lambda: Plan.fixed([{"op": "race", "branches": [[_remote(takes=1.0)], [{"op": "sleep", "seconds": 0.2}]]}]),
     "requeue": lambda: Plan.fixed([_step("a"), _remote(fails=3), _step("b")], requeues=True),
     "requeue after a child": lambda: Plan.fixed([_child(_remote(fails=3)), _step("b")], requeues=True),
+    "bad deploy, and a fix": lambda: Plan.fixed(
+        [{"op": "fickle"}, {"op": "sleep", "seconds": 1.0}, _step("b")], blocks=True, waits=False
+    ),
     "two starts with one key": lambda: Plan.fixed([_step("a")], doubled=True),
     "start for later": lambda: Plan.fixed([_step("a")], later=True),
 }

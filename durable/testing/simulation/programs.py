@@ -15,7 +15,7 @@ from durable.core.definition import durable_step, workflow
 from durable.core.errors import StepFailed, WaitTimeout
 from durable.core.retry import RetryPolicy
 from durable.testing import programs
-from durable.testing.simulation.witness import body
+from durable.testing.simulation.witness import body, witness_time
 
 Op = dict[str, Any]
 
@@ -51,6 +51,16 @@ WORKFLOWS: dict[str, Any] = {
     programs.PROGRAM: programs.run_program,
 }
 STEPS: list[Any] = [remote, programs.work_remotely]
+
+
+BAD_CODE = (0.5, 4.0)
+"""From when to when a bad deploy is out, seconds."""
+
+
+def bad_code() -> bool:
+    """Whether workflow code that runs now is of the bad deploy."""
+    now = witness_time()
+    return now is not None and BAD_CODE[0] <= now < BAD_CODE[1]
 
 
 class _Interpreter:
@@ -151,6 +161,10 @@ class _Interpreter:
         # An argument that replay must draw again, in every life of the run.
         return await self.ctx.step("dice", local, {"takes": round(self.ctx.random() / 100, 6)}, retries=RETRY)
 
+    async def op_fickle(self, op: Op) -> Any:
+        # Code that changes under the run: a bad deploy, and a fix.
+        return await self.ctx.step("bad" if bad_code() else "good", local, {}, retries=RETRY)
+
     async def op_log(self, op: Op) -> Any:
         self.ctx.log("line", number=op["number"])
         return None
@@ -188,6 +202,8 @@ class Plan:
         """When each signal is sent, seconds after the start is known; None: drawn."""
         self.priority: int | None = None
         self.watches = False
+        self.blocks = False
+        """Whether it may be blocked: an operator has it looked at again once the code is mended."""
         self.input: Any = self.ops
         if more:
             self._more(Random(f"program, more/{seed}/{number}"))
@@ -207,7 +223,7 @@ class Plan:
         """A plan that is not drawn. Signals are those of `signals`, at `delays`."""
         plan = cls.__new__(cls)
         plan.number, plan.workflow, plan.ops, plan.input = 0, workflow, ops, ops
-        plan.priority, plan.watches = None, False
+        plan.priority, plan.watches, plan.blocks = None, False, False
         plan.signals, plan.extra, plan.delays = [], [], None
         plan.at, plan.key, plan.doubled, plan.later = 0.0, "key-0", False, False
         plan.cancel_at, plan.requeues, plan.waits = None, False, True

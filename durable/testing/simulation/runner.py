@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -252,6 +253,9 @@ def _lines(workers: Sequence[subprocess.Popen[str]]) -> Iterator[str]:
 def quiet() -> None:
     """Make ready for many seeds in this process."""
     logging.getLogger("durable.workflow").setLevel(logging.CRITICAL + 1)  # what programs do wrong, they do on purpose
+    # What vanished processes leave behind is collected between seeds; while a seed runs, the world hears of both.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    sys.unraisablehook = lambda _: None
     gc.freeze()  # what is loaded by now need not be looked at after each seed
 
 

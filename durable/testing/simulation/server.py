@@ -76,7 +76,7 @@ class StoreServer:
         """Node → until when it cannot be reached."""
         self.listeners: list[tuple[Connection, Callable[[], None]]] = []
         self.latest = 0.0
-        """When the last request that was held up will have arrived."""
+        """When the last call that was held up will be over; others may have queued behind it."""
         self.trace: Callable[[str], None] | None = None
 
     def connect(self, node: Node) -> Connection:
@@ -151,8 +151,8 @@ class Connection:
             return await reply
         if faults.hits("store_stall"):
             there += faults.delay(0.25, 15.0)
-            server.latest = max(server.latest, loop.time() + there)
             back += faults.delay(0.25, 15.0)
+            server.latest = max(server.latest, loop.time() + there + back)
         if lost in _LOST and faults.hits(lost, 2):
             loop.post(loop.world, there, self._arrive, name, act, None, 0.0, effect)
             loop.post(self.node, there + faults.delay(0.0, 2.0), _fail, reply, f"{name}: the answer was lost")

@@ -64,6 +64,11 @@ def install(witness: Witness | None) -> None:
     _CURRENT[:] = [] if witness is None else [witness]
 
 
+def witness_time() -> float | None:
+    """Now, in a simulation."""
+    return _CURRENT[0].loop.time() if _CURRENT else None
+
+
 class Planned(Exception):
     """A failure that the program asked for."""
 

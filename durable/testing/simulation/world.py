@@ -29,7 +29,7 @@ from durable.core.ids import SeededIds
 from durable.core.registry import Registry
 from durable.engine.deps import Deps, Settings
 from durable.engine.engine import WorkflowEngine
-from durable.protocol.states import REOPENABLE, TERMINAL
+from durable.protocol.states import REOPENABLE, TERMINAL, Activity
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
 from durable.store.records import RunQuery, RunRecord
@@ -38,7 +38,7 @@ from durable.testing.simulation import witness as witnesses
 from durable.testing.simulation.broker import Broker, Bus, Worker
 from durable.testing.simulation.faults import LOSSES, MOVES, Faults, Swarm, Tripwire
 from durable.testing.simulation.loop import Deadlock, Livelock, Node, SimLoop
-from durable.testing.simulation.programs import STEPS, WORKFLOWS, Plan
+from durable.testing.simulation.programs import STEPS, WORKFLOWS, Plan, bad_code
 from durable.testing.simulation.server import StoreServer, at_once
 from durable.testing.simulation.witness import Body, Witness
 from durable.transports.event_emitter import EventEmitterTransport
@@ -628,6 +628,9 @@ class World:
                     await asyncio.sleep(0.3)
                     continue
             record = at_once(self.base.get([run_id]))[0]
+            if plan.blocks and record is not None and record.activity is Activity.BLOCKED and not bad_code():
+                call = await self._ask(plan, "requeue", requeue)
+                call.run_id = run_id
             if record is None or record.status not in TERMINAL:
                 await asyncio.sleep(0.5)
                 continue

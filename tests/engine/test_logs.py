@@ -1,0 +1,124 @@
+"""Log lines: written once however often the body replays, in order, under the step they belong to (R6)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from durable import Context, current_step, workflow
+from tests.engine.world import World
+
+
+async def lines(world: World, run_id: str) -> list[tuple[str | None, str]]:
+    entries = [entry for entry in await world.journal(run_id) if entry.kind == "log"]
+    return [(entry.key, msgspec.json.decode(entry.payload or b"")["message"]) for entry in entries]
+
+
+async def test_R6_a_line_is_written_once_however_often_the_run_replays(world: World) -> None:
+    """Over crashes and evictions each `ctx.log` is one row."""
+
+    @workflow(name="talks")
+    async def talks(ctx: Context) -> None:
+        ctx.log("begun", order=7)
+        await ctx.wait_for_signal("a")
+        ctx.log("got a", level="warn")
+        await ctx.sleep(0.01)
+        ctx.log("slept")
+        await ctx.wait_for_signal("b")
+        ctx.log("done")
+
+    app = await world.engine(talks)
+    handle = await app.start(talks)
+    for name in ("a", "b"):
+        await world.waits(handle.id)
+        await world.crash(app)
+        app = await world.engine(talks)
+        await app.run(handle.id).signal(name)
+    await app.run(handle.id).result(5)
+    assert await lines(world, handle.id) == [(None, "begun"), (None, "got a"), (None, "slept"), (None, "done")]
+    payload = msgspec.json.decode(next(e for e in await world.journal(handle.id) if e.kind == "log").payload or b"")
+    assert payload == {"level": "info", "message": "begun", "fields": {"order": 7}}
+    await world.sound(handle.id)
+
+
+async def test_R6_a_steps_lines_stand_under_its_key(world: World) -> None:
+    """`current_step().log` from async bodies and from threads; they come before the result, in order."""
+
+    @workflow(name="steps")
+    async def steps(ctx: Context) -> None:
+        def thread() -> None:
+            current_step().log("from a thread")
+
+        async def body() -> None:
+            for n in range(3):
+                current_step().log(f"line {n}", n=n)
+
+        await ctx.step("async", body)
+        await ctx.step("thread", thread)
+
+    app = await world.engine(steps)
+    handle = await app.start(steps)
+    await handle.result(5)
+    assert await lines(world, handle.id) == [
+        ("async", "line 0"),
+        ("async", "line 1"),
+        ("async", "line 2"),
+        ("thread", "from a thread"),
+    ]
+    await world.sound(handle.id)
+
+
+async def test_a_line_that_cannot_be_kept_is_an_error_at_the_call(world: World) -> None:
+    """Fields that are no JSON raise PayloadError where they are logged; nothing is written, the run goes on if it likes."""
+    from durable.core.errors import PayloadError
+
+    @workflow(name="bad")
+    async def bad(ctx: Context) -> str:
+        try:
+            ctx.log("bad", thing=object())
+        except PayloadError as error:
+            return error.code
+        return ""
+
+    app = await world.engine(bad)
+    handle = await app.start(bad)
+    assert await handle.result(5) == "payload_type"
+    assert await lines(world, handle.id) == []
+
+
+async def test_a_line_with_nul_or_surrogates_does_not_wedge_the_run(world: World) -> None:
+    """Hostile text in a message: the run completes all the same."""
+
+    @workflow(name="hostile")
+    async def hostile(ctx: Context) -> str:
+        for text in ("nul \0 inside", "half \ud800 pair"):
+            try:
+                ctx.log(text)
+            except Exception as error:
+                return type(error).__name__
+        return "written"
+
+    app = await world.engine(hostile)
+    handle = await app.start(hostile)
+    assert await handle.result(5) in ("written", "PayloadText", "PayloadError")
+    await world.sound(handle.id)
+
+
+async def test_a_bodys_hostile_line_does_not_wedge_the_run(world: World) -> None:
+    """The same from a step body, sync and async."""
+
+    @workflow(name="hostile")
+    async def hostile(ctx: Context) -> str:
+        async def body() -> str:
+            try:
+                current_step().log("half \ud800 pair, nul \0")
+            except Exception as error:
+                return type(error).__name__
+            return "written"
+
+        result: str = await ctx.step("body", body)
+        return result
+
+    app = await world.engine(hostile)
+    handle = await app.start(hostile)
+    assert await handle.result(5) in ("written", "PayloadText", "PayloadError")
+    await world.sound(handle.id)
