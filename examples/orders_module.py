@@ -28,6 +28,7 @@ class Payments:
 
 
 def open_shop() -> Iterator[Shop]:
+    HOME.mkdir(parents=True, exist_ok=True)
     print("the shop opens")
     yield Shop(Ledger(HOME / "ledger.db"))
     print("the shop is closed")
