@@ -27,7 +27,7 @@ class DurableOptions:
         store: Store | str | None = None,
         *,
         transport: Transport | None = None,
-        transports: Sequence[Any] | None = None,
+        transports: Mapping[str, Transport] | Sequence[Any] | None = None,
         control_plane: ControlPlane | None = None,
         role: str | None = None,
         worker: bool | None = None,
@@ -87,7 +87,7 @@ class DurableModule:
         store: Store | str | None = None,
         *,
         transport: Transport | None = None,
-        transports: Sequence[Any] | None = None,
+        transports: Mapping[str, Transport] | Sequence[Any] | None = None,
         control_plane: ControlPlane | None = None,
         role: str | None = None,
         worker: bool | None = None,
@@ -98,7 +98,7 @@ class DurableModule:
     ) -> DynamicModule:
         """Where runs live and how steps travel.
 
-        `store`: a URL or a Store. `transport`, or `transports` in the order in which they are tried. `role`: engine, api or
+        `store`: a URL or a Store. `transport`, or `transports` by id in the order in which they are tried. `role`: engine, api or
         worker; `worker=False` is role api. `dead_letter`: the workflow for runs that cannot be saved. `settings`: those of
         durable/engine/deps.py. Raises DefinitionError for an option there is not.
         """

@@ -11,10 +11,12 @@ from durable.core.errors import DefinitionError
 from durable.module.decorators import Provider
 from durable.module.tree import HOOKS, Graph, scope
 
+_DURABLE = "durable.module.durable_module"
+
 
 def unfit(graph: Graph) -> list[str]:
     """Every such problem."""
-    return [*_captives(graph), *_doubled(graph), *_never_kept(graph), *_durable_twice(graph)]
+    return [*_captives(graph), *_doubled(graph), *_never_kept(graph)]
 
 
 def _captives(graph: Graph) -> list[str]:
@@ -107,8 +109,9 @@ def is_resource(spec: Provider) -> bool:
     )
 
 
-def _durable_twice(graph: Graph) -> list[str]:
-    found = [module for module in graph.modules if module.definition.module.__name__ == "DurableModule"]
+def durable_twice(graph: Graph) -> list[str]:
+    """Asked first: everything else it would break reads worse."""
+    found = [module for module in graph.modules if module.definition.module.__module__ == _DURABLE]
     if len(found) < 2:
         return []
     return [

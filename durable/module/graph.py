@@ -22,7 +22,7 @@ from durable.module.decorators import (
     provide,
     provider_of,
 )
-from durable.module.fitness import unfit
+from durable.module.fitness import durable_twice, unfit
 from durable.module.needs import read_needs
 from durable.module.tree import HOOKS, Graph, ModuleNode, Node, ahead, near, same
 
@@ -31,6 +31,7 @@ def read(root: Any, overrides: Mapping[Token, Provider] | None = None) -> Graph:
     """The graph of a root module. Raises DefinitionError with everything that is wrong at the first stage where anything is."""
     modules = _modules(root)
     graph = Graph(modules[-1], modules)
+    _check(durable_twice(graph))
     _check(_read_providers(graph))
     _check(_override(graph, overrides or {}))
     _check(_read_exports(graph))

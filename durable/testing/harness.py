@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,6 +25,7 @@ from durable.module.decorators import Provider, provide
 from durable.module.durable_module import DurableOptions
 from durable.store.memory import MemoryStore
 from durable.testing.virtual import VirtualClock, VirtualTime
+from durable.transports.event_emitter import EventEmitterTransport
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -121,6 +123,9 @@ class Test(Application):
         kept: dict[str, Any] = {}
         if spec.form == "value":
             kept = {name: value for name, value in spec.use_value.given.items() if name not in _OUTSIDE}
+            named = spec.use_value.given.get("transports")
+            if isinstance(named, Mapping):  # steps may be pinned to one of them
+                kept["transports"] = {name: EventEmitterTransport() for name in named}
         given = kept | _QUIET | self._settings
         options = DurableOptions(
             MemoryStore(self._clock), **(given | {"clock": self._clock, "role": "engine", "on_step": self._on_step})
