@@ -125,7 +125,7 @@ class Dispatch:
 
     def _publish(self, run: Resident, command: SendTask, attempt: int) -> None:
         sent = run.sent.get(command.key)
-        if run.dropped or sent is None or sent.attempt != attempt:
+        if run.dropped or sent is None or sent.attempt != attempt or self._executor.draining:
             return
         if not self._executor.lease.safe():
             self._held.append(partial(self._publish, run, command, attempt))

@@ -106,12 +106,13 @@ class WorkflowEngine:
         self._running = True
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Stop without loss: claim and start nothing more, let bodies finish within `timeout` seconds (default
+        """Stop without loss: claim, start and begin nothing more, let bodies under way finish within `timeout` seconds (default
         `drain_timeout`), hand the rest over. Nothing of it counts as a crash. Idempotent."""
         if not self._running:
             return
         self._running = False
         executor = self._executor
+        executor.draining = True
         await self._starter.close()
         if self.deps.settings.execute:
             await self._scheduler.stop()
@@ -331,6 +332,6 @@ class WorkflowEngine:
 
 def _busy(run: Resident, shared: bool) -> bool:
     """Whether stopping now would waste what is under way. A task in this process ends with it."""
-    if run.bodies or run.committing or run.pending or run.arrivals or run.actions or run.queued:
+    if run.committing or run.pending or run.arrivals or run.queued or any(run.bodies.values()):
         return True
-    return any(not sent.published or not shared for sent in run.sent.values())
+    return any(not shared for sent in run.sent.values() if sent.published)

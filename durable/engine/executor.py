@@ -36,6 +36,9 @@ from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal
 
 log = logging.getLogger("durable.executor")
 
+SLOW_SECONDS = 0.25
+"""A run's turns that take longer than this are named: they hold up all others."""
+
 
 class Executor:
     """All resident runs of one engine."""
@@ -58,6 +61,8 @@ class Executor:
         self.steps = LocalSteps(self)
         self.dispatch = Dispatch(self)
         self.lease: Lease
+        self.draining = False
+        """Nothing new is begun: what waits behind the barrier stays there, for the next owner."""
         self.executing: str | None = None
         """The run whose turn it is; the watchdog names it when the loop is blocked."""
 
@@ -143,6 +148,7 @@ class Executor:
         if run.dropped or run.suspending or run.ended or run.held:
             return
         self.executing = run.run_id
+        began = self.clock.monotonic()
         try:
             if run.opening is not None:
                 self._open(run)
@@ -157,6 +163,14 @@ class Executor:
             run.final = Final(Status.FAILED, error=encode_error(describe(error)))
         finally:
             self.executing = None
+            took = self.clock.monotonic() - began
+            if took > SLOW_SECONDS:
+                log.warning(
+                    "run %s held the event loop for %.2f s; every other run waited. Is there blocking work, such as "
+                    "time.sleep, in the workflow? It belongs in a step.",
+                    run.run_id,
+                    took,
+                )
         self.settle(run)
 
     def _open(self, run: Resident) -> None:

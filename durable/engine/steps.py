@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from durable.core.commands import RunStep
 from durable.core.errors import ErrorData, PayloadError, StepTimeout
 from durable.core.journal import LOG, STEP
-from durable.core.payload import clean, describe, encode, encode_error
+from durable.core.payload import DEFAULT_LIMIT, clean, describe, encode, encode_error, through
 from durable.core.step import StepScope, enter_step
 from durable.engine.apply import log_payload
 from durable.engine.residents import Arrival, Resident
@@ -34,7 +34,7 @@ class LocalSteps:
         self._executor = executor
         self._held: list[Callable[[], None]] = []
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
-        self._limit = executor.deps.store.capabilities.max_payload
+        self._limit = min(DEFAULT_LIMIT, executor.deps.store.capabilities.max_payload)
 
     def launch(self, run: Resident, command: RunStep, attempt: int) -> None:
         """Have a body run once all before it is committed."""
@@ -66,6 +66,8 @@ class LocalSteps:
         key = command.key
         if run.dropped or run.bodies.get(key, run) is not None or run.attempts.get(key) != attempt:
             return
+        if self._executor.draining:
+            return  # the next owner begins it
         if not self._executor.lease.safe():
             self._held.append(partial(self._begin, run, command, attempt))
             return
@@ -83,7 +85,8 @@ class LocalSteps:
         status = "completed"
         try:
             result = await self._body(run, command, attempt)
-            payload = encode(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
+            # Read back too: what cannot be read as its type fails the step now, and not its every replay.
+            payload, _ = through(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
         except asyncio.CancelledError:
             if run.dropped or key not in run.bodies:
                 return  # by us: nobody waits for it
