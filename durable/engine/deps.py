@@ -63,7 +63,18 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 DURATIONS = frozenset(
-    "lease beat_every poll_every tick hot_for cancel_grace drain_timeout dispatch_timeout cool_down reconcile".split()
+    [
+        "lease",
+        "beat_every",
+        "poll_every",
+        "tick",
+        "hot_for",
+        "cancel_grace",
+        "drain_timeout",
+        "dispatch_timeout",
+        "cool_down",
+        "reconcile",
+    ]
 )
 """Settings in seconds."""
 

@@ -324,9 +324,9 @@ class Executor:
             if not sent.published or sent.command.options.heartbeat_timeout is not None:
                 return False
         # A task in this process lives and dies with it, so its run must be seen to die too.
-        return not self.has_task_here(run)
+        return not self._has_task_here(run)
 
-    def has_task_here(self, run: Resident) -> bool:
+    def _has_task_here(self, run: Resident) -> bool:
         """Whether a task of this run is, or may be, under way in this process."""
         pool = self.deps.transport
         return any(not pool.member(sent.transport).capabilities.shared for sent in run.sent.values())
@@ -342,7 +342,7 @@ class Executor:
         return not any(command.kind in (SIGNAL, CHILD, REMOTE) for command in run.machine.outstanding.values())
 
     def _activity(self, run: Resident) -> Activity:
-        if run.bodies or (run.sent and self.has_task_here(run)):
+        if run.bodies or (run.sent and self._has_task_here(run)):
             return Activity.EXECUTING  # a task in this process is as good as a body
         if run.cancel_deadline is not None:
             return Activity.CANCELLING
