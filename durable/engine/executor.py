@@ -299,6 +299,8 @@ class Executor:
             return
         if self._parked(run):
             self.on_calm(run)
+            if run.recovery_attempts:
+                run.progressed = True  # it has come to rest, so it was not what killed its engine
             wake = run.next_wake()
             if self.settings.cold or self._far(run, wake):
                 self._commit(run, suspend=True)

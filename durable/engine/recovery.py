@@ -1,8 +1,9 @@
 """Runs whose engine died. Claimed all the time, not once at boot; those that were executing are suspects.
 
-A suspect runs alone among suspects until it has made progress, waits, or has survived for a while: so one poison run
-uses up its own recovery attempts and never its neighbours' (D7, S32). Suspects that wait for their turn are stored as
-`queued`, so that another crash does not count against them.
+Most of them only happened to be there, so a suspect goes on at once. One that is at its last attempt runs alone among
+its like, until it has made progress, waits, or has survived for a while: a poison run may use up its neighbours'
+attempts but for the last, which nobody but itself can take (D7, S32). Those that wait for their turn are stored as `queued`, so
+that another crash does not count against them.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ class Recovery:
         self._bound: asyncio.TimerHandle | None = None
 
     def admit(self, run: Resident, journal: Journal) -> None:
-        """Take a suspect in. It stays still until it is its turn."""
+        """Take a suspect in. It stays still until the store says that it executes; the last attempt is made alone."""
         run.held = True
         self._executor.residents[run.run_id] = run
+        if run.recovery_attempts < self._executor.settings.max_recovery_attempts:
+            self._try(run, journal)
+            return
         self._lane.append((run, journal))
         if self._current is None:
             self._advance()
@@ -69,8 +73,11 @@ class Recovery:
                     run.recovery_attempts,
                     limit,
                 )
-                self._commit(run, [], Activity.EXECUTING, partial(self._begin, run, journal))
+                self._try(run, journal)
             return
+
+    def _try(self, run: Resident, journal: Journal) -> None:
+        self._commit(run, [], Activity.EXECUTING, partial(self._begin, run, journal))
 
     def _begin(self, run: Resident, journal: Journal, answer: CommitOutcome | BaseException) -> None:
         run.held = False

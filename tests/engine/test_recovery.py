@@ -251,6 +251,47 @@ async def test_S32_waiting_runs_are_not_counted(world: World) -> None:
     assert await app.run(handle.id).result(5) == "fine"
 
 
+async def test_S32_many_innocent_runs_go_on_together_after_a_crash(world: World) -> None:
+    """A crash makes a suspect of everything that executed; below its last attempt none waits for another's turn."""
+    gate = Gate()
+    work = gated(gate)
+    app = await world.engine(work)
+    handles = [await app.start(work) for _ in range(20)]
+    await gate.reached(20)
+    await world.crash(app)
+    other = await world.engine(work)
+    await gate.reached(40)
+    records = await (await world.store()).get([handle.id for handle in handles])
+    assert {(record.activity, record.recovery_attempts) for record in records} == {(Activity.EXECUTING, 1)}
+    gate.open()
+    assert len(await all_results([other.run(handle.id) for handle in handles])) == 20
+
+
+async def test_S32_a_suspect_that_comes_to_rest_is_cleared(world: World) -> None:
+    """A run that was caught executing, and then waits, was not what killed its engine: the count is set back."""
+    gate = Gate()
+
+    @workflow(name="rests")
+    async def rests(ctx: Context) -> Any:
+        waiting = asyncio.ensure_future(ctx.wait_for_signal("go"))
+        try:
+            async with asyncio.timeout(0.3):
+                await ctx.step("body", gate)
+        except TimeoutError:
+            pass
+        return await waiting
+
+    app = await world.engine(rests, max_recovery_attempts=1)
+    handle = await app.start(rests)
+    await gate.reached()
+    await world.crash(app)
+    app = await world.engine(rests, max_recovery_attempts=1)
+    await world.waits(handle.id)
+    assert (await world.record(handle.id)).recovery_attempts == 0
+    await app.run(handle.id).signal("go", 1)
+    assert await app.run(handle.id).result(5) == 1
+
+
 async def test_S32_a_poison_run_does_not_take_its_neighbours_along(world: World) -> None:
     """Suspects are tried one at a time: only the one that kills is dead, all others complete."""
     poison, harmless = Gate(), Gate()
