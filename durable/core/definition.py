@@ -457,7 +457,11 @@ def _refuse_input_for_ctx(parameter: inspect.Parameter, label: str, place: str) 
     """`async def w(n: int)` would be handed the Context as its n."""
     annotation = parameter.annotation
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
-    if annotation is not inspect.Parameter.empty and name.rpartition(".")[2].strip("'\"") not in ("Context", "Any", "object"):
+    if annotation is not inspect.Parameter.empty and name.rpartition(".")[2].strip("'\"") not in (
+        "Context",
+        "Any",
+        "object",
+    ):
         raise DefinitionError(
             f"{label} ({place}): its first parameter is the Context, but {parameter.name!r} is a {name}. "
             f"Write `(ctx: Context, {parameter.name}: {name})`."

@@ -9,6 +9,7 @@ from durable.control_plane.interface import ControlPlane
 from durable.core.clock import Clock
 from durable.core.ids import Ids
 from durable.core.registry import Registry
+from durable.core.step import StepObserver
 from durable.store.interface import Store
 from durable.store.records import DEFAULT_WORKSPACE
 from durable.transports.interface import TaskHandler
@@ -92,3 +93,5 @@ class Deps(Struct, frozen=True, kw_only=True):
     """The machine's clock; the engine corrects it to the store's."""
     ids: Ids
     settings: Settings
+    on_step: StepObserver | None = None
+    """Told of each attempt of a local step."""
