@@ -170,11 +170,12 @@ class Durable:
             raise DurableError("The app is running already.")
         store = open_store(self.store)
         transport = self._transport or EventEmitterTransport()
+        threads = self.settings.body_threads if self.settings.threads else 0
         deps = Deps(
             store=store,
             registry=self.registry,
             transport=transport,
-            handler=StepHandler(self.registry, self._clock) if self.settings.execute else None,
+            handler=StepHandler(self.registry, self._clock, threads=threads) if self.settings.execute else None,
             control_plane=self._control_plane or LocalControlPlane(),
             clock=self._clock,
             ids=self._ids,

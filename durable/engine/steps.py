@@ -7,7 +7,6 @@ journaled once.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextvars
 import inspect
 from collections.abc import Awaitable, Callable
@@ -22,6 +21,7 @@ from durable.core.step import StepScope, enter_step
 from durable.engine.apply import log_payload
 from durable.engine.residents import Arrival, Resident
 from durable.protocol.messages import step_id
+from durable.worker.threads import BodyThreads
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -33,7 +33,7 @@ class LocalSteps:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._held: list[Callable[[], None]] = []
-        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._threads = BodyThreads(executor.settings.body_threads)
         self._limit = executor.deps.store.capabilities.max_payload
 
     def launch(self, run: Resident, command: RunStep, attempt: int) -> None:
@@ -59,8 +59,7 @@ class LocalSteps:
 
     def close(self) -> None:
         """Let the threads go. One that never returns is not waited for."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     def _begin(self, run: Resident, command: RunStep, attempt: int) -> None:
         key = command.key
@@ -137,12 +136,8 @@ class LocalSteps:
         return await result if inspect.isawaitable(result) else result
 
     async def _in_thread(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        if self._pool is None:
-            self._pool = concurrent.futures.ThreadPoolExecutor(
-                self._executor.settings.body_threads, thread_name_prefix="durable-step"
-            )
         variables = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(variables.run, body, *args))
+        return await self._threads.run(partial(variables.run, body, *args))
 
     def _log(self, run: Resident, key: str, level: str, message: str, fields: dict[str, Any]) -> None:
         data = encode(fields, what="the fields of a log line", limit=self._limit) if fields else None

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from durable.core.clock import Clock
+from durable.core.definition import StepDefinition
 from durable.core.errors import ErrorData, NotRegistered, StepTimeout
 from durable.core.payload import describe, encode
 from durable.core.registry import Registry
 from durable.core.step import StepScope, enter_step
 from durable.protocol.messages import RemoteTask, StepEvent, StepResult
+from durable.worker.threads import BodyThreads
 
 
 class StepHandler:
     """A transport's task handler over a registry of steps."""
 
-    def __init__(self, registry: Registry, clock: Clock) -> None:
+    def __init__(self, registry: Registry, clock: Clock, *, threads: int = 32) -> None:
+        """`threads`: for plain `def` bodies; 0 runs them in place (the simulation)."""
         self._registry = registry
         self._clock = clock
+        self._threads = BodyThreads(threads) if threads else None
 
     async def __call__(self, task: RemoteTask) -> StepResult:
         """Never raises but CancelledError: a failure is an answer."""
@@ -62,7 +68,7 @@ class StepHandler:
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
-                result = step.call(bytes(task.input))
+                result = await self._begin(step, bytes(task.input))
                 if inspect.isawaitable(result):
                     result = await result
         except TimeoutError:
@@ -70,3 +76,8 @@ class StepHandler:
                 raise StepTimeout(f"The step took longer than its timeout of {timeout} s.") from None
             raise
         return encode(result, step.output_type, what=f"the result of step {task.name!r}")
+
+    async def _begin(self, step: StepDefinition, data: bytes) -> Any:
+        if step.is_async or self._threads is None:
+            return step.call(data)
+        return await self._threads.run(partial(contextvars.copy_context().run, step.call, data))

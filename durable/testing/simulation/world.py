@@ -361,7 +361,7 @@ class World:
             except StoreUnavailable:
                 await asyncio.sleep(0.1)
         if not self.swarm.shared:
-            await transport.serve([step.name for step in registry.steps()], StepHandler(registry, clock))
+            await transport.serve([step.name for step in registry.steps()], StepHandler(registry, clock, threads=0))
         process.ready = True
 
     def _boot_worker(self, slot: int) -> None:
@@ -370,7 +370,7 @@ class World:
         self._nodes.append(node)
         draw = Random(f"node/{self.swarm.seed}/{node.name}")
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1.0)
-        self.broker.workers.append(Worker(node, StepHandler(Registry(STEPS), clock)))
+        self.broker.workers.append(Worker(node, StepHandler(Registry(STEPS), clock, threads=0)))
         self.worker_slots[slot] = node
 
     async def _supervise(self) -> None:
