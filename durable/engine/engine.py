@@ -14,7 +14,7 @@ from durable.core.clock import StoreClock
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
-from durable.core.journal import Entry
+from durable.core.journal import RUN, Entry
 from durable.core.payload import encode
 from durable.engine import dead_letter
 from durable.engine.announce import Announcer
@@ -84,8 +84,8 @@ class WorkflowEngine:
 
     @property
     def trouble(self) -> StoreError | None:
-        """Why nothing can be committed right now, or None."""
-        return self._executor.commits.trouble
+        """Why the store takes nothing right now, or None."""
+        return self._executor.commits.trouble or self._starter.trouble or self._mail.trouble
 
     # ------------------------------------------------------------------ life
 
@@ -231,7 +231,14 @@ class WorkflowEngine:
         """Ask a run to stop: its main task is cancelled and may clean up for `cancel_grace`. True if this was the first
         request. Raises RunNotFound, RunFinished."""
         data = msgspec.json.encode({"reason": reason})
-        return await self._mail.must_send(self._message(run_id, "cancel", "cancel", "", data))
+        if await self._mail.must_send(self._message(run_id, "cancel", "cancel", "", data)):
+            return True
+        # It had been asked before; but a run that was reopened since begins anew in this too.
+        entries = (await self.deps.store.load([run_id]))[0].entries
+        reopened = [entry.seq for entry in entries if entry.kind == RUN and entry.status == "requeued"]
+        if not reopened:
+            return False
+        return await self._mail.must_send(self._message(run_id, f"cancel:{reopened[-1]}", "cancel", "", data))
 
     async def get(self, run_id: str) -> RunRecord:
         """The run as stored. Raises RunNotFound."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from durable.core.errors import RunFinished, RunNotFound
+from durable.core.errors import RunFinished, RunNotFound, StoreError
 from durable.engine.committer import Group
 from durable.engine.deps import Deps
 from durable.store.records import Message, SendOutcome, SendStatus
@@ -21,6 +21,11 @@ class Mail:
             size=lambda message: len(message.payload or b""),
         )
         self._nudge = nudge
+
+    @property
+    def trouble(self) -> StoreError | None:
+        """Why the store takes none right now, or None."""
+        return self._group.trouble
 
     async def send(self, message: Message) -> SendStatus:
         """Store a message. The same id again changes nothing. It is durable when this returns."""

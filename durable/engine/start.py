@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from durable.core.definition import WorkflowDefinition
-from durable.core.errors import EngineStopped, IdempotencyConflict
+from durable.core.errors import EngineStopped, IdempotencyConflict, StoreError
 from durable.core.journal import RUN, Entry
 from durable.core.payload import fingerprint
 from durable.core.replay import Machine
@@ -55,6 +55,11 @@ class Starter:
         """Whether runs may be started here."""
         self.hot = False
         """Whether this engine may execute what it starts."""
+
+    @property
+    def trouble(self) -> StoreError | None:
+        """Why the store takes none right now, or None."""
+        return self._group.trouble
 
     async def start(self, request: StartRequest) -> str:
         """The run's id, once it is durable. Raises NotRegistered, PayloadError, IdempotencyConflict."""

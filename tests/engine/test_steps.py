@@ -173,6 +173,53 @@ async def test_a_plain_function_runs_in_a_thread_and_does_not_hold_the_loop(worl
     assert where[0] is not threading.main_thread()
 
 
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+async def test_a_plain_remote_step_does_not_hold_the_loop_either(world: World, remote: bool) -> None:
+    """A `def` step served in this process blocks its thread and nothing else, with its scope at hand."""
+    release = threading.Event()
+
+    @durable_step("block")
+    def block() -> list[str]:
+        assert release.wait(5)
+        return [current_step().run_id, threading.current_thread().name]
+
+    @workflow(name="blocks")
+    async def blocks(ctx: Context) -> list[str]:
+        result: list[str] = await (ctx.remote(block) if remote else ctx.step(block))
+        return result
+
+    app = await world.engine(blocks, block)
+    handle = await app.start(blocks)
+    ticks = 0
+    for _ in range(20):
+        await asyncio.sleep(0.002)
+        ticks += 1
+    release.set()
+    run_id, thread = await handle.result(5)
+    assert (run_id, ticks) == (handle.id, 20)
+    assert thread != threading.main_thread().name
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+async def test_a_body_that_raises_stop_iteration_is_heard_of(world: World, remote: bool) -> None:
+    """`next()` on nothing in a plain `def` body: a failed step, not a run that waits for ever."""
+
+    @durable_step("stops", retries=0)
+    def stops() -> int:
+        return next(iter(list[int]()))
+
+    @workflow(name="stops-run")
+    async def stops_run(ctx: Context) -> str:
+        try:
+            await (ctx.remote(stops) if remote else ctx.step(stops))
+        except StepFailed as error:
+            return error.error.message if error.error else ""
+        return ""
+
+    app = await world.engine(stops_run, stops)
+    assert "StopIteration" in await app.start_and_wait(stops_run, timeout=5)
+
+
 async def test_a_step_by_reference_brings_its_options(world: World) -> None:
     """`ctx.step(decorated)` takes name, retries and timeout from the decorator; the call may override them."""
     tries: list[int] = []

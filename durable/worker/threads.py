@@ -1,0 +1,79 @@
+"""Threads for plain `def` step bodies. Daemons: nobody can cancel a thread, so one that never returns must not hold the
+process back at its end, as those of concurrent.futures would. It knows nothing of runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class BodyThreads:
+    """At most `limit` threads, made when they are needed and kept until `close`."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._made = 0
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Call it in a thread and wait. Cancelled, it is not begun any more; one that has begun goes on unheard."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def work() -> None:
+            if future.cancelled():
+                return
+            try:
+                result = function()
+            except StopIteration as error:
+                # No future takes it: the body would never be heard of again.
+                wrong = RuntimeError("the body raised StopIteration")
+                wrong.__cause__ = error
+                _tell(loop, future, wrong, None)
+            except BaseException as error:
+                _tell(loop, future, error, None)
+            else:
+                _tell(loop, future, None, result)
+
+        self._work.put(work)
+        if not self._idle.acquire(blocking=False) and self._made < self._limit:
+            self._made += 1
+            threading.Thread(target=self._serve, name=f"durable-step-{self._made}", daemon=True).start()
+        return await future
+
+    def close(self) -> None:
+        """Let idle threads end; what waits for one is not begun."""
+        for _ in range(self._made):
+            self._work.put(None)
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+            del work
+            self._idle.release()
+
+
+def _tell(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], error: BaseException | None, result: T | None
+) -> None:
+    def settle() -> None:
+        if future.done():
+            if asyncio.iscoroutine(result):
+                result.close()  # a lambda around an async function, and nobody waits for it
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    try:
+        loop.call_soon_threadsafe(settle)
+    except RuntimeError:
+        return  # the loop is closed: nobody is left to hear of it
