@@ -115,6 +115,7 @@ class Durable:
             settings, execute=self.role == "engine", dead_letter_workflow=workflow_name(dead_letter_workflow)
         )
         self._serving: Transport | None = None
+        self._serves: StepHandler | None = None
         self._engine: WorkflowEngine | None = None
 
     # ------------------------------------------------------------------ authoring
@@ -258,6 +259,8 @@ class Durable:
         if engine is not None:
             await engine.drain(timeout)
             await engine.deps.store.close()
+        if self._serves is not None:
+            self._serves.close()
 
     # ------------------------------------------------------------------ runs
 

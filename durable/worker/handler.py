@@ -27,6 +27,10 @@ class StepHandler:
         self._on_step = on_step
         self._bodies = Bodies(threads)
 
+    def close(self) -> None:
+        """Let the threads of plain bodies go."""
+        self._bodies.close()
+
     async def __call__(self, task: RemoteTask) -> StepResult:
         """Never raises but CancelledError: a failure is an answer."""
         started = self._clock.now() // 1_000

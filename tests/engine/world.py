@@ -211,6 +211,14 @@ class World:
                 loop.call_soon(grave.drop)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+        for grave in self.graves:
+            engine = getattr(grave, "_engine", None)
+            if engine is not None:  # what the system does for a dead process: its threads and files are gone
+                for unlisten in engine._unlisten:
+                    unlisten()
+                engine._executor.steps.close()
+                engine.deps.handler.close()
+                await self.line(grave)._store.close()
         if self._store is not None:
             await self._store.close()
 
