@@ -6,7 +6,7 @@ It puts the parts together — a store by URL, a transport, an engine — and kn
 from __future__ import annotations
 
 import difflib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -14,15 +14,16 @@ import msgspec
 from durable.control_plane.interface import ControlPlane
 from durable.control_plane.local import LocalControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
-from durable.core.ctx import Context
+from durable.core.ctx import Context, PlainWorkflowClass, WorkflowClass
 from durable.core.dead_letter import DeadLetter
-from durable.core.definition import durable_step, workflow, workflow_name
+from durable.core.definition import WorkflowDefinition, durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, DurableError, EngineStopped
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
 from durable.core.retry import RetryPolicy
+from durable.core.step import StepObserver
 from durable.engine.dead_letter import listen
 from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
@@ -33,6 +34,7 @@ from durable.store.memory import MemoryStore
 from durable.store.records import RunPage, RunQuery, RunRecord
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
+from durable.transports.pool import DEFAULT, TransportPool
 from durable.worker.handler import StepHandler
 
 I = TypeVar("I")  # noqa: E741
@@ -55,12 +57,27 @@ def open_store(store: Store | str) -> Store:
     raise DurableError(f"No store is known for {store!r}. Give sqlite:///path/to/file.db or memory://.")
 
 
+ROLES = ("engine", "api", "worker")
+
+
+def _role(role: str | None, worker: bool) -> str:
+    chosen = role or ("engine" if worker else "api")
+    if chosen not in ROLES:
+        raise DefinitionError(f"A role is one of {', '.join(ROLES)}, not {chosen!r}.")
+    if not worker and chosen != "api":
+        raise DefinitionError(f"worker=False is the role api, and the role given is {chosen}. Leave one of them out.")
+    return chosen
+
+
 class Durable:
     """An application: workflows, steps, and the engine that runs them.
 
-    `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `cold`, `lease` and the rest of
-    `settings` are those of docs/operate.md, durations in any spelling ("10s"). `worker=False` makes an API node: it
-    starts and inspects runs and never executes one.
+    `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `transports`: several, by id, in order
+    of preference. `control_plane`: default the first transport, if it can broadcast. `cold`, `lease` and the rest of
+    `settings` are those of docs/operate.md, durations in any spelling ("10s").
+
+    `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
+    (`worker=False` says the same); a `worker` serves steps over the transports and opens no store.
     """
 
     def __init__(
@@ -70,24 +87,34 @@ class Durable:
         workflows: Sequence[Any] = (),
         steps: Sequence[Any] = (),
         transport: Transport | None = None,
+        transports: Mapping[str, Transport] | None = None,
         control_plane: ControlPlane | None = None,
         worker: bool = True,
+        role: str | None = None,
         clock: Clock | None = None,
         ids: Ids | None = None,
         lease: Duration | None = None,
+        on_step: StepObserver | None = None,
         dead_letter_workflow: Any = None,
         **settings: Any,
     ) -> None:
         self.registry = Registry([*workflows, *steps])
         self.store = store
         """Read when the app is opened; a command line may put another in its place before."""
-        self._transport = transport
+        if transport is not None and transports is not None:
+            raise DurableError("Give `transport`, or several by id as `transports`; not both.")
+        self._transports = {DEFAULT: transport} if transport is not None else transports
         self._control_plane = control_plane
         self._clock = clock or SystemClock()
         self._ids = ids or SystemIds()
         if lease is not None:
             settings["lease"] = lease
-        self.settings = _settings(settings, execute=worker, dead_letter_workflow=workflow_name(dead_letter_workflow))
+        self.role = _role(role, worker)
+        self._on_step = on_step
+        self.settings = _settings(
+            settings, execute=self.role == "engine", dead_letter_workflow=workflow_name(dead_letter_workflow)
+        )
+        self._serving: Transport | None = None
         self._engine: WorkflowEngine | None = None
 
     # ------------------------------------------------------------------ authoring
@@ -153,6 +180,10 @@ class Durable:
     @property
     def engine(self) -> WorkflowEngine:
         """The running engine. Raises EngineStopped before `async with app:`."""
+        if self._serving is not None:
+            raise EngineStopped(
+                "This node is a worker: it serves steps and has no engine. Ask a node of role engine or api."
+            )
         if self._engine is None:
             raise EngineStopped("The app is not running. Enter it first: `async with app: ...`.")
         return self._engine
@@ -166,17 +197,20 @@ class Durable:
 
     async def open(self) -> None:
         """Open the store and start the engine. Raises StoreError with what to do."""
-        if self._engine is not None:
+        if self._engine is not None or self._serving is not None:
             raise DurableError("The app is running already.")
+        if self.role == "worker":
+            await self._serve()
+            return
         store = open_store(self.store)
-        transport = self._transport or EventEmitterTransport()
-        threads = self.settings.body_threads if self.settings.threads else 0
+        pool = self._pool({DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports)
         deps = Deps(
             store=store,
             registry=self.registry,
-            transport=transport,
-            handler=StepHandler(self.registry, self._clock, threads=threads) if self.settings.execute else None,
-            control_plane=self._control_plane or LocalControlPlane(),
+            transport=pool,
+            handler=self._handler() if self.settings.execute else None,
+            on_step=self._on_step,
+            control_plane=self._control_plane or pool.control_plane or LocalControlPlane(),
             clock=self._clock,
             ids=self._ids,
             settings=self.settings,
@@ -190,8 +224,36 @@ class Durable:
             raise
         self._engine = engine
 
+    def _pool(self, members: Mapping[str, Transport]) -> TransportPool:
+        settings = self.settings
+        return TransportPool(members, dispatch_timeout=settings.dispatch_timeout, cool_down=settings.cool_down)
+
+    def _handler(self) -> StepHandler:
+        return StepHandler(
+            self.registry,
+            self._clock,
+            self._on_step,
+            threads=self.settings.body_threads if self.settings.threads else 0,
+        )
+
+    async def _serve(self) -> None:
+        """As a worker: no store, no engine, only the transports' worker ends."""
+        if self._transports is None:
+            raise DefinitionError(
+                "A worker needs a transport that reaches the engines: the default one stays inside this process. "
+                "Give transport=..., the same as theirs."
+            )
+        pool = self._pool(self._transports)
+        await pool.start()
+        steps = [step.name for step in self.registry.steps() if not step.needs_instance]
+        await pool.serve(steps, self._handler())
+        self._serving = pool
+
     async def close(self, timeout: float | None = None) -> None:
-        """Drain the engine and close the store. Idempotent."""
+        """Drain the engine and close the store; a worker finishes what it has taken. Idempotent."""
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            await serving.close(self.settings.drain_timeout if timeout is None else timeout)
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.drain(timeout)
@@ -199,6 +261,18 @@ class Durable:
 
     # ------------------------------------------------------------------ runs
 
+    @overload
+    async def start(
+        self,
+        workflow: type[WorkflowClass[I, O]],
+        input: I,
+        *,
+        key: str | None = None,
+        version: str | None = None,
+        delay: Duration | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+    ) -> RunHandle[O]: ...
     @overload
     async def start(
         self,
@@ -225,7 +299,18 @@ class Durable:
     @overload
     async def start(
         self,
-        workflow: Any,
+        workflow: type[PlainWorkflowClass[O]],
+        *,
+        key: str | None = None,
+        version: str | None = None,
+        delay: Duration | None = None,
+        priority: int | None = None,
+        tags: Sequence[str] = (),
+    ) -> RunHandle[O]: ...
+    @overload
+    async def start(
+        self,
+        workflow: str | WorkflowDefinition,
         input: Any = None,
         *,
         key: str | None = None,

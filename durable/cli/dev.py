@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,10 +23,9 @@ from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json
 from durable.cli.text import safe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from durable.app import Durable
     from durable.core.journal import Entry
+    from durable.module.application import Application
     from durable.store.interface import Capabilities
     from durable.store.records import RunRecord
 
@@ -45,8 +46,8 @@ LOOK_EVERY = 0.1
 def dev(app: str | None, store: str | None, as_json: bool) -> None:
     """Run an app's engine here, with a line for everything that happens.
 
-    MODULE:APP names a module (or a .py file) and the Durable object in it; ":APP" may be left out when there is only
-    one. Without it nothing is executed: a look at what other engines do on the store.
+    MODULE:APP names a module (or a .py file) and the Durable object or root module class in it; ":APP" may be left out
+    when there is only one. Without it nothing is executed: a look at what other engines do on the store.
 
     Ctrl-C drains: steps under way finish, runs are handed over. A second Ctrl-C stops at once; nothing is lost then
     either, but steps that were running run again.
@@ -66,14 +67,15 @@ async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
     from durable.app import Durable, open_store
     from durable.cli.feed import Feed
 
-    loaded = load_app(target) if target else None
+    found = load_app(target) if target else None
+    loaded = found if found is None or isinstance(found, Durable) else await found.prepare()
     place = store or (loaded.store if loaded else DEFAULT_STORE)
     opened = open_store(place)
     # What happens is read through a node of its own, so that the last rows of a drain are seen too.
     looker = Durable(open_store(place) if opened.capabilities.shared else opened, worker=False)
     stopping = _stop_signals(as_json)
     _logs_to_stderr()
-    async with looker:
+    async with _closing(found), looker:
         feed = Feed(looker)
         active = await feed.skip()
         printer = _printer(as_json)
@@ -82,13 +84,24 @@ async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
             await _follow(feed, printer, stopping.wait())
             return Exit.OK
         loaded.store = opened
-        async with loaded:
+        assert found is not None
+        async with found:
             _greet(loaded, place, opened.capabilities, active, as_json)
             await _follow(feed, printer, stopping.wait())
-            await _follow(feed, printer, loaded.close())
+            await _follow(feed, printer, found.close())
     if not as_json:
         click.echo("Stopped. Nothing is lost: runs go on when an engine serves them again.")
     return Exit.OK
+
+
+@asynccontextmanager
+async def _closing(app: Durable | Application | None) -> AsyncIterator[None]:
+    """Whatever happens before it runs, providers that were started are stopped."""
+    try:
+        yield
+    finally:
+        if app is not None:
+            await app.close()
 
 
 async def _follow(feed: Any, printer: Callable[[RunRecord, Entry], None], until: Any) -> None:
@@ -163,10 +176,39 @@ def _logs_to_stderr() -> None:
 # ------------------------------------------------------------------ finding the app
 
 
-def load_app(target: str) -> Durable:
-    """The Durable object that `module:name`, `module` or `file.py` means. Raises Problem."""
+def load_app(target: str) -> Durable | Application:
+    """The app that `module:name`, `module` or `file.py` means: a Durable object, or one made of a root module class.
+
+    Raises Problem; DefinitionError if its modules do not fit together.
+    """
+    return _app(_load(target))
+
+
+def load_module_app(target: str) -> Application:
+    """An app made of modules. Raises Problem if it is a Durable object, which has none."""
+    app = load_app(target)
+    from durable.module.application import Application
+
+    if not isinstance(app, Application):
+        raise Problem(
+            f"{safe(target)} is a Durable object; it has no modules to show. Give a root module class: @module(...).",
+            code="no_app",
+            exit=Exit.USAGE,
+        )
+    return app
+
+
+def _app(found: Any) -> Durable | Application:
     from durable.app import Durable
 
+    if isinstance(found, Durable):
+        return found
+    from durable.module.application import Application
+
+    return found if isinstance(found, Application) else Application(found)
+
+
+def _load(target: str) -> Any:
     # A Windows path has a colon too, but never before a plain name at the end.
     place, separator, name = target.rpartition(":")
     if not separator or "/" in name or "\\" in name:
@@ -174,8 +216,8 @@ def load_app(target: str) -> Durable:
     module = _import(place, target)
     if name:
         app = getattr(module, name, None)
-        if not isinstance(app, Durable):
-            what = "is not there" if app is None else f"is a {type(app).__name__}, not a Durable"
+        if not _is_app(app):
+            what = "is not there" if app is None else f"is a {type(app).__name__}, not a Durable or a module class"
             raise Problem(
                 f"{safe(place)} was imported, but its {safe(name)} {what}.{_known(module)}",
                 code="no_app",
@@ -195,10 +237,28 @@ def load_app(target: str) -> Durable:
     return next(iter(apps.values()))
 
 
-def _apps(module: ModuleType) -> dict[str, Durable]:
+def _apps(module: ModuleType) -> dict[str, Any]:
+    """Durable objects, applications, and module classes that no other in the file imports."""
+    found = {name: value for name, value in vars(module).items() if _is_app(value) and not _is_ours(value)}
+    imported = {
+        id(other)
+        for value in found.values()
+        for other in getattr(getattr(value, "__durable_module__", None), "imports", ())
+    }
+    return {name: value for name, value in found.items() if id(value) not in imported}
+
+
+def _is_app(value: Any) -> bool:
     from durable.app import Durable
 
-    return {name: value for name, value in vars(module).items() if isinstance(value, Durable)}
+    if isinstance(value, Durable) or "__durable_module__" in getattr(value, "__dict__", ()):
+        return True
+    modules = sys.modules.get("durable.module.application")  # who has not imported it has none
+    return modules is not None and isinstance(value, modules.Application)
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, type) and value.__module__.partition(".")[0] == "durable"
 
 
 def _known(module: ModuleType) -> str:

@@ -9,6 +9,7 @@ import click
 from durable import __version__
 from durable.cli.dev import dev
 from durable.cli.doctor import doctor
+from durable.cli.modules import modules
 from durable.cli.output import EXIT_HELP, Exit, Problem
 from durable.cli.runs import runs
 
@@ -62,6 +63,7 @@ def cli() -> None:
       durable dev orders:app           run an app's engine here, and watch it work
       durable runs list                what runs there are
       durable runs show 7f3a           one run: its state, its timeline, its errors
+      durable modules shop:AppModule   what an app is made of
       durable doctor                   is everything all right, and if not, what to do
     """
 
@@ -69,6 +71,7 @@ def cli() -> None:
 cli.add_command(dev)
 cli.add_command(runs)
 cli.add_command(doctor)
+cli.add_command(modules)
 
 
 def main() -> None:

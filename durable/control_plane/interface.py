@@ -13,6 +13,11 @@ ControlHandler = Callable[[ControlMessage], None]
 class ControlPlane(Protocol):
     """Says something to every engine but the sender."""
 
+    @property
+    def audience(self) -> bool:
+        """False where it is certain that no more than one instance listens: what it has to tell need not be made."""
+        ...
+
     async def start(self) -> None:
         """Connect. Raises TransportError."""
         ...

@@ -37,6 +37,11 @@ class LocalControlPlane:
         other._listeners = self._listeners
         return other
 
+    @property
+    def audience(self) -> bool:
+        """Whether more than one instance listens in this process."""
+        return len(self._listeners) > 1
+
     async def start(self) -> None:
         """Open this end. Engines that share one instance each start and close it; the last close counts."""
         self._starts += 1

@@ -22,7 +22,7 @@ from uuid import UUID
 
 from durable.core import payload
 from durable.core.commands import RunStep, SendTask, StartChild, WaitSignal
-from durable.core.definition import check_name, is_step, is_workflow, step_of, workflow_of
+from durable.core.definition import StepDefinition, check_name, is_step, is_workflow, step_of, workflow_of
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, WaitTimeout
 from durable.core.options import ChildOptions, RemoteOptions, StepOptions
@@ -53,6 +53,12 @@ class WorkflowClass(Protocol[I, O]):
     """A class-based workflow, as a type."""
 
     def run(self, ctx: Any, input: I, /) -> Coroutine[Any, Any, O]: ...
+
+
+class PlainWorkflowClass(Protocol[O]):
+    """A class-based workflow that takes no input, as a type."""
+
+    def run(self, ctx: Any, /) -> Coroutine[Any, Any, O]: ...
 
 
 class ChildHandle(Generic[T]):
@@ -292,7 +298,8 @@ class Context:
     @overload
     def remote(
         self,
-        step: Callable[..., Awaitable[T]],
+        step: Callable[[Any, I], T],
+        input: I,
         /,
         *,
         timeout: Duration | None = None,
@@ -305,7 +312,73 @@ class Context:
     @overload
     def remote(
         self,
-        step: Any,
+        step: Callable[[I], T],
+        input: I,
+        /,
+        *,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: Callable[[Any], Awaitable[T]],
+        /,
+        *,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: Callable[[], Awaitable[T]],
+        /,
+        *,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: Callable[[Any], T],
+        /,
+        *,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: Callable[[], T],
+        /,
+        *,
+        timeout: Duration | None = None,
+        retries: Retries = None,
+        transport: str | None = None,
+        group: str | None = None,
+        priority: int | None = None,
+        heartbeat_timeout: Duration | None = None,
+    ) -> Future[T]: ...
+    @overload
+    def remote(
+        self,
+        step: str | StepDefinition,
         input: Any = None,
         /,
         *,

@@ -449,7 +449,23 @@ def _workflow_shape(target: Any, name: object, scope: _Scope) -> _Shape:
     parameters = _parameters(function, label, place)
     if len(parameters) < skip:
         raise DefinitionError(f"{label} ({place}) needs a ctx parameter: `async def {function.__name__}(ctx, input)`.")
+    _refuse_input_for_ctx(parameters[skip - 1], label, place)
     return _shape(function, parameters[skip:], label, place, scope, is_method=skip == 2)
+
+
+def _refuse_input_for_ctx(parameter: inspect.Parameter, label: str, place: str) -> None:
+    """`async def w(n: int)` would be handed the Context as its n."""
+    annotation = parameter.annotation
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
+    if annotation is not inspect.Parameter.empty and name.rpartition(".")[2].strip("'\"") not in (
+        "Context",
+        "Any",
+        "object",
+    ):
+        raise DefinitionError(
+            f"{label} ({place}): its first parameter is the Context, but {parameter.name!r} is a {name}. "
+            f"Write `(ctx: Context, {parameter.name}: {name})`."
+        )
 
 
 def _step_shape(target: Any, name: object, scope: _Scope) -> _Shape:

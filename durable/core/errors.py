@@ -35,6 +35,8 @@ DurableError
 │   ├── StoreRestored          store_restored
 │   └── WeakDurability         weak_durability
 ├── TransportError             transport_error
+│   ├── AllTransportsFailed    all_transports_failed: no member of the pool took the task
+│   └── UnknownTransport       unknown_transport: a step is pinned to a member the pool does not have
 ├── Fenced                     fenced: another engine owns the run now
 └── EngineStopped              engine_stopped
 
@@ -251,6 +253,20 @@ class WeakDurability(StoreError):
 
 class TransportError(DurableError):
     code = "transport_error"
+
+
+class AllTransportsFailed(TransportError):
+    """`causes`: why not, by id of the member, in the order they were tried."""
+
+    code = "all_transports_failed"
+
+    def __init__(self, message: str, causes: dict[str, Exception]) -> None:
+        super().__init__(message)
+        self.causes = causes
+
+
+class UnknownTransport(TransportError, NonRetryable):
+    code = "unknown_transport"
 
 
 class Fenced(DurableError):

@@ -59,7 +59,8 @@ class Entry(Struct, frozen=True, gc=False):
       run requeued   `{"from": seq}`: replay passes over what was recorded from that seq up to here, signals excepted
       * completed    the output;   * failed    an ErrorData
       * retrying     `{"error": ErrorData, "next_at": µs}`
-      remote dispatched    `{"input", "transport", "deadline"}`
+      remote dispatched    `{"input", "deadline"}`
+      remote published     `{"transport"}`: the id of the pool's member that accepted it
       child started  `{"run_id", "workflow", "version"}`
       signal         what was sent
       log            `{"level", "message", "fields"}`

@@ -293,7 +293,7 @@ def _check_bounds(data: bytes, what: str, limit: int) -> None:
     if len(data) > limit:
         raise PayloadTooLarge(
             f"{what} is {len(data)} bytes as JSON; the limit is {limit}. "
-            "Store the data elsewhere (a bucket, a table, a file) and pass its id, or raise the limit."
+            "Store the data elsewhere (a bucket, a table, a file) and pass its id."
         )
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _too_deep(data):
         raise PayloadError(

@@ -45,7 +45,7 @@ from durable.core.errors import (
 )
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, PATCHED, RUN, SIGNAL, TIMER, Entry
 from durable.core.loop import Alarm, Loop, Promise, WorkflowTask
-from durable.core.payload import decode_error, describe, encode, encode_error
+from durable.core.payload import decode_error, describe, encode_error, through
 
 logger = logging.getLogger("durable.workflow")
 
@@ -312,6 +312,13 @@ class Machine:
                 logger.warning("run %s: nobody asked for the result of %r: %s", self.run_id, error.key, error)
 
     def _abandon_rest(self) -> None:
+        forgotten = [key for key, command in self.outstanding.items() if not isinstance(command, StartChild)]
+        if forgotten and isinstance(self.outcome, Completed):
+            logger.warning(
+                "run %s has returned while %s was asked for and not awaited; it is given up. Await it, or cancel it.",
+                self.run_id,
+                ", ".join(map(repr, forgotten)),
+            )
         for key, command in list(self.outstanding.items()):
             if not isinstance(command, StartChild):  # a child nobody waits for is the engine's to close or to leave
                 self._promises[key].cancel()
@@ -323,7 +330,9 @@ class Machine:
         if error is None:
             try:
                 name = self.definition.name
-                return Completed(encode(main.result(), self.definition.output_type, what=f"the result of {name}"))
+                # Read back too: what could never be read as its type must not be stored as a success.
+                output, _ = through(main.result(), self.definition.output_type, what=f"the result of {name}")
+                return Completed(output)
             except DurableError as refused:
                 error = refused
         return Failed(encode_error(describe(error)), self._cut(error))

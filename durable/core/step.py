@@ -45,6 +45,9 @@ class StepScope:
         self._write(level, message, fields)
 
 
+StepObserver = Callable[[StepScope], None]
+"""Told of each attempt, in its place, just before the body. What it raises is the attempt's failure: how tests fail a step."""
+
 _CURRENT: ContextVar[StepScope | None] = ContextVar("durable_step", default=None)
 
 
@@ -56,6 +59,8 @@ def current_step() -> StepScope:
     return scope
 
 
-def enter_step(scope: StepScope) -> None:
-    """Set the scope for the current context."""
+def enter_step(scope: StepScope, observer: StepObserver | None = None) -> None:
+    """Set the scope for the current context, and tell the observer."""
     _CURRENT.set(scope)
+    if observer is not None:
+        observer(scope)

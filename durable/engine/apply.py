@@ -39,6 +39,12 @@ class DispatchNote(msgspec.Struct, frozen=True):
     deadline: int | None = None
 
 
+class PublishNote(msgspec.Struct, frozen=True):
+    """Payload of a `published` entry: who accepted the task."""
+
+    transport: str
+
+
 def started(executor: Executor, run: Resident) -> Entry:
     """Journal that the run begins here and now."""
     payload = b'{"python":"%s"}' % PYTHON.encode()

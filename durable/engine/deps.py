@@ -9,9 +9,11 @@ from durable.control_plane.interface import ControlPlane
 from durable.core.clock import Clock
 from durable.core.ids import Ids
 from durable.core.registry import Registry
+from durable.core.step import StepObserver
 from durable.store.interface import Store
 from durable.store.records import DEFAULT_WORKSPACE
-from durable.transports.interface import TaskHandler, Transport
+from durable.transports.interface import TaskHandler
+from durable.transports.pool import TransportPool
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -41,6 +43,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How long a cancelled run may go on cleaning up."""
     drain_timeout: float = 15.0
     """How long `async with app` waits, on its way out, for runs that are executing."""
+    dispatch_timeout: float = 5.0
+    """How long one transport may take to accept a task, before the next is tried."""
+    cool_down: float = 1.0
+    """How long others go before a transport that failed; twice as long each time that it fails again."""
     reconcile: float = 86_400.0
     """The wake time of a run that waits for something without a time of its own: a safety net."""
     threads: bool = True
@@ -58,7 +64,18 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 DURATIONS = frozenset(
-    ("lease", "beat_every", "poll_every", "tick", "hot_for", "cancel_grace", "drain_timeout", "reconcile")
+    [
+        "lease",
+        "beat_every",
+        "poll_every",
+        "tick",
+        "hot_for",
+        "cancel_grace",
+        "drain_timeout",
+        "dispatch_timeout",
+        "cool_down",
+        "reconcile",
+    ]
 )
 """Settings in seconds."""
 
@@ -68,7 +85,7 @@ class Deps(Struct, frozen=True, kw_only=True):
 
     store: Store
     registry: Registry
-    transport: Transport
+    transport: TransportPool
     handler: TaskHandler | None = None
     """Serves the registry's steps from this process, over the transport; None: workers elsewhere do."""
     control_plane: ControlPlane
@@ -76,3 +93,5 @@ class Deps(Struct, frozen=True, kw_only=True):
     """The machine's clock; the engine corrects it to the store's."""
     ids: Ids
     settings: Settings
+    on_step: StepObserver | None = None
+    """Told of each attempt of a local step."""

@@ -17,7 +17,7 @@ from durable.core.commands import SendTask
 from durable.core.errors import TransportError
 from durable.core.journal import REMOTE, Entry
 from durable.core.payload import describe, encode_error
-from durable.engine.apply import DispatchNote
+from durable.engine.apply import DispatchNote, PublishNote
 from durable.engine.residents import Arrival, Resident, Sent
 from durable.protocol.messages import Heartbeat, RemoteTask, routing_token, step_id
 
@@ -61,12 +61,24 @@ class Dispatch:
         sent.deadline = note.deadline
         # A silence must be heard by this engine before it proves anything.
         sent.last_beat = self._executor.clock.now()
-        sent.published = any(entry.status == "published" for entry in trace)
+        sent.published, sent.transport = self._published(trace)
         if not sent.published:
             run.actions.append(partial(self._publish, run, command, sent.attempt))
-        elif self._executor.deps.transport.capabilities.holds:
+        elif self._executor.deps.transport.member(sent.transport).capabilities.holds:
             # Not the coroutine itself: an action may never be called.
             run.actions.append(lambda: self._spawn(self._ask(run, command, sent)))
+
+    def _published(self, trace: Sequence[Entry]) -> tuple[bool, str | None]:
+        """Whether the task is out, and with whom. A member that is no longer in the pool could neither be asked nor
+        heard: then it is not out, and is published again under the same id."""
+        mark = next((entry for entry in reversed(trace) if entry.status == "published"), None)
+        if mark is None or mark.payload is None:
+            return mark is not None, None
+        transport = msgspec.json.decode(mark.payload, type=PublishNote).transport
+        if transport in self._executor.deps.transport:
+            return True, transport
+        log.warning("task %s was sent over %r, which is gone from the pool; it is sent again", mark.key, transport)
+        return False, None
 
     def settle(self, run: Resident, key: str) -> None:
         """The attempt is over."""
@@ -84,7 +96,7 @@ class Dispatch:
         """Ask for the body to be cancelled; a hint."""
         sent = run.sent.get(key)
         if sent is not None:
-            self._spawn(self._cancel(step_id(run.run_id, sent.command.ordinal)))
+            self._spawn(self._cancel(sent.transport, step_id(run.run_id, sent.command.ordinal)))
 
     def forget(self, run: Resident) -> None:
         """The run leaves memory; its tasks go on."""
@@ -125,7 +137,7 @@ class Dispatch:
 
     def _publish(self, run: Resident, command: SendTask, attempt: int) -> None:
         sent = run.sent.get(command.key)
-        if run.dropped or sent is None or sent.attempt != attempt:
+        if run.dropped or sent is None or sent.attempt != attempt or self._executor.draining:
             return
         if not self._executor.lease.safe():
             self._held.append(partial(self._publish, run, command, attempt))
@@ -141,23 +153,28 @@ class Dispatch:
             group=routing_token(command.name, command.options.group),
             input=msgspec.Raw(command.input),
             attempt=attempt,
+            transport=command.options.transport,
             priority=command.options.priority,
         )
         now = self._executor.clock.now
         try:
-            await self._executor.deps.transport.dispatch(task)
+            transport = await self._executor.deps.transport.send(task)
         except TransportError as error:
             payload = encode_error(describe(error))
             arrival = Arrival(now(), REMOTE, "failed", key=command.key, attempt=attempt, payload=payload)
         else:
-            arrival = Arrival(now(), REMOTE, "published", key=command.key, attempt=attempt)
+            sent = run.sent.get(command.key)
+            if sent is not None and sent.attempt == attempt:
+                sent.transport = transport
+            payload = msgspec.json.encode(PublishNote(transport))
+            arrival = Arrival(now(), REMOTE, "published", key=command.key, attempt=attempt, payload=payload)
         self._executor.arrive(run, arrival)
 
     async def _ask(self, run: Resident, command: SendTask, sent: Sent) -> None:
         """Whether the transport still holds a task that was published; if not, publish it again."""
         task = step_id(run.run_id, command.ordinal)
         try:
-            held = await self._executor.deps.transport.holding([task])
+            held = await self._executor.deps.transport.member(sent.transport).holding([task])
         except TransportError as error:
             log.warning("could not ask after task %s: %s", task, error)
             return
@@ -165,9 +182,9 @@ class Dispatch:
             sent.published = False
             self._publish(run, command, sent.attempt)
 
-    async def _cancel(self, task: str) -> None:
+    async def _cancel(self, transport: str | None, task: str) -> None:
         try:
-            await self._executor.deps.transport.cancel(task)
+            await self._executor.deps.transport.member(transport).cancel(task)
         except TransportError as error:
             log.warning("could not cancel task %s: %s", task, error)
 

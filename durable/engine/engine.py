@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from durable.control_plane.interface import ControlPlane
 from durable.core.clock import StoreClock
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
@@ -18,6 +17,7 @@ from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import RUN, Entry
 from durable.core.payload import encode
 from durable.engine import dead_letter
+from durable.engine.announce import Announcer
 from durable.engine.deps import Deps
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
@@ -32,9 +32,13 @@ from durable.engine.signals import Mail
 from durable.engine.start import Starter, StartRequest
 from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
-from durable.store.records import Message, RunPage, RunQuery, RunRecord
+from durable.protocol.states import TERMINAL
+from durable.store.records import Commit, Message, RunPage, RunQuery, RunRecord
+from durable.transports.pool import TransportPool
 
 log = logging.getLogger("durable.engine")
+
+_ENDED = frozenset(f"run.{status.value}" for status in TERMINAL)
 
 HAND_OVER_SECONDS = 5.0
 """How long a drain tries to write down what waits; an unreachable store is not waited for longer."""
@@ -57,13 +61,17 @@ class WorkflowEngine:
         self._mail = Mail(deps, self._nudge)
         self._results = Results(self._executor, self._mail)
         self._timeline = Timeline(deps, self._executor.residents.__contains__)
+        self._announcer = Announcer(deps.control_plane, lambda: self.incarnation)
+        plane: object = deps.control_plane
+        self._plane_apart = all(plane is not member for member in deps.transport.members.values())
+        """Whether the control plane has a life of its own, and is not a transport that is started and closed anyway."""
         self._unlisten: list[Callable[[], None]] = []
+        self._unhear: Callable[[], None] = lambda: None
         self._running = False
         self._rebirth: asyncio.Task[None] | None = None
-        self._hints: set[asyncio.Task[None]] = set()
         executor = self._executor
         executor.on_finished = self._finished
-        executor.on_committed = self._timeline.committed
+        executor.on_committed = self._committed
         executor.on_calm = self._recovery.calm
         executor.on_mail = self._resume.mail
         executor.on_due = self._scheduler.nudge
@@ -96,9 +104,10 @@ class WorkflowEngine:
         if deps.handler is not None:
             steps = [step.name for step in deps.registry.steps() if not step.needs_instance]
             await deps.transport.serve(steps, deps.handler)
-        await deps.control_plane.start()
+        if self._plane_apart:
+            await deps.control_plane.start()
         self._unlisten.append(deps.store.listen(self._hint))
-        self._unlisten.append(deps.control_plane.on_control(lease.incarnation, self._control))
+        self._unhear = deps.control_plane.on_control(lease.incarnation, self._control)
         self._starter.open = True
         self._starter.hot = deps.settings.execute
         if deps.settings.execute:
@@ -106,12 +115,13 @@ class WorkflowEngine:
         self._running = True
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Stop without loss: claim and start nothing more, let bodies finish within `timeout` seconds (default
+        """Stop without loss: claim, start and begin nothing more, let bodies under way finish within `timeout` seconds (default
         `drain_timeout`), hand the rest over. Nothing of it counts as a crash. Idempotent."""
         if not self._running:
             return
         self._running = False
         executor = self._executor
+        executor.draining = True
         await self._starter.close()
         if self.deps.settings.execute:
             await self._scheduler.stop()
@@ -122,10 +132,13 @@ class WorkflowEngine:
         for unlisten in self._unlisten:
             unlisten()
         self._unlisten.clear()
+        self._unhear()
         self._timeline.close()
         executor.steps.close()
+        await self._announcer.close()
         await self.deps.transport.close()
-        await self.deps.control_plane.close()
+        if self._plane_apart:
+            await self.deps.control_plane.close()
         if self._rebirth is not None:
             self._rebirth.cancel()
         await executor.lease.stop()
@@ -139,9 +152,8 @@ class WorkflowEngine:
         executor = self._executor
         deadline = self._local.monotonic() + timeout
         while self._local.monotonic() < deadline:
-            shared = self.deps.transport.capabilities.shared
-            busy = [run for run in executor.residents.values() if not run.held and _busy(run, shared)]
-            if not busy:
+            runs = (run for run in executor.residents.values() if not run.held)
+            if not any(_busy(run, self.deps.transport) for run in runs):
                 return
             await asyncio.sleep(min(0.02, timeout))
         log.warning("draining: %d runs are still executing; they are handed over", executor.running)
@@ -261,30 +273,31 @@ class WorkflowEngine:
         self._timeline.finished(run, final)
         self._scheduler.nudge()
 
-    def _nudge(self, run_id: str, owner: str | None) -> None:
-        """A run has got something: its owner looks; nobody's run is looked for here."""
+    def _committed(self, run: Resident, commit: Commit) -> None:
+        self._timeline.committed(run)
+        self._announcer.committed(run, commit)
+
+    def _nudge(self, run_id: str, owner: str | None, kind: str = "") -> None:
+        """A run has got something: its owner looks; nobody's run is looked for here. `kind`: of the message, if any."""
         run = self._executor.residents.get(run_id)
         if run is not None:
             self._resume.mail(run)
         elif owner is None:
             self._scheduler.nudge()
         if run is None:
-            message = ControlMessage(sender=self.incarnation, kind="enqueued", run_id=run_id)
-            task = asyncio.get_running_loop().create_task(self._publish(self.deps.control_plane, message))
-            self._hints.add(task)
-            task.add_done_callback(self._hints.discard)
-
-    async def _publish(self, plane: ControlPlane, message: ControlMessage) -> None:
-        await plane.publish_control(message)
+            self._announcer.hint("cancel" if kind == "cancel" else "enqueued", run_id)
 
     def _control(self, message: ControlMessage) -> None:
-        if message.kind == "enqueued" and message.run_id is not None:
+        """Another engine says where to look. What there is to see is in the store: a cancel is an inbox row."""
+        if message.kind == "event":
+            event = message.event or {}
+            self._timeline.news(str(event.get("runId")), ended=event.get("type") in _ENDED)
+        elif message.run_id is not None:
             run = self._executor.residents.get(message.run_id)
             if run is not None:
                 self._resume.mail(run)
             else:
                 self._scheduler.nudge()
-        self._timeline.hint()
 
     def _hint(self) -> None:
         self._scheduler.nudge()
@@ -330,14 +343,15 @@ class WorkflowEngine:
                 continue
             old = self._executor.lease
             self._executor.lease = lease
+            self._unhear()
+            self._unhear = self.deps.control_plane.on_control(lease.incarnation, self._control)
             await old.stop()
-            self._unlisten.append(self.deps.control_plane.on_control(lease.incarnation, self._control))
             self._scheduler.reset()
             return
 
 
-def _busy(run: Resident, shared: bool) -> bool:
+def _busy(run: Resident, pool: TransportPool) -> bool:
     """Whether stopping now would waste what is under way. A task in this process ends with it."""
-    if run.bodies or run.committing or run.pending or run.arrivals or run.actions or run.queued:
+    if run.committing or run.pending or run.arrivals or run.queued or any(run.bodies.values()):
         return True
-    return any(not sent.published or not shared for sent in run.sent.values())
+    return any(not pool.member(sent.transport).capabilities.shared for sent in run.sent.values() if sent.published)

@@ -36,6 +36,9 @@ from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal
 
 log = logging.getLogger("durable.executor")
 
+SLOW_SECONDS = 0.25
+"""A run's turns that take longer than this are named: they hold up all others."""
+
 
 class Executor:
     """All resident runs of one engine."""
@@ -58,16 +61,18 @@ class Executor:
         self.steps = LocalSteps(self)
         self.dispatch = Dispatch(self)
         self.lease: Lease
+        self.draining = False
+        """Nothing new is begun: what waits behind the barrier stays there, for the next owner."""
         self.executing: str | None = None
         """The run whose turn it is; the watchdog names it when the loop is blocked."""
 
         # Told by the executor; set by the engine.
         self.on_finished: Callable[[Resident, Final], None] = lambda run, final: None
-        self.on_committed: Callable[[Resident], None] = lambda run: None
+        self.on_committed: Callable[[Resident, Commit], None] = lambda run, commit: None
         self.on_calm: Callable[[Resident], None] = lambda run: None
         self.on_mail: Callable[[Resident], None] = lambda run: None
         self.on_due: Callable[[], None] = lambda: None
-        self.on_nudge: Callable[[str, str], None] = lambda run_id, owner: None
+        self.on_nudge: Callable[[str, str | None], None] = lambda run_id, owner: None
 
         self._ready: deque[Resident] = deque()
         self._pumping = False
@@ -143,6 +148,7 @@ class Executor:
         if run.dropped or run.suspending or run.ended or run.held:
             return
         self.executing = run.run_id
+        began = self.clock.monotonic()
         try:
             if run.opening is not None:
                 self._open(run)
@@ -157,6 +163,14 @@ class Executor:
             run.final = Final(Status.FAILED, error=encode_error(describe(error)))
         finally:
             self.executing = None
+            took = self.clock.monotonic() - began
+            if took > SLOW_SECONDS:
+                log.warning(
+                    "run %s held the event loop for %.2f s; every other run waited. Is there blocking work, such as "
+                    "time.sleep, in the workflow? It belongs in a step.",
+                    run.run_id,
+                    took,
+                )
         self.settle(run)
 
     def _open(self, run: Resident) -> None:
@@ -309,12 +323,15 @@ class Executor:
         if run.bodies or run.arrivals or run.actions or run.fetching or run.asking:
             return False
         for sent in run.sent.values():
-            # A task in this process lives and dies with it, so its run must be seen to die too.
             if not sent.published or sent.command.options.heartbeat_timeout is not None:
                 return False
-            if not self.deps.transport.capabilities.shared:
-                return False
-        return True
+        # A task in this process lives and dies with it, so its run must be seen to die too.
+        return not self.has_task_here(run)
+
+    def has_task_here(self, run: Resident) -> bool:
+        """Whether a task of this run is, or may be, under way in this process."""
+        pool = self.deps.transport
+        return any(not pool.member(sent.transport).capabilities.shared for sent in run.sent.values())
 
     def _left(self, run: Resident) -> bool:
         """An action may have ended or committed it; a function, since it changes behind the reader's back."""
@@ -327,7 +344,7 @@ class Executor:
         return not any(command.kind in (SIGNAL, CHILD, REMOTE) for command in run.machine.outstanding.values())
 
     def _activity(self, run: Resident) -> Activity:
-        if run.bodies or (run.sent and not self.deps.transport.capabilities.shared):
+        if run.bodies or (run.sent and self.has_task_here(run)):
             return Activity.EXECUTING  # a task in this process is as good as a body
         if run.cancel_deadline is not None:
             return Activity.CANCELLING
@@ -534,7 +551,7 @@ class Executor:
             self.on_nudge(run.run_id, owner)
         if commit.effects:
             self.on_due()
-        self.on_committed(run)
+        self.on_committed(run, commit)
         if run.ended:
             _tell(acks, None)
             final = run.final

@@ -50,6 +50,8 @@ class Sent(Struct):
     dispatched_at: int
     deadline: int | None = None
     published: bool = False
+    transport: str | None = None
+    """The member of the pool that accepted it; None: not known (yet)."""
     last_beat: int = 0
 
     def silent_at(self) -> int | None:

@@ -4,16 +4,18 @@ acknowledged once it is durable (D8). It runs no user code."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import msgspec
 
 from durable.core.errors import ErrorData
-from durable.core.journal import REMOTE
-from durable.core.payload import encode_error
+from durable.core.journal import LOG, REMOTE
+from durable.core.payload import clean, encode_error
+from durable.engine.apply import log_payload
 from durable.engine.executor import Executor, Left
 from durable.engine.residents import Arrival, Resident
 from durable.engine.signals import Mail
-from durable.protocol.messages import StepResult
+from durable.protocol.messages import StepEvent, StepResult
 from durable.store.records import Message
 
 
@@ -62,6 +64,8 @@ class Results:
 
         now = self._executor.clock.now()
         found = self._executor.dispatch.awaited(result.step_id)
+        if found is not None:
+            self._write_logs(run, found[1], result.events or ())
         self._executor.arrive(
             run,
             Arrival(
@@ -78,6 +82,16 @@ class Results:
             ),
         )
         await durable
+
+    def _write_logs(self, run: Resident, key: str, events: Sequence[StepEvent]) -> None:
+        """What the body told of itself, under its step, before its result."""
+        for event in events:
+            fields = None if event.data is None else msgspec.json.encode(event.data)
+            payload = log_payload(event.level, clean(event.message), fields)
+            index = run.logs.get(key, 0)
+            run.logs[key] = index + 1
+            arrival = Arrival(event.at * 1_000, LOG, "written", key=key, ordinal=index, payload=payload)
+            self._executor.arrive(run, arrival)
 
 
 def _payload(result: StepResult) -> bytes:

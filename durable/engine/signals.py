@@ -13,7 +13,7 @@ from durable.store.records import Message, SendOutcome, SendStatus
 class Mail:
     """Sends messages, many at once, and has the recipient's owner told."""
 
-    def __init__(self, deps: Deps, nudge: Callable[[str, str | None], None]) -> None:
+    def __init__(self, deps: Deps, nudge: Callable[[str, str | None, str], None]) -> None:
         self._group: Group[Message, SendOutcome] = Group(
             "messages",
             deps.store.send,
@@ -31,7 +31,7 @@ class Mail:
         """Store a message. The same id again changes nothing. It is durable when this returns."""
         outcome = await self._group.ask(message)
         if outcome.status is SendStatus.ACCEPTED:
-            self._nudge(message.run_id, outcome.owner)
+            self._nudge(message.run_id, outcome.owner, message.kind)
         return outcome.status
 
     async def must_send(self, message: Message) -> bool:

@@ -132,7 +132,7 @@ class Starter:
         if outcome.run_id == new.id and new.owner is not None:
             self._begin(new)
         elif outcome.run_id == new.id:
-            self._scheduler.nudge()
+            self._executor.on_nudge(new.id, None)
         return outcome.run_id
 
     def _begin(self, new: NewRun) -> None:

@@ -7,21 +7,19 @@ journaled once.
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from durable.core.commands import RunStep
 from durable.core.errors import ErrorData, PayloadError, StepTimeout
 from durable.core.journal import LOG, STEP
-from durable.core.payload import clean, describe, encode, encode_error
+from durable.core.payload import DEFAULT_LIMIT, clean, describe, encode, encode_error, through
 from durable.core.step import StepScope, enter_step
 from durable.engine.apply import log_payload
 from durable.engine.residents import Arrival, Resident
 from durable.protocol.messages import step_id
-from durable.worker.threads import BodyThreads
+from durable.worker.bodies import Bodies
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -33,8 +31,9 @@ class LocalSteps:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._held: list[Callable[[], None]] = []
-        self._threads = BodyThreads(executor.settings.body_threads)
-        self._limit = executor.deps.store.capabilities.max_payload
+        settings = executor.settings
+        self._bodies = Bodies(settings.body_threads if settings.threads else 0)
+        self._limit = min(DEFAULT_LIMIT, executor.deps.store.capabilities.max_payload)
 
     def launch(self, run: Resident, command: RunStep, attempt: int) -> None:
         """Have a body run once all before it is committed."""
@@ -59,12 +58,14 @@ class LocalSteps:
 
     def close(self) -> None:
         """Let the threads go. One that never returns is not waited for."""
-        self._threads.close()
+        self._bodies.close()
 
     def _begin(self, run: Resident, command: RunStep, attempt: int) -> None:
         key = command.key
         if run.dropped or run.bodies.get(key, run) is not None or run.attempts.get(key) != attempt:
             return
+        if self._executor.draining:
+            return  # the next owner begins it
         if not self._executor.lease.safe():
             self._held.append(partial(self._begin, run, command, attempt))
             return
@@ -82,7 +83,8 @@ class LocalSteps:
         status = "completed"
         try:
             result = await self._body(run, command, attempt)
-            payload = encode(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
+            # Read back too: what cannot be read as its type fails the step now, and not its every replay.
+            payload, _ = through(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
         except asyncio.CancelledError:
             if run.dropped or key not in run.bodies:
                 return  # by us: nobody waits for it
@@ -111,33 +113,19 @@ class LocalSteps:
     async def _body(self, run: Resident, command: RunStep, attempt: int) -> Any:
         task = step_id(run.run_id, command.ordinal)
         write = partial(self._log, run, command.key)
-        enter_step(StepScope(run.run_id, task, command.key, command.name, attempt, write))
+        scope = StepScope(run.run_id, task, command.key, command.name, attempt, write)
+        enter_step(scope, self._executor.deps.on_step)
         timeout = command.options.timeout
         if timeout is None:
-            return await self._call(command)
+            return await self._bodies.call(command.body, command.args)
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
-                return await self._call(command)
+                return await self._bodies.call(command.body, command.args)
         except TimeoutError:
             if limit.expired():
                 raise StepTimeout(f"The step took longer than its timeout of {timeout} s.") from None
             raise
-
-    def _call(self, command: RunStep) -> Awaitable[Any]:
-        body = command.body
-        if _is_async(body):
-            return body(*command.args)  # type: ignore[no-any-return]
-        return self._plain(body, command.args)
-
-    async def _plain(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        result = await self._in_thread(body, args) if self._executor.settings.threads else body(*args)
-        # A lambda or a partial around an async function hands back a coroutine.
-        return await result if inspect.isawaitable(result) else result
-
-    async def _in_thread(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        variables = contextvars.copy_context()
-        return await self._threads.run(partial(variables.run, body, *args))
 
     def _log(self, run: Resident, key: str, level: str, message: str, fields: dict[str, Any]) -> None:
         data = encode(fields, what="the fields of a log line", limit=self._limit) if fields else None
@@ -152,9 +140,3 @@ class LocalSteps:
             )
 
         self._executor.call(write)
-
-
-def _is_async(body: Callable[..., Any]) -> bool:
-    """Whether calling it on the loop cannot block: an `async def`, seen by its flag; anything else is looked at closer."""
-    code = getattr(body, "__code__", None)
-    return (code is not None and bool(code.co_flags & inspect.CO_COROUTINE)) or inspect.iscoroutinefunction(body)

@@ -31,6 +31,8 @@ class Timeline:
         self._watching: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._poller: asyncio.Task[None] | None = None
         self._hint = asyncio.Event()
+        self._hinted: set[str] | None = set()
+        """Runs that may have ended elsewhere, since the last look. None: any."""
 
     # -- news
 
@@ -43,8 +45,17 @@ class Timeline:
         for event in self._watching.get(run.run_id, ()):
             event.set()
 
+    def news(self, run_id: str, *, ended: bool) -> None:
+        """Another engine says that this run has got further."""
+        for event in self._watching.get(run_id, ()):
+            event.set()
+        if ended and run_id in self._waiting and self._hinted is not None:
+            self._hinted.add(run_id)
+            self._hint.set()
+
     def hint(self) -> None:
         """Something may have changed elsewhere."""
+        self._hinted = None
         self._hint.set()
         for events in self._watching.values():
             for event in events:
@@ -131,13 +142,19 @@ class Timeline:
         """One look for all who wait, after each hint and at least every `poll_every`."""
         try:
             while self._waiting:
-                self._hint.clear()
                 try:
                     async with asyncio.timeout(self._deps.settings.poll_every):
                         await self._hint.wait()
                 except TimeoutError:
-                    pass
-                run_ids = [run_id for run_id in self._waiting if not self._is_here(run_id)]
+                    self._hinted = None
+                # Before the look: a hint that comes during it is about the next one.
+                self._hint.clear()
+                hinted, self._hinted = self._hinted, set()
+                run_ids = [
+                    run_id
+                    for run_id in (self._waiting if hinted is None else hinted)
+                    if run_id in self._waiting and not self._is_here(run_id)
+                ]
                 for start in range(0, len(run_ids), PAGE):
                     part = run_ids[start : start + PAGE]
                     try:

@@ -248,6 +248,11 @@ class EventEmitterTransport:
 
     # -- control plane
 
+    @property
+    def audience(self) -> bool:
+        """Whether more than one engine of this process listens."""
+        return self._control.audience
+
     async def publish_control(self, message: ControlMessage) -> None:
         """Tell every instance on this transport but the sender."""
         await self._control.publish_control(message)

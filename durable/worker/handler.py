@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import inspect
-from functools import partial
 from typing import Any
 
 import msgspec
 
 from durable.core.clock import Clock
-from durable.core.definition import StepDefinition
-from durable.core.errors import ErrorData, NotRegistered, StepTimeout
-from durable.core.payload import describe, encode
+from durable.core.errors import ErrorData, NotRegistered, PayloadError, StepTimeout
+from durable.core.payload import describe, through
 from durable.core.registry import Registry
-from durable.core.step import StepScope, enter_step
+from durable.core.step import StepObserver, StepScope, enter_step
 from durable.protocol.messages import RemoteTask, StepEvent, StepResult
-from durable.worker.threads import BodyThreads
+from durable.worker.bodies import Bodies
 
 
 class StepHandler:
     """A transport's task handler over a registry of steps."""
 
-    def __init__(self, registry: Registry, clock: Clock, *, threads: int = 32) -> None:
-        """`threads`: for plain `def` bodies; 0 runs them in place (the simulation)."""
+    def __init__(
+        self, registry: Registry, clock: Clock, on_step: StepObserver | None = None, *, threads: int = 32
+    ) -> None:
         self._registry = registry
         self._clock = clock
-        self._threads = BodyThreads(threads) if threads else None
+        self._on_step = on_step
+        self._bodies = Bodies(threads)
 
     async def __call__(self, task: RemoteTask) -> StepResult:
         """Never raises but CancelledError: a failure is an answer."""
@@ -44,6 +42,10 @@ class StepHandler:
             output = msgspec.Raw(await self._run(task, write))
         except NotRegistered:
             error = ErrorData(message=f"no handler for {task.name}", code="unknown_step", retryable=False)
+        except PayloadError as refused:
+            # The body has done its work; doing it again would give the same value.
+            data = describe(refused)
+            error = ErrorData(data.message, data.code, data.type, retryable=False, stack=data.stack)
         except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as failure:
@@ -63,21 +65,17 @@ class StepHandler:
 
     async def _run(self, task: RemoteTask, write: Any) -> bytes:
         step = self._registry.step(task.name)
-        enter_step(StepScope(task.run_id, task.step_id, task.name, task.name, task.attempt, write))
+        scope = StepScope(task.run_id, task.step_id, task.name, task.name, task.attempt, write)
+        enter_step(scope, self._on_step)
         timeout = step.options.timeout
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
-                result = await self._begin(step, bytes(task.input))
-                if inspect.isawaitable(result):
-                    result = await result
+                result = await self._bodies.call(step.call, (bytes(task.input),), is_async=step.is_async)
         except TimeoutError:
             if limit.expired():
                 raise StepTimeout(f"The step took longer than its timeout of {timeout} s.") from None
             raise
-        return encode(result, step.output_type, what=f"the result of step {task.name!r}")
-
-    async def _begin(self, step: StepDefinition, data: bytes) -> Any:
-        if step.is_async or self._threads is None:
-            return step.call(data)
-        return await self._threads.run(partial(contextvars.copy_context().run, step.call, data))
+        # Read back too: what cannot be read as its type fails the step here, not the workflow that waits for it.
+        output, _ = through(result, step.output_type, what=f"the result of step {task.name!r}")
+        return output

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
+import itertools
 import json
 import pstats
 import sqlite3
@@ -79,7 +80,7 @@ async def lone_steps(app: Durable) -> list[float]:
     await handle.result()
     ends = [entry.at async for entry in handle.watch() if entry.kind == "step" and entry.status == "completed"]
     assert len(ends) == LONE
-    return [(after - before) / 1e6 for before, after in zip(ends, ends[1:], strict=False)]
+    return [(after - before) / 1e6 for before, after in itertools.pairwise(ends)]
 
 
 async def raw_commits(store: Store, commits: int) -> float:
@@ -104,7 +105,8 @@ def raw_inserts(path: Path) -> list[float]:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute(
-        "CREATE TABLE IF NOT EXISTS raw (run TEXT, seq INT, at INT, kind TEXT, status TEXT, key TEXT, payload BLOB, PRIMARY KEY (run, seq)) WITHOUT ROWID"
+        "CREATE TABLE IF NOT EXISTS raw (run TEXT, seq INT, at INT, kind TEXT, status TEXT, key TEXT, payload BLOB,"
+        " PRIMARY KEY (run, seq)) WITHOUT ROWID"
     )
     run, took = str(time.monotonic_ns()), []
     for seq in range(LONE):
@@ -175,7 +177,7 @@ async def measure(name: str, workflows: int, rounds: int, folder: Path) -> dict[
     if raw_lone:
         raw = statistics.median(raw_lone)
         result["lone_step_vs_commit"] = cuts[49] / raw
-        print(f"; raw INSERT + COMMIT p50 {raw * 1e3:.3f} ms: {cuts[49] / raw:.2f} ×")
+        print(f"; raw INSERT + COMMIT p50 {raw * 1e3:.3f} ms: {cuts[49] / raw:.2f} times")
     else:
         print()
     print(

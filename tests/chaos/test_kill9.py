@@ -173,7 +173,9 @@ async def test_kill_9_with_500_runs_in_flight(site: Site, budget: Budget, capsys
     assert {record.status for record in records} == {Status.COMPLETED}
     again = await check(site, handles)
     with capsys.disabled():
-        print(f"\nkill -9: {hit} runs orphaned, all went on within {slowest:.2f} s (lease {LEASE} s); {again} bodies ran again")
+        print(
+            f"\nkill -9: {hit} runs orphaned, all went on within {slowest:.2f} s (lease {LEASE} s); {again} bodies ran again"
+        )
     assert hit > 0, "the kills hit something"
     assert slowest < LEASE + GRACE
 

@@ -23,6 +23,11 @@ class Broker:
         self.cancelled: list[str] = []
         self.ends: list[BrokerTransport] = []
         self.refusing: str | None = None
+        """Why nothing is taken."""
+        self.hanging = False
+        """Nothing is answered."""
+        self.doubting = False
+        """What is taken is said not to be."""
 
     def end(self) -> BrokerTransport:
         """One engine's end."""
@@ -101,8 +106,12 @@ class BrokerTransport:
     async def dispatch(self, task: RemoteTask) -> None:
         if self.broker.refusing is not None:
             raise TransportError(self.broker.refusing)
+        if self.broker.hanging:
+            await asyncio.Event().wait()
         self.broker.tasks.append(task)
         self.broker.held[task.step_id] = task
+        if self.broker.doubting:
+            raise TransportError("the connection broke")
 
     async def cancel(self, step_id: str) -> None:
         self.broker.cancelled.append(step_id)

@@ -155,28 +155,76 @@ async def test_B52_no_field_of_a_record_is_silently_dropped(world: World) -> Non
     filled = {"input_hash": "h", "idempotency_key": "k", "priority": 7, "tags": ("a", "b"), "wake_at": None}
     first = Entry(1, 5, "run", "started", "key", 3, "name", 2, "print", b"1", 10, 11, 12)
     new = NewRun(
-        "full", "w", "v", b'{"in":1}', DEFAULT_WORKSPACE, attributes={"s": "x", "i": 1, "f": 1.5, "b": True},
-        parent=Parent("p", "pk", 4), owner="me", entries=(first,), **filled,  # type: ignore[arg-type]
+        "full",
+        "w",
+        "v",
+        b'{"in":1}',
+        DEFAULT_WORKSPACE,
+        attributes={"s": "x", "i": 1, "f": 1.5, "b": True},
+        parent=Parent("p", "pk", 4),
+        owner="me",
+        entries=(first,),
+        **filled,  # type: ignore[arg-type]
     )
     assert set(NewRun.__struct_fields__) == {
-        "id", "workflow", "version", "input", "workspace", "input_hash", "idempotency_key", "priority", "tags",
-        "attributes", "parent", "owner", "entries", "wake_at",
+        "id",
+        "workflow",
+        "version",
+        "input",
+        "workspace",
+        "input_hash",
+        "idempotency_key",
+        "priority",
+        "tags",
+        "attributes",
+        "parent",
+        "owner",
+        "entries",
+        "wake_at",
     }, "a new field: add it here, so that no store forgets it"
     await store.start([new])
     await store.start([NewRun("other", "w", "v", b"null")])
     second = Entry(2, 6, "step", "completed", "k2", 1, "n2", 1, "f2", b'"x"', 1, 2, 3)
     message = Message("other", "m", "result", "completed", b"2", "mk", 9, 3, DEFAULT_WORKSPACE)
-    commit = Commit("full", 1, 1, "c1", [second], (PutMessage(message), SetAttributes({"i": None, "new": 2}, ("z",))),
-                    activity=Activity.RETRYING, suspend=True, wake_at=77)
+    commit = Commit(
+        "full",
+        1,
+        1,
+        "c1",
+        [second],
+        (PutMessage(message), SetAttributes({"i": None, "new": 2}, ("z",))),
+        activity=Activity.RETRYING,
+        suspend=True,
+        wake_at=77,
+    )
     assert [outcome.status for outcome in await store.commit([commit])] == [CommitStatus.DONE]
     record = (await store.get(["full"]))[0]
     assert isinstance(record, RunRecord)
     expected = {
-        "id": "full", "workspace": DEFAULT_WORKSPACE, "workflow": "w", "version": "v", "status": Status.ACTIVE,
-        "activity": Activity.RETRYING, "input": b'{"in":1}', "output": None, "error": None, "priority": 7, "tags": ("z",),
-        "attributes": {"s": "x", "f": 1.5, "b": True, "new": 2}, "parent": Parent("p", "pk", 4), "idempotency_key": "k",
-        "input_hash": "h", "wake_at": 77, "inbox_last": 0, "inbox_read": 0, "owner": None, "epoch": 1, "seq": 2,
-        "commit_id": "c1", "recovery_attempts": 0, "finished_at": None,
+        "id": "full",
+        "workspace": DEFAULT_WORKSPACE,
+        "workflow": "w",
+        "version": "v",
+        "status": Status.ACTIVE,
+        "activity": Activity.RETRYING,
+        "input": b'{"in":1}',
+        "output": None,
+        "error": None,
+        "priority": 7,
+        "tags": ("z",),
+        "attributes": {"s": "x", "f": 1.5, "b": True, "new": 2},
+        "parent": Parent("p", "pk", 4),
+        "idempotency_key": "k",
+        "input_hash": "h",
+        "wake_at": 77,
+        "inbox_last": 0,
+        "inbox_read": 0,
+        "owner": None,
+        "epoch": 1,
+        "seq": 2,
+        "commit_id": "c1",
+        "recovery_attempts": 0,
+        "finished_at": None,
     }
     stamps = {"created_at", "started_at", "updated_at"}
     assert set(RunRecord.__struct_fields__) == set(expected) | stamps

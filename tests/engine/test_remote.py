@@ -38,7 +38,7 @@ async def test_N4_the_event_emitter_is_the_default_and_can_be_injected(world: Wo
     """Without a transport, remote steps run in this process; one that is given is used, and may be shared by engines."""
     emitter = EventEmitterTransport(name="mine")
     app = await world.engine(shop, charge, transport=emitter)
-    assert app.engine.deps.transport is emitter
+    assert app.engine.deps.transport.member("default") is emitter
     assert await app.start_and_wait(shop, 1, timeout=5) == 2
 
     @workflow(name="client")

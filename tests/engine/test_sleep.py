@@ -83,8 +83,12 @@ async def test_sleep_until_and_its_errors(world: World) -> None:
         await ctx.sleep_until(datetime(2000, 1, 1, tzinfo=UTC))
         await ctx.sleep(0)
         refused = []
-        for bad in (lambda: ctx.sleep_until(datetime(2030, 1, 1)), lambda: ctx.sleep(-1), lambda: ctx.sleep(float("nan")),
-                    lambda: ctx.sleep(10.0**18)):
+        for bad in (
+            lambda: ctx.sleep_until(datetime(2030, 1, 1)),
+            lambda: ctx.sleep(-1),
+            lambda: ctx.sleep(float("nan")),
+            lambda: ctx.sleep(10.0**18),
+        ):
             try:
                 await bad()
             except DefinitionError as error:

@@ -214,7 +214,9 @@ async def _on_writer(store: Any, operation: Any) -> None:
     raise AssertionError(f"no writer in {vars(store)}")
 
 
-async def test_a_read_only_file_is_refused_at_the_start_with_a_sentence(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_read_only_file_is_refused_at_the_start_with_a_sentence(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A database that cannot be written is no database to start on: StoreReadOnly or another StoreError that says so."""
     async with Durable(f"sqlite:///{file}", workflows=[steps]) as app:
         await app.start_and_wait(steps, 1, timeout=5)
@@ -293,7 +295,9 @@ async def test_S5_commit_with_is_one_transaction_with_the_authors_sql(file: Path
             raise ValueError("the author's own")
 
         assert (await store.commit_with(write, commit(2))).status is CommitStatus.DONE
-        assert (await store.commit_with(write, commit(2))).status is CommitStatus.DONE, "its reply was lost; it is not done twice"
+        assert (await store.commit_with(write, commit(2))).status is CommitStatus.DONE, (
+            "its reply was lost; it is not done twice"
+        )
         assert (await store.commit_with(write, commit(3, epoch=9))).status is CommitStatus.FENCED
         with pytest.raises(ValueError, match="own"):
             await store.commit_with(write_and_fail, commit(3))

@@ -121,7 +121,9 @@ class World:
         settings.setdefault("cold", self.cold)
         settings.setdefault("poll_every", 0.5)
         line = Line(self._make_store())
-        app = Durable(line, transport=transport or EventEmitterTransport(), **settings)  # type: ignore[arg-type]
+        if "transports" not in settings:
+            settings["transport"] = transport or EventEmitterTransport()
+        app = Durable(line, **settings)  # type: ignore[arg-type]
         app.register(*things)
         await app.open()
         self.apps.append(app)
@@ -152,7 +154,17 @@ class World:
             self.graves.append(run.machine)
         engine._executor.residents.clear()
         engine._executor._ready.clear()
-        transport: Any = engine.deps.transport
+        engine._unhear()
+        for transport in engine.deps.transport.members.values():
+            self._crash_transport(transport)
+        self.apps.remove(app)
+        self.graves.append(app)
+        await asyncio.sleep(0)
+        if noticed:
+            await (await self.store()).leave(lease.incarnation)
+
+    @staticmethod
+    def _crash_transport(transport: Any) -> None:
         if isinstance(transport, EventEmitterTransport):
             transport._starts = 0
             shelf = transport._shelf
@@ -165,11 +177,6 @@ class World:
                     held.work.cancel()
         elif hasattr(transport, "crashed"):
             transport.crashed()
-        self.apps.remove(app)
-        self.graves.append(app)
-        await asyncio.sleep(0)
-        if noticed:
-            await (await self.store()).leave(lease.incarnation)
 
     def pause(self, app: Durable) -> None:
         """SIGSTOP, as far as the store can tell."""

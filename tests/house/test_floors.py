@@ -19,6 +19,7 @@ FLOORS = {
     **dict.fromkeys(["durable.engine", "durable.worker"], 4),
     **dict.fromkeys(["durable.store", "durable.transports", "durable.control_plane"], 5),
     "durable.testing": 6,
+    **dict.fromkeys(["durable.testing.harness", "durable.testing.pytest_plugin"], 7),  # they test whole apps
     **dict.fromkeys(["durable.app", "durable.module", "durable.dashboard"], 7),
     "durable.server": 8,
     **dict.fromkeys(["durable.cli", "durable.__main__"], 9),

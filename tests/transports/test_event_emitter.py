@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import selectors
-from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -14,33 +12,7 @@ from durable.protocol.messages import RemoteTask, StepResult
 from durable.testing.facts import eventually
 from durable.testing.suites.transport import ECHO, Gate, Results, answer, echo, task
 from durable.transports.event_emitter import EventEmitterTransport
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Nothing waits for real: when nothing is ready, the time is that of the next timer."""
-
-    def __init__(self) -> None:
-        super().__init__(_Impatient(self))
-        self.instant = 0.0
-
-    def time(self) -> float:
-        return self.instant
-
-
-class _Impatient(selectors.SelectSelector):
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout:
-            self._loop.instant += timeout
-        return super().select(0)
-
-
-def in_virtual_time(main: Callable[[], Awaitable[object]]) -> object:
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(main())  # type: ignore[arg-type]
+from tests.transports.virtual_time import in_virtual_time
 
 
 async def test_the_same_attempt_while_held_runs_once() -> None:

@@ -44,7 +44,7 @@ class Worker:
 class Broker:
     """What engines and workers meet at."""
 
-    def __init__(self, loop: SimLoop, faults: Faults, tripwire: Tripwire, *, holds: bool, seed: int) -> None:
+    def __init__(self, loop: SimLoop, faults: Faults, tripwire: Tripwire, *, holds: bool, seed: int | str) -> None:
         self.loop = loop
         self.faults = faults
         self.tripwire = tripwire
@@ -209,6 +209,9 @@ class SimTransport:
         if self.node.dead:
             await broker.loop.never()
         broker.loop.post(broker.loop.world, broker.faults.latency(), self._arrive, task, reply)
+        if broker.faults.hits("task_hung", 5):
+            reply.cancel()
+            await broker.loop.never()
         await reply
 
     def _arrive(self, task: RemoteTask, reply: asyncio.Future[None]) -> None:
@@ -282,6 +285,10 @@ class SimControlPlane:
     def __init__(self, bus: Bus, node: Node) -> None:
         self._bus = bus
         self._node = node
+
+    @property
+    def audience(self) -> bool:
+        return True
 
     async def start(self) -> None:
         return None

@@ -36,6 +36,8 @@ ON_BROKER = {
     "result_doubled": "a result was delivered twice",
     "result_redelivered": "a result was not acknowledged in time and came again",
 }
+ON_POOL = {"task_hung": "a dispatch was never answered, and may have arrived"}
+"""Only where there is another transport."""
 MOVES = {
     "crash": "an engine vanished",
     "crash_before": "an engine vanished just before a durable effect",
@@ -51,7 +53,7 @@ MOVES = {
 LOSSES = frozenset({"task_lost", "result_lost"})
 """Only where every remote step has a timeout: otherwise nobody could ever know."""
 
-KINDS: dict[str, str] = {**ON_STORE, **LOST_REPLIES, **ON_BEAT, **ON_HINTS, **ON_BROKER, **MOVES}
+KINDS: dict[str, str] = {**ON_STORE, **LOST_REPLIES, **ON_BEAT, **ON_HINTS, **ON_BROKER, **MOVES, **ON_POOL}
 
 
 class Swarm(Struct, frozen=True):
@@ -85,6 +87,9 @@ class Swarm(Struct, frozen=True):
     poll_every: float
     max_running: int
     cancel_grace: float
+    pooled: bool = False
+    """Two brokers in a pool; workers serve both."""
+    dispatch_timeout: float = 5.0
     more: bool = False
     """Also random programs of durable/testing/programs.py, watchers, priorities and drawn arguments."""
     door: bool = False
@@ -98,7 +103,11 @@ class Swarm(Struct, frozen=True):
         after = Random(f"swarm, more/{seed}")
         draw = Random(f"swarm/{seed}")
         some = draw.choice((0.3, 0.6, 1.0))
-        kinds = frozenset(kind for kind in KINDS if draw.random() < some)
+        kinds = frozenset(kind for kind in KINDS if kind not in ON_POOL and draw.random() < some)
+        pool = Random(f"swarm, pool/{seed}")
+        pooled = pool.random() < 0.5
+        if pooled and pool.random() < some:
+            kinds |= ON_POOL.keys()
         engines_moves = ["crash", "crash_before", "crash_after", "pause", "partition", "restart"]
         if not kinds.intersection(engines_moves):
             kinds |= {draw.choice(engines_moves)}
@@ -126,6 +135,8 @@ class Swarm(Struct, frozen=True):
             poll_every=draw.choice((0.3, 1.0, 2.0)),
             max_running=draw.choice((2, 5, 20, 1000)),
             cancel_grace=draw.choice((0.5, 2.0, 10.0)),
+            pooled=pooled,
+            dispatch_timeout=pool.choice((0.2, 1.0, 5.0)),
             more=True,
             door=after.random() < 0.2,
             partial=after.random() < 0.2,

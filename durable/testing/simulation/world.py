@@ -43,6 +43,7 @@ from durable.testing.simulation.server import StoreServer, at_once
 from durable.testing.simulation.witness import Body, Witness
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
+from durable.transports.pool import TransportPool
 from durable.worker.handler import StepHandler
 
 EPOCH = 1_700_000_000 * SECOND
@@ -186,6 +187,7 @@ class World:
         self.server = StoreServer(self.loop, self.base, self.faults, self.tripwire)
         self.bus = Bus(self.loop, self.faults)
         self.broker = Broker(self.loop, self.faults, self.tripwire, holds=swarm.holds, seed=swarm.seed)
+        self.spare = Broker(self.loop, self.faults, self.tripwire, holds=swarm.holds, seed=f"{swarm.seed}/spare")
         self.witness = Witness(self.loop, self.server.seqs)
         self.clients = Node("clients")
         self.slots: list[Process | None] = [None] * (swarm.engines + swarm.door)
@@ -320,7 +322,12 @@ class World:
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1 + draw.uniform(-swarm.drift, swarm.drift))
         ids = SeededIds(f"{swarm.seed}/{name}")
         store = self.server.connect(node)
-        transport: Transport = self.broker.end(node) if swarm.shared else EventEmitterTransport(heartbeat_interval=1.0)
+        members: dict[str, Transport] = {
+            "default": self.broker.end(node) if swarm.shared else EventEmitterTransport(heartbeat_interval=1.0)
+        }
+        if swarm.shared and swarm.pooled:
+            members["spare"] = self.spare.end(node)
+        transport = members["default"]
         settings = Settings(
             lease=swarm.lease,
             poll_every=swarm.poll_every,
@@ -340,7 +347,7 @@ class World:
             Deps(
                 store=store,
                 registry=registry,
-                transport=transport,
+                transport=TransportPool(members, dispatch_timeout=swarm.dispatch_timeout),
                 control_plane=self.bus.plane(node),
                 clock=clock,
                 ids=ids,
@@ -361,7 +368,7 @@ class World:
             except StoreUnavailable:
                 await asyncio.sleep(0.1)
         if not self.swarm.shared:
-            await transport.serve([step.name for step in registry.steps()], StepHandler(registry, clock, threads=0))
+            await transport.serve([step.name for step in registry.steps()], StepHandler(registry, clock))
         process.ready = True
 
     def _boot_worker(self, slot: int) -> None:
@@ -370,7 +377,9 @@ class World:
         self._nodes.append(node)
         draw = Random(f"node/{self.swarm.seed}/{node.name}")
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1.0)
-        self.broker.workers.append(Worker(node, StepHandler(Registry(STEPS), clock, threads=0)))
+        worker = Worker(node, StepHandler(Registry(STEPS), clock))
+        self.broker.workers.append(worker)
+        self.spare.workers.append(worker)
         self.worker_slots[slot] = node
 
     async def _supervise(self) -> None:
