@@ -3,13 +3,13 @@ cancelled; whoever waits for it may go on without it."""
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextvars
 import inspect
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
+
+from durable.worker.threads import BodyThreads
 
 
 class Bodies:
@@ -17,7 +17,7 @@ class Bodies:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._pool = BodyThreads(threads)
 
     def call(self, body: Callable[..., Any], args: tuple[Any, ...], *, is_async: bool | None = None) -> Awaitable[Any]:
         """What the body returns, once it has. `is_async`: where the callable itself does not show it."""
@@ -27,8 +27,7 @@ class Bodies:
 
     def close(self) -> None:
         """Let the threads go. One that never returns is not waited for."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     async def _plain(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         result = await self._in_thread(body, args) if self._threads else body(*args)
@@ -36,10 +35,7 @@ class Bodies:
         return await result if inspect.isawaitable(result) else result
 
     async def _in_thread(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        if self._pool is None:
-            self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, thread_name_prefix="durable-step")
-        variables = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(variables.run, body, *args))
+        return await self._pool.run(partial(contextvars.copy_context().run, body, *args))
 
 
 def _is_async(body: Callable[..., Any]) -> bool:
