@@ -74,9 +74,9 @@ class Group(Generic[Q, A]):
         return await future
 
     async def flush(self, monotonic: Callable[[], float], seconds: float) -> None:
-        """Wait until all that was asked is answered, or for that long."""
+        """Wait until all that was asked is answered, or for that long; not for a store that takes nothing."""
         deadline = monotonic() + seconds
-        while self._task is not None and monotonic() < deadline:
+        while self._task is not None and self.trouble is None and monotonic() < deadline:
             await asyncio.wait({self._task}, timeout=0.05)
 
     async def close(self) -> None:

@@ -161,7 +161,7 @@ class WorkflowEngine:
     async def _hand_over(self) -> None:
         """Runs that only wait are put to sleep as they are; the others are due at once, for whoever is there."""
         executor = self._executor
-        executor.suspend_waiting()
+        executor.settler.suspend_waiting()
         await executor.commits.flush(self._local.monotonic, HAND_OVER_SECONDS)
         runs = list(executor.residents.values())
         for run in runs:

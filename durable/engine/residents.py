@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from durable.core.commands import SendTask
 from durable.core.definition import WorkflowDefinition
+from durable.core.errors import DurableError
 from durable.core.journal import Entry
 from durable.core.replay import Machine
 from durable.protocol.states import Activity, Status
@@ -211,3 +212,19 @@ def _earlier(a: int | None, b: int | None) -> int | None:
     if a is None or b is None:
         return b if a is None else a
     return min(a, b)
+
+
+class Left(DurableError):
+    """The run left this engine before what arrived for it was committed."""
+
+
+def left() -> Left:
+    """Why something that arrived is not taken."""
+    return Left("The run has left this engine; send it again.")
+
+
+def tell(acks: list[Callable[[BaseException | None], None]], why: BaseException | None) -> None:
+    """Answer acknowledgements: durable (None), or why not."""
+    for ack in acks:
+        ack(why)
+    acks.clear()

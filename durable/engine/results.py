@@ -12,8 +12,8 @@ from durable.core.errors import ErrorData
 from durable.core.journal import LOG, REMOTE
 from durable.core.payload import clean, encode_error
 from durable.engine.apply import log_payload
-from durable.engine.executor import Executor, Left
-from durable.engine.residents import Arrival, Resident
+from durable.engine.executor import Executor
+from durable.engine.residents import Arrival, Left, Resident
 from durable.engine.signals import Mail
 from durable.protocol.messages import StepEvent, StepResult
 from durable.store.records import Message

@@ -54,7 +54,7 @@ class Scheduler:
     def sweep(self) -> None:
         """After each heartbeat: let runs go that the store says are mine and that are not here."""
         self._sweep = True
-        self._executor.evict()
+        self._executor.settler.evict()
 
     def reset(self) -> None:
         """A new incarnation starts from nothing."""

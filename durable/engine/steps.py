@@ -76,7 +76,7 @@ class LocalSteps:
         )
         run.bodies[key] = task
         run.marks[key] = Arrival(now, STEP, "started", key=key, attempt=attempt, started_at=now)
-        self._executor.later(run)
+        self._executor.settler.later(run)
 
     async def _run(self, run: Resident, command: RunStep, attempt: int, began: int) -> None:
         key = command.key

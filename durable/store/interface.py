@@ -108,9 +108,9 @@ class Store(Protocol):
         """Take due unowned runs, and runs whose owner is expired, dead or has no row, raising each epoch. An expired
         incarnation is marked dead in the same transaction. Raises recovery_attempts of runs that were `executing`
         under such an owner. Writes `executing`, so that a crash from here on counts; `queued` for a run with recovery
-        attempts, which waits for its turn; blocked runs stay blocked. Order: priority descending, then wake_at. An
-        incarnation that is dead, expired or has never beaten claims nothing. Parked runs of a gone owner are merely
-        freed, under a new epoch."""
+        attempts, which waits for its turn alone; blocked runs stay blocked. Order: priority descending, then wake_at. An
+        incarnation that is dead, expired or has never beaten claims nothing. Parked runs of a gone owner are merely freed,
+        under a new epoch."""
         ...
 
     async def release(self, runs: Sequence[tuple[str, int]]) -> None:

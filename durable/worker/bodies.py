@@ -16,8 +16,7 @@ class Bodies:
     """Calls bodies. `threads` 0: plain ones run in place, as the simulation wants it."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pool = BodyThreads(threads)
+        self._threads = BodyThreads(threads) if threads else None
 
     def call(self, body: Callable[..., Any], args: tuple[Any, ...], *, is_async: bool | None = None) -> Awaitable[Any]:
         """What the body returns, once it has. `is_async`: where the callable itself does not show it."""
@@ -27,15 +26,16 @@ class Bodies:
 
     def close(self) -> None:
         """Let the threads go. One that never returns is not waited for."""
-        self._pool.close()
+        if self._threads is not None:
+            self._threads.close()
 
     async def _plain(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        result = await self._in_thread(body, args) if self._threads else body(*args)
+        if self._threads is None:
+            result = body(*args)
+        else:
+            result = await self._threads.run(partial(contextvars.copy_context().run, body, *args))
         # A lambda or a partial around an async function hands back a coroutine.
         return await result if inspect.isawaitable(result) else result
-
-    async def _in_thread(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        return await self._pool.run(partial(contextvars.copy_context().run, body, *args))
 
 
 def _is_async(body: Callable[..., Any]) -> bool:

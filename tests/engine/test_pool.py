@@ -249,9 +249,9 @@ async def test_whether_a_run_may_leave_memory_is_up_to_the_member_that_has_its_t
     await broker.sent()
     for handle in (leaves, stays):
         await world.until_journal(handle.id, lambda lines: any("published" in line for line in lines))
-    app.engine._executor.evict()
+    app.engine._executor.settler.evict()
     await world.until(leaves.id, lambda r: r.owner is None and r.activity == Activity.WAITING, "it has left")
-    app.engine._executor.evict()
+    app.engine._executor.settler.evict()
     assert (await world.record(stays.id)).owner is not None
     gate.open()
     await broker.answer(broker.tasks[0], "far")

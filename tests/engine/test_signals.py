@@ -294,7 +294,7 @@ async def test_B07_every_suspended_run_has_a_wake_time(world: World) -> None:
     app = await world.engine(collect, hot_for=0.0, lease=0.3)
     handle = await app.start(collect, 1)
     if not world.cold:
-        app.engine._executor.evict()
+        app.engine._executor.settler.evict()
     record = await world.waits(handle.id)
     if record.owner is None:
         assert record.wake_at is not None

@@ -368,7 +368,7 @@ class World:
             except StoreUnavailable:
                 await asyncio.sleep(0.1)
         if not self.swarm.shared:
-            await transport.serve([step.name for step in registry.steps()], StepHandler(registry, clock))
+            await transport.serve([step.name for step in registry.steps()], StepHandler(registry, clock, threads=0))
         process.ready = True
 
     def _boot_worker(self, slot: int) -> None:
@@ -377,7 +377,7 @@ class World:
         self._nodes.append(node)
         draw = Random(f"node/{self.swarm.seed}/{node.name}")
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1.0)
-        worker = Worker(node, StepHandler(Registry(STEPS), clock))
+        worker = Worker(node, StepHandler(Registry(STEPS), clock, threads=0))
         self.broker.workers.append(worker)
         self.spare.workers.append(worker)
         self.worker_slots[slot] = node

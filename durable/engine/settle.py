@@ -1,0 +1,346 @@
+"""What becomes of a run when its turns are over: commit now, commit soon, act at once, or leave memory.
+
+The barrier (D4) stands here. Whatever touches the world — a body, a publish, an acknowledgement, the outcome — is an action
+that waits until every entry before it is committed. Results do not wait: the workflow has gone on already, and entries that
+nothing waits for share a commit. One commit of a run is under way at a time; what comes meanwhile goes into the next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from durable.core.clock import SECOND
+from durable.core.commands import Cancelled, Completed, Failed, StartChild
+from durable.core.errors import ErrorData, NonDeterminism
+from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL, STEP
+from durable.core.payload import describe, encode_error
+from durable.engine import apply
+from durable.engine.children import tell_parent
+from durable.engine.residents import Arrival, Final, Resident, left, tell
+from durable.protocol.states import Activity, Status
+from durable.store.records import Commit, CommitOutcome, CommitStatus
+
+if TYPE_CHECKING:
+    from durable.engine.executor import Executor
+
+log = logging.getLogger("durable.settle")
+
+
+class Settler:
+    """Settles the runs of one executor."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.settings = executor.settings
+        self.clock = executor.clock
+        self._flush: list[Resident] = []
+        self._commits_made = 0
+
+    # ------------------------------------------------------------------ settle
+
+    def settle(self, run: Resident) -> None:
+        """Decide what becomes of what the turns left: commit now, soon, act at once, or leave memory."""
+        if run.dropped or run.committing or run.held:
+            return
+        if not run.ended and (run.machine.outcome is not None or run.final is not None):
+            self._end(run)
+        uncommitted = run.pending or run.effects or run.inbox_read > run.inbox_written
+        # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
+        unnamed = run.bodies and run.activity is not Activity.EXECUTING
+        if run.ended or run.effects or ((run.actions or run.acks) and (uncommitted or unnamed)):
+            self._commit(run)
+            return
+        if run.actions or run.acks:
+            self._release_barrier(run, run.actions, run.acks)
+            run.actions, run.acks = [], []
+            if self._taken_away(run):
+                return
+        if run.arrivals and not run.held:
+            self._executor.wake(run)
+            return
+        if self._parked(run):
+            self._executor.on_calm(run)
+            if run.recovery_attempts:
+                run.progressed = True  # it has come to rest, so it was not what killed its engine
+            wake = run.next_wake()
+            if self.settings.cold or self._far(run, wake):
+                self._commit(run, suspend=True)
+                return
+            if not run.idle:
+                run.idle = True
+                self._executor.idle[run.run_id] = run
+            if uncommitted or run.activity != self._activity(run):
+                self.later(run)
+        else:
+            if run.idle:
+                run.idle = False
+                self._executor.idle.pop(run.run_id, None)
+            if uncommitted:
+                self.later(run)
+        self._arm(run)
+
+    def _parked(self, run: Resident) -> bool:
+        """Whether everything this run does is wait, so that it could leave memory."""
+        if run.bodies or run.arrivals or run.actions or run.fetching or run.asking:
+            return False
+        for sent in run.sent.values():
+            if not sent.published or sent.command.options.heartbeat_timeout is not None:
+                return False
+        # A task in this process lives and dies with it, so its run must be seen to die too.
+        return not self.has_task_here(run)
+
+    def has_task_here(self, run: Resident) -> bool:
+        """Whether a task of this run is, or may be, under way in this process."""
+        pool = self._executor.deps.transport
+        return any(not pool.member(sent.transport).capabilities.shared for sent in run.sent.values())
+
+    def _taken_away(self, run: Resident) -> bool:
+        """An action may have ended or committed it; a function, since it changes behind the reader's back."""
+        return run.committing or run.dropped
+
+    def _far(self, run: Resident, wake: int | None) -> bool:
+        """Whether only time can wake it, and not soon: no reason to keep it in memory."""
+        if wake is None or wake < self.clock.now() + int(self.settings.hot_for * SECOND):
+            return False
+        return not any(command.kind in (SIGNAL, CHILD, REMOTE) for command in run.machine.outstanding.values())
+
+    def _activity(self, run: Resident) -> Activity:
+        if run.bodies or (run.sent and self.has_task_here(run)):
+            return Activity.EXECUTING  # a task in this process is as good as a body
+        if run.cancel_deadline is not None:
+            return Activity.CANCELLING
+        if any(c.kind != STEP and c.key not in run.retries for c in run.machine.outstanding.values()):
+            return Activity.WAITING
+        if run.retries:
+            return Activity.RETRYING
+        return Activity.SLEEPING if run.machine.next_timer() is not None else Activity.WAITING
+
+    def _arm(self, run: Resident) -> None:
+        """Have the run looked at when its next timer is due."""
+        wake = run.next_wake()
+        if wake is None or (run.armed is not None and run.armed <= wake):
+            return
+        if run.alarm is not None:
+            run.alarm.cancel()
+        run.armed = wake
+        delay = max(0.0, (wake - self.clock.now()) / SECOND)
+        run.alarm = self._executor.loop.call_later(delay, self._ring, run, context=self._executor.variables)
+
+    def _ring(self, run: Resident) -> None:
+        run.armed = run.alarm = None
+        # A loop's timer may come a hair early by the store's clock; then it is simply armed again.
+        if not run.dropped:
+            self._executor.wake(run)
+
+    def later(self, run: Resident) -> None:
+        """Commit within a tick: nothing waits for it but those who watch."""
+        if run.flushing:
+            return
+        run.flushing = True
+        if not self._flush:
+            self._executor.loop.call_later(self.settings.tick, self._tick, context=self._executor.variables)
+        self._flush.append(run)
+
+    def _tick(self) -> None:
+        runs, self._flush = self._flush, []
+        for run in runs:
+            run.flushing = False
+            if run.dropped or run.committing or run.held or run.ended:
+                continue
+            if (
+                run.pending
+                or run.marks
+                or run.inbox_read > run.inbox_written
+                or (run.idle and run.activity != self._activity(run))
+            ):
+                self._commit(run)
+
+    def evict(self) -> None:
+        """Let runs leave memory that have waited long enough, and the longest idle above the limit. Called now and then."""
+        spare = len(self._executor.idle) - self.settings.hot_limit
+        limit = self.clock.now() - int(self.settings.hot_for * SECOND)
+        for run in list(self._executor.idle.values()):
+            if spare <= 0 and run.last_at > limit:
+                continue
+            if not run.committing and not run.flushing and self._parked(run):
+                spare -= 1
+                self._commit(run, suspend=True)
+
+    def suspend_waiting(self) -> None:
+        """Let every run leave memory that only waits: the engine is about to stop."""
+        for run in list(self._executor.residents.values()):
+            if not (run.committing or run.held or run.ended or run.opening) and self._parked(run):
+                self._commit(run, suspend=True)
+
+    # ------------------------------------------------------------------ end
+
+    def _end(self, run: Resident) -> None:
+        """Write down the outcome. What is still under way is told that nobody waits any more."""
+        final = run.final or _final(run)
+        run.final = final
+        run.ended = True
+        # Those given up inside the run have said so; what is left was never awaited.
+        closing = final.status is not Status.COMPLETED
+        for command in list(run.machine.outstanding.values()):
+            if not isinstance(command, StartChild) or (closing and command.options.on_parent_close == "cancel"):
+                apply.abandon(self._executor, run, command)
+        outcome = run.machine.outcome
+        cut = outcome.cut if isinstance(outcome, Failed) and run.final.status is Status.FAILED else None
+        self._executor.append(
+            run,
+            Arrival(
+                self.clock.now(),
+                RUN,
+                final.status.value,
+                name=run.definition.name,
+                payload=None if cut is None else b'{"cut":%d}' % cut,
+            ),
+        )
+        if run.parent is not None:
+            run.effects.append(tell_parent(run.run_id, run.workspace, run.parent, final))
+
+    def block(self, run: Resident, error: NonDeterminism) -> None:
+        """Journal and code disagree: nothing has been done, nothing is lost; park it until the code is mended."""
+        log.error("run %s is blocked: %s", run.run_id, error)
+        self._forget(run)
+        data = describe(error)
+        details = {"position": error.position, "recorded": error.recorded, "asked": error.asked}
+        payload = encode_error(ErrorData(message=data.message, code=data.code, type=data.type, details=details))
+        self._executor.append(run, Arrival(self.clock.now(), RUN, "blocked", name=run.definition.name, payload=payload))
+        self._commit(run, suspend=True, blocked=payload)
+
+    def _forget(self, run: Resident) -> None:
+        """Undo, in memory, what is not committed. Inbox rows stay unread; what came directly is sent again."""
+        run.pending.clear()
+        run.effects.clear()
+        run.actions.clear()
+        run.marks.clear()
+        run.tail = run.seq
+        run.inbox_read = run.inbox_known = run.inbox_written
+        tell(run.acks, left())
+
+    # ------------------------------------------------------------------ commit
+
+    def _commit(self, run: Resident, *, suspend: bool = False, blocked: bytes | None = None) -> None:
+        for mark in run.marks.values():
+            self._executor.append(run, mark)
+        run.marks.clear()
+        self._commits_made += 1
+        commit = Commit(
+            run.run_id,
+            run.epoch,
+            run.seq,
+            f"{self._executor.lease.incarnation}-{self._commits_made}",
+            run.pending,
+            progressed=run.progressed,
+        )
+        run.pending = []
+        if run.effects:
+            commit.effects = tuple(run.effects)
+            run.effects = []
+        if run.inbox_read > run.inbox_written:
+            commit.inbox_read = run.inbox_read
+        if run.ended:
+            assert run.final is not None
+            commit.status = run.final.status
+            commit.output = run.final.output
+            commit.error = run.final.error
+        else:
+            activity = Activity.BLOCKED if blocked is not None else self._activity(run)
+            if activity is not run.activity:
+                commit.activity = activity
+            if suspend:
+                commit.suspend = True
+                commit.activity = activity
+                commit.error = blocked
+                if blocked is None:
+                    commit.wake_at = run.next_wake() or self.clock.now() + int(self.settings.reconcile * SECOND)
+        actions, run.actions = run.actions, []
+        acks, run.acks = run.acks, []
+        run.committing = True
+        run.suspending = suspend
+        self._executor.commits.submit(commit, partial(self._committed, run, commit, actions, acks))
+
+    def _committed(
+        self,
+        run: Resident,
+        commit: Commit,
+        actions: list[Callable[[], None]],
+        acks: list[Callable[[BaseException | None], None]],
+        answer: CommitOutcome | BaseException,
+    ) -> None:
+        run.committing = False
+        if not run.dropped and not isinstance(answer, BaseException) and answer.failure is not None:
+            tell(acks, None)
+            self._refused(run, answer.failure)
+            return
+        if run.dropped or isinstance(answer, BaseException) or answer.status is not CommitStatus.DONE:
+            if not run.dropped and not isinstance(answer, BaseException):
+                log.warning("run %s belongs to another engine now; dropped here", run.run_id)
+            tell(acks, left())
+            self._executor.drop(run)
+            return
+        run.seq += len(commit.entries)
+        if commit.inbox_read:
+            run.inbox_written = max(run.inbox_written, commit.inbox_read)
+        if commit.progressed:
+            run.recovery_attempts = 0
+            run.progressed = False
+            self._executor.on_calm(run)
+        if commit.activity:
+            run.activity = commit.activity
+        for owner in answer.wake:
+            self._executor.on_nudge(run.run_id, owner)
+        if commit.effects:
+            self._executor.on_due()
+        self._executor.on_committed(run, commit)
+        if run.ended:
+            tell(acks, None)
+            final = run.final
+            assert final is not None
+            self._executor.drop(run)
+            self._executor.on_finished(run, final)
+            return
+        if commit.suspend:
+            tell(acks, None)
+            self._executor.drop(run)
+            # Mail that came in between has made it due at once.
+            if answer.inbox_last > run.inbox_written or commit.wake_at is not None:
+                self._executor.on_due()
+            return
+        if answer.inbox_last > run.inbox_known:
+            self._executor.on_mail(run)
+        self._release_barrier(run, actions, acks)
+        self.settle(run)
+
+    def _release_barrier(
+        self, run: Resident, actions: list[Callable[[], None]], acks: list[Callable[[BaseException | None], None]]
+    ) -> None:
+        tell(acks, None)
+        for action in actions:
+            action()
+
+    def _refused(self, run: Resident, failure: Exception) -> None:
+        """The store takes this commit never: the run fails with the reason, instead of trying for ever."""
+        log.error("the store refused a commit of run %s, which fails: %s", run.run_id, failure)
+        if run.final is not None and run.final.error is not None and run.final.status is Status.FAILED:
+            self._executor.forsake(run)
+            return
+        self._forget(run)
+        run.suspending = False
+        run.ended = False
+        run.final = Final(Status.FAILED, error=encode_error(describe(failure)))
+        self.settle(run)
+
+
+def _final(run: Resident) -> Final:
+    outcome = run.machine.outcome
+    if isinstance(outcome, Completed):
+        return Final(Status.COMPLETED, output=outcome.output)
+    if isinstance(outcome, Cancelled):
+        return Final(Status.CANCELLED, error=outcome.error)
+    assert isinstance(outcome, Failed)
+    return Final(Status.FAILED, error=outcome.error)
