@@ -99,7 +99,7 @@ async def test_a_line_with_nul_or_surrogates_does_not_wedge_the_run(world: World
 
     app = await world.engine(hostile)
     handle = await app.start(hostile)
-    assert await handle.result(5) in ("written", "PayloadText", "PayloadError")
+    assert await handle.result(5) == "written"
     await world.sound(handle.id)
 
 
@@ -120,5 +120,5 @@ async def test_a_bodys_hostile_line_does_not_wedge_the_run(world: World) -> None
 
     app = await world.engine(hostile)
     handle = await app.start(hostile)
-    assert await handle.result(5) in ("written", "PayloadText", "PayloadError")
+    assert await handle.result(5) == "written"
     await world.sound(handle.id)
