@@ -26,11 +26,15 @@ _NUDGE, _CLOSE = "nudge", "close"
 FOLD_MAX = 32
 """Operations in one transaction."""
 
+AT_ONCE_SECONDS_MAX = 0.001
+"""A small write is done on the caller's own thread while such writes take less than this: two thread switches would cost a
+third as much again, and the loop is held for no longer than a turn may hold it. A slower disk is left to the writer."""
+
 
 class Runner(Protocol):
     """Runs operations, in the order they come."""
 
-    async def call(self, operation: Operation[T], *, alone: bool = False) -> T: ...
+    async def call(self, operation: Operation[T], *, alone: bool = False, small: bool = False) -> T: ...
 
     async def close(self) -> None: ...
 
@@ -44,7 +48,7 @@ class Inline:
         self._turn = turn or Turn(None, 0)
         self._lock = threading.RLock()
 
-    async def call(self, operation: Operation[T], *, alone: bool = False) -> T:
+    async def call(self, operation: Operation[T], *, alone: bool = False, small: bool = False) -> T:
         return self.run(operation)
 
     def run(self, operation: Operation[T]) -> T:
@@ -92,6 +96,7 @@ class Threaded:
         *,
         folds: bool,
         turn: Turn | None = None,
+        busy_timeout_s: float = 0.0,
         idle: Callable[[sqlite3.Connection], float | None] = lambda cx: None,
     ) -> None:
         self._cx = cx
@@ -99,18 +104,50 @@ class Threaded:
         self._folds = folds
         self._turn = turn or Turn(None, 0)
         self._idle = idle
+        self._busy_timeout_ms = int(busy_timeout_s * 1000)
         self._queue: queue.SimpleQueue[_Job | str] = queue.SimpleQueue()
         self._closed = False
+        self._using = threading.Lock()
+        """Held while the connection is used, by the thread or by a caller."""
+        self._usual_seconds = 0.0
+        """What a round of one operation takes, of late."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    async def call(self, operation: Operation[T], *, alone: bool = False) -> T:
+    async def call(self, operation: Operation[T], *, alone: bool = False, small: bool = False) -> T:
+        """`small`: it may be done at once, on the caller's thread, if nothing else wants the connection or the file."""
         if self._closed:
             raise StoreError(f"{self._location} is closed")
         job = _Job(operation, asyncio.get_running_loop(), alone)
-        self._queue.put(job)
+        if small and self._at_once(job):
+            _settle([job])
+        else:
+            self._queue.put(job)
         answer: T = await job.future
         return answer
+
+    def _at_once(self, job: _Job) -> bool:
+        """Do it here and now. False: not done, it would have had to wait."""
+        if self._usual_seconds > AT_ONCE_SECONDS_MAX or not self._using.acquire(blocking=False):
+            return False
+        try:
+            if not self._queue.empty() or not self._turn.take_at_once():
+                return False
+            began = time.monotonic()
+            try:
+                self._cx.execute("PRAGMA busy_timeout = 0")
+                self._attempt(job)
+            finally:
+                self._cx.execute(f"PRAGMA busy_timeout = {self._busy_timeout_ms}")
+                self._turn.give_back()
+                self._note(time.monotonic() - began)
+        finally:
+            self._using.release()
+        # Another process has the file, so nothing was done: the thread can wait for it, the loop cannot.
+        return not isinstance(job.error, StoreUnavailable)
+
+    def _note(self, seconds: float) -> None:
+        self._usual_seconds += (seconds - self._usual_seconds) * 0.2
 
     def nudge(self) -> None:
         """Ask `idle` again."""
@@ -139,8 +176,10 @@ class Threaded:
 
     def _next(self) -> _Job | str:
         while True:
+            with self._using:
+                pause = self._idle(self._cx)
             try:
-                return self._queue.get(timeout=self._idle(self._cx))
+                return self._queue.get(timeout=pause)
             except queue.Empty:
                 continue
 
@@ -158,12 +197,15 @@ class Threaded:
         return jobs, None
 
     def _round(self, jobs: list[_Job]) -> None:
+        began = time.monotonic()
         try:
-            with self._turn:
+            with self._using, self._turn:
                 self._perform(jobs)
         except StoreUnavailable as error:
             for job in jobs:
                 job.error = error
+        if len(jobs) == 1 and not jobs[0].alone:
+            self._note(time.monotonic() - began)
         _deliver(jobs)
 
     def _perform(self, jobs: list[_Job]) -> None:

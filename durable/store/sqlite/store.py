@@ -48,6 +48,9 @@ T = TypeVar("T")
 HINT_EVERY_S = 0.02
 """How often a listening store looks whether another process has written."""
 
+SMALL = 65_536
+"""Bytes of payload up to which a single write may be done at once (runner.py)."""
+
 BEAT_TIMEOUT_S = 1.0
 
 
@@ -133,6 +136,7 @@ class SqliteStore:
             "durable-sqlite-writer",
             folds=True,
             turn=Turn(self._location.beside, self._busy_timeout_s),
+            busy_timeout_s=self._busy_timeout_s,
             idle=self._look_abroad,
         )
         self._reader = Threaded(reading, self._location, "durable-sqlite-reader", folds=False)
@@ -182,7 +186,8 @@ class SqliteStore:
     async def start(self, runs_: Sequence[NewRun]) -> list[StartOutcome]:
         for new in runs_:
             check_run(new, self._capabilities.max_payload)
-        outcomes = await self._writer.call(lambda cx: runs.start(cx, runs_, self._clock.now()))
+        small = len(runs_) == 1 and len(runs_[0].input) <= SMALL
+        outcomes = await self._writer.call(lambda cx: runs.start(cx, runs_, self._clock.now()), small=small)
         if any(outcome.status is StartStatus.STARTED for outcome in outcomes):
             self._listeners.changed(self)
         return outcomes
@@ -203,7 +208,8 @@ class SqliteStore:
         refused = {one.run_id: failure for one in batch if (failure := refusal(one, max_payload)) is not None}
         if refused:
             return await self._commit_rest(batch, refused)
-        outcomes = await self._writer.call(lambda cx: commits.commit(cx, batch, self._clock.now()))
+        small = len(batch) == 1 and batch[0].size <= SMALL
+        outcomes = await self._writer.call(lambda cx: commits.commit(cx, batch, self._clock.now()), small=small)
         self._listeners.changed(self)
         return outcomes
 
@@ -263,7 +269,8 @@ class SqliteStore:
     async def send(self, messages: Sequence[Message]) -> list[SendOutcome]:
         for message in messages:
             check_message(message, self._capabilities.max_payload)
-        outcomes = await self._writer.call(lambda cx: inbox.send(cx, messages, self._clock.now()))
+        small = len(messages) == 1 and len(messages[0].payload or b"") <= SMALL
+        outcomes = await self._writer.call(lambda cx: inbox.send(cx, messages, self._clock.now()), small=small)
         if any(outcome.status is SendStatus.ACCEPTED for outcome in outcomes):
             self._listeners.changed(self)
         return outcomes
@@ -323,7 +330,7 @@ class _Closed:
     def __init__(self, location: Location) -> None:
         self._location = location
 
-    async def call(self, operation: Operation[T], *, alone: bool = False) -> T:
+    async def call(self, operation: Operation[T], *, alone: bool = False, small: bool = False) -> T:
         raise StoreError(f"{self._location} is not open; await store.open() first")
 
     async def close(self) -> None:

@@ -46,6 +46,22 @@ class Turn:
             finally:
                 fcntl.flock(following, fcntl.LOCK_UN)
 
+    def take_at_once(self) -> bool:
+        """Take the turn if nobody has it or waits for it. True: `give_back` it."""
+        if self._files is None:
+            return True
+        following, turn = self._files
+        if not _lock_at_once(following):
+            return False
+        try:
+            return _lock_at_once(turn)
+        finally:
+            fcntl.flock(following, fcntl.LOCK_UN)
+
+    def give_back(self) -> None:
+        """After `take_at_once`."""
+        self.__exit__(None, None, None)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -62,14 +78,18 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
 
+def _lock_at_once(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _lock(file: int, deadline: float) -> None:
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise StoreUnavailable(
-                    "other processes have kept the database locked for too long; the call may be repeated"
-                ) from None
-            time.sleep(LOOK_EVERY_S)
+    while not _lock_at_once(file):
+        if time.monotonic() > deadline:
+            raise StoreUnavailable(
+                "other processes have kept the database locked for too long; the call may be repeated"
+            )
+        time.sleep(LOOK_EVERY_S)
