@@ -62,12 +62,15 @@ class Settler:
             self._executor.wake(run)
             return
         if self._parked(run):
-            self._executor.on_calm(run)
-            if run.recovery_attempts:
-                run.progressed = True  # it has come to rest, so it was not what killed its engine
             wake = run.next_wake()
+            if run.recovery_attempts:
+                # It has come to rest, so it was not what killed its engine. The next suspect may begin once that is stored.
+                run.progressed = True
             if self.settings.cold or self._far(run, wake):
                 self._commit(run, suspend=True)
+                return
+            if run.progressed:
+                self._commit(run)
                 return
             if not run.idle:
                 run.idle = True

@@ -56,12 +56,18 @@ async def poison(ctx: Context) -> None:
     await ctx.step("kill", kill)
 
 
+@workflow(name="poison-turn")
+async def poison_turn(ctx: Context) -> None:
+    await ctx.wait_for_signal("go")
+    os._exit(77)
+
+
 @workflow(name="waits")
 async def waits(ctx: Context) -> Any:
     return await ctx.wait_for_signal("go")
 
 
-WORKFLOWS = [load, poison, waits]
+WORKFLOWS = [load, poison, poison_turn, waits]
 
 
 async def main() -> None:

@@ -23,7 +23,7 @@ import pytest
 from durable import Durable, RunDead, RunHandle
 from durable.protocol.states import Status
 from durable.store.records import RunRecord
-from tests.chaos.node import WORKFLOWS, load, poison, waits
+from tests.chaos.node import WORKFLOWS, load, poison, poison_turn, waits
 from tests.conftest import Budget
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,6 +237,27 @@ async def test_a_step_that_kills_its_process_ends_dead_and_alone(site: Site) -> 
     assert {record.status for record in records} == {Status.COMPLETED}
     await check(site, handles)
     assert node.process.poll() is None
+
+
+@pytest.mark.timeout(90)
+async def test_a_turn_that_kills_its_process_ends_dead_too(site: Site) -> None:
+    """Workflow code, not a step, takes the process down when a signal comes: it is found out all the same."""
+    node = await site.node(max_recovery_attempts=1)
+    bystander = await site.app.start(waits)
+    victim = await site.app.start(poison_turn)
+    await site.until([victim, bystander], lambda r: r.activity == "waiting", "both wait")
+    await victim.signal("go")
+    deaths = 0
+    while (await victim.get()).status is Status.ACTIVE:
+        if node.process.poll() is not None:
+            deaths += 1
+            assert deaths < 6, "it is never found out"
+            node = await site.node(max_recovery_attempts=1)
+        await asyncio.sleep(0.05)
+    with pytest.raises(RunDead):
+        await victim.result(5)
+    await bystander.signal("go", "unharmed")
+    assert await bystander.result(10) == "unharmed"
 
 
 @pytest.mark.timeout(60)

@@ -124,8 +124,11 @@ async def test_trouble_is_reported_for_starts_and_signals_too(world: World) -> N
     await eventually(lambda: app.engine.trouble is None)
 
 
-async def test_closing_with_the_store_out_of_reach_has_a_bound_and_loses_nothing(world: World) -> None:
+async def test_closing_with_the_store_out_of_reach_has_a_bound_and_loses_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The store is gone and stays gone: close() returns all the same, and the next engine finds the run as it was."""
+    monkeypatch.setattr("durable.engine.engine.HAND_OVER_SECONDS", 0.2)
     gate = Gate()
 
     @workflow(name="stuck")

@@ -290,11 +290,11 @@ async def test_silence_counts_only_where_a_heartbeat_was_asked_for(world: World)
     app = await world.engine(beats, transport=broker.end())
     patient = await app.start(beats, None)
     plain = await broker.sent(1)
-    watched = await app.start(beats, 0.15)
+    watched = await app.start(beats, 0.6)
     task = await broker.sent(2)
-    for _ in range(8):
+    for _ in range(40):
         broker.beat(task)
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0.02)
     assert len(broker.tasks) == 2, "it beats, so it is alive"
     again = await broker.sent(3)
     assert (again.step_id, again.attempt) == (task.step_id, 2)

@@ -106,7 +106,7 @@ async def test_a_duplicate_registration_names_both_places(world: World) -> None:
     ],
     ids=["object", "nan", "nul", "surrogate", "oversize"],
 )
-async def test_an_input_that_cannot_be_kept_is_refused_at_the_call(
+async def test_S36_an_input_that_cannot_be_kept_is_refused_at_the_call(
     world: World, value: object, error: type[Exception]
 ) -> None:
     """A bad input raises at `start`, says where, and stores nothing."""
