@@ -29,7 +29,7 @@ STAMP = VENV / "dev-stamp"
 LOCK = ROOT / "requirements.lock"
 OLDEST = (3, 11)
 
-SIMULATION_SECONDS = 240
+SIMULATION_SECONDS = 150
 CHAOS_SECONDS = 180
 """What `test` spends on suites that could go on for ever; `test --all` sets no bound."""
 
