@@ -130,7 +130,9 @@ class Durable:
         version: str = "1",
         timeout: Duration | None = None,
         tags: Sequence[str] = (),
+        category: str | None = None,
         priority: int = 0,
+        dead_letter_workflow: Any = None,
     ) -> Callable[[F], F]: ...
     def workflow(self, name: Any = None, **options: Any) -> Any:
         """Register an async function `(ctx, input)`, or a class with such a `run`, as a workflow."""
@@ -157,6 +159,14 @@ class Durable:
         """Have every dead run told to `handler`, a plain or async function; before the app is opened. Also a decorator."""
         listen(self.registry, handler)
         return handler
+
+    def workflows(self, *, tag: str | None = None, category: str | None = None) -> list[WorkflowDefinition]:
+        """What is registered, by name and version; with a tag or a category, those that carry it."""
+        return self.registry.workflows(tag=tag, category=category)
+
+    def default_input(self, tag: str, value: Any) -> None:
+        """Start workflows that carry this tag with this input when none is given."""
+        self.registry.set_default_input(tag, value)
 
     def register(self, *things: Any) -> None:
         """Register workflows and steps decorated elsewhere with `@workflow` and `@durable_step`."""

@@ -102,6 +102,8 @@ class WorkflowDefinition(_Definition):
     timeout: float | None = None
     """Seconds a run may take in all."""
     tags: tuple[str, ...] = ()
+    category: str | None = None
+    """One word for listings: what kind of work this is."""
     priority: int = 0
     dead_letter_workflow: str | None = None
     """Started for each run of this workflow that is dead; None: the application's default."""
@@ -187,6 +189,7 @@ def workflow(
     *,
     timeout: Duration | None = None,
     tags: Iterable[str] = (),
+    category: str | None = None,
     priority: int = 0,
     dead_letter_workflow: Any = None,
 ) -> Callable[[T], T]: ...
@@ -196,6 +199,7 @@ def workflow(
     *,
     timeout: Duration | None = None,
     tags: Iterable[str] = (),
+    category: str | None = None,
     priority: int = 0,
     dead_letter_workflow: Any = None,
 ) -> Any:
@@ -207,6 +211,8 @@ def workflow(
         shape = _workflow_shape(target, chosen, scope)
         check_name(chosen, "workflow name")
         check_name(version, "workflow version", reserved=False)
+        if category is not None:
+            check_name(category, "workflow category", reserved=False)
         definition = WorkflowDefinition(
             name=chosen,
             fn=target,
@@ -214,6 +220,7 @@ def workflow(
             version=version,
             timeout=_optional(timeout, "timeout", shape),
             tags=_tags(tags, shape),
+            category=category,
             priority=_priority(priority, shape),
             dead_letter_workflow=workflow_name(dead_letter_workflow),
         )

@@ -30,6 +30,7 @@ class Registry:
     def __init__(self, things: Iterable[Any] = ()) -> None:
         self._workflows: dict[str, dict[str, WorkflowDefinition]] = {}
         self._steps: dict[str, StepDefinition] = {}
+        self._default_inputs: dict[str, Any] = {}
         for thing in things:
             self.add(thing)
 
@@ -98,14 +99,24 @@ class Registry:
             raise UnknownStep(f"No step {name} is registered here.{_hint(name, self._steps, 'step')}")
         return self._steps[name]
 
-    def workflows(self, *, tag: str | None = None) -> list[WorkflowDefinition]:
-        """All, by name and version; with a tag, those that carry it."""
+    def workflows(self, *, tag: str | None = None, category: str | None = None) -> list[WorkflowDefinition]:
+        """All, by name and version; with a tag or a category, those that carry it."""
         return [
             definition
             for name in sorted(self._workflows)
             for definition in self._workflows[name].values()
-            if tag is None or tag in definition.tags
+            if (tag is None or tag in definition.tags) and (category is None or category == definition.category)
         ]
+
+    def set_default_input(self, tag: str, value: Any) -> None:
+        """What workflows with this tag are started with when no input is given."""
+        self._default_inputs[tag] = value
+
+    def default_input(self, definition: WorkflowDefinition) -> Any:
+        """The default input of the first of its tags that has one; None where there is none, or it takes no input."""
+        if definition.input_type is None:
+            return None
+        return next((self._default_inputs[tag] for tag in definition.tags if tag in self._default_inputs), None)
 
     def steps(self) -> list[StepDefinition]:
         """All, by name."""

@@ -90,7 +90,8 @@ class Starter:
         if not self.open:
             raise EngineStopped("This engine is stopping or has not been started; start runs on another.")
         definition = self._resolve(request.workflow, request.version)
-        data = definition.encode_input(request.input)
+        given = request.input if request.input is not None else self._executor.deps.registry.default_input(definition)
+        data = definition.encode_input(given)
         executor = self._executor
         now = executor.clock.now()
         hot = (

@@ -233,3 +233,29 @@ async def test_B52_no_field_of_a_record_is_silently_dropped(world: World) -> Non
     assert await store.page("full", 0, 10) == [first, second]
     rows = (await store.inbox([("other", 0)]))[0]
     assert [row.message for row in rows] == [message]
+
+
+async def test_D10_workflows_are_listed_by_tag_and_category_and_start_with_their_tags_input(world: World) -> None:
+    """A listing by tag or category, in order of name; a start without input takes the default of the workflow's tag."""
+
+    @workflow("report.daily", tags=["report"], category="finance")
+    async def daily(ctx: Context, day: str) -> str:
+        return day
+
+    @workflow("report.late", tags=["urgent", "report"])
+    async def late(ctx: Context, day: str) -> str:
+        return day
+
+    @workflow("plain", category="finance")
+    async def plain(ctx: Context) -> int:
+        return 1
+
+    app = await world.engine(daily, late, plain)
+    assert [definition.name for definition in app.workflows(tag="report")] == ["report.daily", "report.late"]
+    assert [definition.name for definition in app.workflows(category="finance")] == ["plain", "report.daily"]
+    app.default_input("report", "today")
+    app.default_input("urgent", "at once")
+    assert await app.start_and_wait("report.daily", timeout=5) == "today"
+    assert await app.start_and_wait("report.late", timeout=5) == "at once"
+    assert await app.start_and_wait("report.daily", "monday", timeout=5) == "monday"
+    assert await app.start_and_wait("plain", timeout=5) == 1
