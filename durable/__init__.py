@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from durable.app import Durable
     from durable.core.ctx import ChildHandle, Context
+    from durable.core.dead_letter import DeadLetter, dead_letter
     from durable.core.definition import durable_step, workflow
     from durable.core.errors import (
         ChildFailed,
@@ -37,6 +38,7 @@ __all__ = [
     "ChildFailed",
     "ChildHandle",
     "Context",
+    "DeadLetter",
     "Durable",
     "DurableError",
     "IdempotencyConflict",
@@ -53,6 +55,7 @@ __all__ = [
     "StepTimeout",
     "WaitTimeout",
     "current_step",
+    "dead_letter",
     "durable_step",
     "workflow",
 ]
@@ -61,6 +64,8 @@ _HOME = {
     "Durable": "durable.app",
     "ChildHandle": "durable.core.ctx",
     "Context": "durable.core.ctx",
+    "DeadLetter": "durable.core.dead_letter",
+    "dead_letter": "durable.core.dead_letter",
     "durable_step": "durable.core.definition",
     "workflow": "durable.core.definition",
     "RetryPolicy": "durable.core.retry",

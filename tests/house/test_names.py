@@ -9,6 +9,7 @@ PUBLIC = [
     "ChildFailed",
     "ChildHandle",
     "Context",
+    "DeadLetter",
     "Durable",
     "DurableError",
     "IdempotencyConflict",
@@ -25,6 +26,7 @@ PUBLIC = [
     "StepTimeout",
     "WaitTimeout",
     "current_step",
+    "dead_letter",
     "durable_step",
     "workflow",
 ]
