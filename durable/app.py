@@ -267,8 +267,10 @@ class Durable:
             await serving.close(self.settings.drain_timeout if timeout is None else timeout)
         engine, self._engine = self._engine, None
         if engine is not None:
-            await engine.drain(timeout)
-            await engine.deps.store.close()
+            try:
+                await engine.drain(timeout)
+            finally:
+                await engine.deps.store.close()
         if self._serves is not None:
             self._serves.close()
 

@@ -43,17 +43,17 @@ class StoreClock:
 
     def __init__(self, local: Clock) -> None:
         self._local = local
-        self._base = local.now()
-        self._base_monotonic = local.monotonic()
+        self._told = local.now(), local.monotonic()
+        """One value: the lease's thread writes it while the loop reads."""
 
     def synchronise(self, store_now: int, answered_at: float) -> None:
         """Take the store's `now`, whose answer came at this local monotonic instant. So this clock lags by as long as the
         answer took and never runs ahead: a timer is never early. It may step back; a run keeps its own stamps rising."""
-        self._base = store_now
-        self._base_monotonic = answered_at
+        self._told = store_now, answered_at
 
     def now(self) -> int:
-        return self._base + int((self._local.monotonic() - self._base_monotonic) * SECOND)
+        base, at = self._told
+        return base + int((self._local.monotonic() - at) * SECOND)
 
     def monotonic(self) -> float:
         return self._local.monotonic()

@@ -46,19 +46,19 @@ class Group(Generic[Q, A]):
         self._alone = alone
         self._queue: deque[tuple[Q, Callable[[A | BaseException], None]]] = deque()
         self._task: asyncio.Task[None] | None = None
-        self._closed = False
+        self.closed = False
         self.trouble: StoreError | None = None
         """Why the store takes nothing right now; None while all is well."""
 
     def submit(self, item: Q, done: Callable[[A | BaseException], None]) -> None:
         """Queue one question. `done` is called on the loop, with the answer or with why there is none."""
         self._queue.append((item, done))
-        if self._task is None and not self._closed:
+        if self._task is None and not self.closed:
             self._task = asyncio.get_running_loop().create_task(self._run(), name=f"durable-{self._name}")
 
     async def ask(self, item: Q) -> A:
         """Queue one question and wait for its answer."""
-        if self._closed:
+        if self.closed:
             raise EngineStopped("The engine has been stopped; start it again before asking it for work.")
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
 
@@ -81,14 +81,14 @@ class Group(Generic[Q, A]):
 
     async def close(self) -> None:
         """Wait for what is queued; with the store out of reach, give it up."""
-        self._closed = True
-        if self._task is not None and self.trouble is None:
-            await asyncio.wait({self._task})
+        self.closed = True
+        while self._task is not None and self.trouble is None:  # it may get into trouble while we wait
+            await asyncio.wait({self._task}, timeout=0.05)
         self.abort()
 
     def abort(self) -> None:
         """Forget everything queued: this engine may not write any more."""
-        self._closed = True
+        self.closed = True
         if self._task is not None:
             self._task.cancel()
             self._task = None

@@ -44,8 +44,8 @@ def prepare(deps: Deps) -> None:
     targets = {definition.dead_letter_workflow for definition in registry.workflows()}
     for name in sorted({deps.settings.dead_letter_workflow, *targets} - {None}, key=str):
         registry.latest(str(name))
-    if registry.dead_letters():
-        registry.add_workflow(_handlers(registry))
+    if registry.dead_letters() and not any(definition.name == HANDLERS for definition in registry.workflows()):
+        registry.add_workflow(_handlers(registry))  # once: an app may be opened again
 
 
 def route(deps: Deps, run: Resident, final: Final) -> tuple[StartRun, ...]:
@@ -76,7 +76,8 @@ def route(deps: Deps, run: Resident, final: Final) -> tuple[StartRun, ...]:
         except NotRegistered as error:
             log.error("dead run %s is not told to %s: %s", run.run_id, workflow_name, error)
             continue
-        data = encode(letter, what="a dead letter")
+        # It holds an input and an error, each of which may be as large as a payload gets.
+        data = encode(letter, what="a dead letter", limit=deps.store.capabilities.max_payload)
         new = NewRun(run_id, definition.name, definition.version, data, workspace=run.workspace, tags=("dead-letter",))
         starts.append(StartRun(new))
     return tuple(starts)

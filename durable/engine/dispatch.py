@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("durable.dispatch")
 
 
+ASK_SECONDS_MIN = 0.1
+ASK_SECONDS_MAX = 30.0
+
+
+def _cancelled() -> bool:
+    """Whether it is this task that somebody has cancelled, and not a future it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Dispatch:
     """Sends tasks, and remembers for whom."""
 
@@ -159,7 +169,11 @@ class Dispatch:
         now = self._executor.clock.now
         try:
             transport = await self._executor.deps.transport.send(task)
-        except TransportError as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _cancelled():
+                raise
+            # Whatever a transport raises is an answer, a future that its driver gave up included: without one the run
+            # would wait for a task that nobody has.
             payload = encode_error(describe(error))
             arrival = Arrival(now(), REMOTE, "failed", key=command.key, attempt=attempt, payload=payload)
         else:
@@ -173,11 +187,17 @@ class Dispatch:
     async def _ask(self, run: Resident, command: SendTask, sent: Sent) -> None:
         """Whether the transport still holds a task that was published; if not, publish it again."""
         task = step_id(run.run_id, command.ordinal)
-        try:
-            held = await self._executor.deps.transport.member(sent.transport).holding([task])
-        except TransportError as error:
-            log.warning("could not ask after task %s: %s", task, error)
-            return
+        delay = ASK_SECONDS_MIN
+        while True:
+            try:
+                held = await self._executor.deps.transport.member(sent.transport).holding([task])
+                break
+            except Exception as error:
+                log.warning("could not ask after task %s, trying again: %s", task, error)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, ASK_SECONDS_MAX)
+            if run.dropped or run.sent.get(command.key) is not sent:
+                return
         if task not in held and run.sent.get(command.key) is sent:
             sent.published = False
             self._publish(run, command, sent.attempt)

@@ -98,6 +98,17 @@ class WorkflowEngine:
         self._executor.start(lease)
         # An engine that executes nothing beats too: a heartbeat is where the store's time comes from (S31).
         await lease.start()
+        try:
+            await self._open_doors(lease)
+        except BaseException:
+            # Nobody will drain what has not begun; a lease that is kept beats for as long as the process lives.
+            self._unlisten_all()
+            await deps.transport.close(0.0)
+            await lease.stop()
+            raise
+
+    async def _open_doors(self, lease: Lease) -> None:
+        deps = self.deps
         deps.transport.on_result(self._results.take)
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
         await deps.transport.start()
@@ -122,30 +133,43 @@ class WorkflowEngine:
         self._running = False
         executor = self._executor
         executor.draining = True
+        try:
+            await self._wind_down(self.deps.settings.drain_timeout if timeout is None else timeout)
+        finally:
+            # Also where the drain itself was cancelled: a lease that is kept holds runs that nobody drives.
+            for run in list(executor.residents.values()):
+                executor.drop(run)
+            if self._rebirth is not None:
+                self._rebirth.cancel()
+            await executor.lease.stop()
+            try:
+                await self.deps.store.leave(self.incarnation)
+            except StoreError as error:
+                log.warning("could not sign off; the lease will end by itself: %s", error)
+
+    async def _wind_down(self, timeout: float) -> None:
+        executor = self._executor
+        deadline = self._local.monotonic() + timeout
         await self._starter.close()
         if self.deps.settings.execute:
             await self._scheduler.stop()
-        await self._settle_bodies(self.deps.settings.drain_timeout if timeout is None else timeout)
+        await self._settle_bodies(timeout)
         await self._hand_over()
         await self._mail.close()
         await executor.commits.close()
+        self._unlisten_all()
+        self._timeline.close()
+        executor.steps.close()
+        await self._announcer.close()
+        await self.deps.transport.close(max(0.0, deadline - self._local.monotonic()))
+        if self._plane_apart:
+            await self.deps.control_plane.close()
+
+    def _unlisten_all(self) -> None:
         for unlisten in self._unlisten:
             unlisten()
         self._unlisten.clear()
         self._unhear()
-        self._timeline.close()
-        executor.steps.close()
-        await self._announcer.close()
-        await self.deps.transport.close()
-        if self._plane_apart:
-            await self.deps.control_plane.close()
-        if self._rebirth is not None:
-            self._rebirth.cancel()
-        await executor.lease.stop()
-        try:
-            await self.deps.store.leave(self.incarnation)
-        except StoreError as error:
-            log.warning("could not sign off; the lease will end by itself: %s", error)
 
     async def _settle_bodies(self, timeout: float) -> None:
         """Wait until nothing is executing and nothing waits to be committed, or until time is up."""
@@ -346,6 +370,10 @@ class WorkflowEngine:
             self._unhear()
             self._unhear = self.deps.control_plane.on_control(lease.incarnation, self._control)
             await old.stop()
+            try:
+                await self.deps.store.leave(old.incarnation)
+            except StoreError as error:
+                log.warning("could not sign off as %s; that lease will end by itself: %s", old.incarnation, error)
             self._scheduler.reset()
             return
 

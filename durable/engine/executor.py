@@ -196,11 +196,12 @@ class Executor:
     def _recall(self, run: Resident, entry: Entry) -> None:
         """Take the run's own deadlines from its journal."""
         if entry.status in ("started", "requeued"):
-            run.cancel_deadline = None
+            run.cancel_deadline = run.timed_out = None
             if run.definition.timeout is not None:
                 run.deadline = entry.at + int(run.definition.timeout * SECOND)
         elif entry.status in ("cancelling", "timed_out"):
             run.deadline = None
+            run.timed_out = entry.seq if entry.status == "timed_out" else None
             run.cancel_deadline = entry.at + int(self.settings.cancel_grace * SECOND)
 
     def _next(self, run: Resident) -> Arrival | None:
@@ -216,8 +217,13 @@ class Executor:
             if due == run.deadline:
                 return Arrival(due, RUN, "timed_out", name=run.definition.name)
             if due == run.cancel_deadline:
-                error = ErrorData(message="The run did not finish its clean-up in time.", code="run_cancelled")
-                run.final = Final(Status.CANCELLED, error=encode_error(error))
+                late = "did not finish its clean-up in time."
+                if run.timed_out is None:
+                    error = ErrorData(message=f"The run {late}", code="run_cancelled")
+                    run.final = Final(Status.CANCELLED, error=encode_error(error))
+                else:
+                    error = ErrorData(message=f"The run timed out, and {late}", code="run_timeout", type="RunTimeout")
+                    run.final = Final(Status.FAILED, error=encode_error(error))
                 return None
             lost = attempts.due(self, run, due)
             if lost is not None:

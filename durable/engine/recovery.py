@@ -81,6 +81,8 @@ class Recovery:
 
     def _begin(self, run: Resident, journal: Journal, answer: CommitOutcome | BaseException) -> None:
         run.held = False
+        if run.dropped:
+            return  # the lease was lost, or the engine drained, while this was under way
         if isinstance(answer, BaseException) or answer.status is not CommitStatus.DONE:
             self._executor.drop(run)
             return

@@ -7,10 +7,12 @@ recorded (signals excepted), so that no recorded failure is replayed by accident
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from durable.core.errors import RunFinished, RunNotFound
-from durable.core.journal import RUN, Entry
+from durable.core.journal import LOG, RUN, Entry
 from durable.engine.deps import Deps
 from durable.protocol.states import REOPENABLE, Activity, Status
 
@@ -30,10 +32,29 @@ async def requeue(deps: Deps, now: int, run_id: str) -> None:
     payload = None
     if record.status is Status.FAILED:
         cut = await _cut(deps, run_id)
-        payload = None if cut is None else msgspec.json.encode({"from": cut})
+        payload = None if cut is None else msgspec.json.encode({"from": cut, "logs": await _lines(deps, run_id, cut)})
     status = "unblocked" if blocked else "requeued"
     entry = Entry(0, now, RUN, status, name=record.workflow, payload=payload)
     await deps.store.requeue(run_id, commit_id=deps.ids.unique(), entry=entry, activity=Activity.QUEUED.value)
+
+
+def dropped_lines(entries: Sequence[Entry]) -> int:
+    """Log lines of the workflow that replay passes over: those of stretches that were cut."""
+    notes = (e.payload for e in entries if e.kind == RUN and e.status == "requeued" and e.payload is not None)
+    return sum(int(msgspec.json.decode(note).get("logs", 0)) for note in notes)
+
+
+async def _lines(deps: Deps, run_id: str, cut: int) -> int:
+    """How many lines lie behind the cut and were not dropped by an earlier one."""
+    after, lines = cut - 1, 0
+    while page := await deps.store.page(run_id, after, 500):
+        for entry in page:
+            if entry.kind == LOG and entry.key is None:
+                lines += 1
+            elif entry.kind == RUN and entry.status == "requeued" and entry.payload is not None:
+                lines -= int(msgspec.json.decode(entry.payload).get("logs", 0))
+        after = page[-1].seq
+    return max(lines, 0)
 
 
 async def _cut(deps: Deps, run_id: str) -> int | None:

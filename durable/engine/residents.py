@@ -108,6 +108,7 @@ class Resident:
         "progressed",
         "queued",
         "recovery_attempts",
+        "refused",
         "retries",
         "run_id",
         "sent",
@@ -115,6 +116,7 @@ class Resident:
         "spent",
         "suspending",
         "tail",
+        "timed_out",
         "workspace",
     )
 
@@ -159,6 +161,8 @@ class Resident:
         self.inbox_known = inbox_read
         """Rows up to here are in memory or journaled."""
         self.progressed = False
+        self.refused = False
+        """A commit of it was one the store never takes; it fails with the reason, and with nothing else."""
 
         self.bodies: dict[str, asyncio.Task[Any] | None] = {}
         """Local bodies by key; None while one waits behind the barrier."""
@@ -175,6 +179,8 @@ class Resident:
         self.deadline: int | None = None
         """Of the run's own timeout."""
         self.cancel_deadline: int | None = None
+        self.timed_out: int | None = None
+        """Seq of the entry that says the run took longer than its timeout."""
 
         self.queued = False
         self.committing = False

@@ -28,7 +28,7 @@ class Results:
 
     async def take(self, result: StepResult) -> None:
         """Returns once the result is durable, or known to be superfluous. Raises if it must be sent again."""
-        payload = _payload(result)
+        result, payload = _kept(result, self._executor.deps.store.capabilities.max_payload)
         run = self._executor.residents.get(result.run_id)
         if run is not None and not run.suspending:
             try:
@@ -92,6 +92,18 @@ class Results:
             run.logs[key] = index + 1
             arrival = Arrival(event.at * 1_000, LOG, "written", key=key, ordinal=index, payload=payload)
             self._executor.arrive(run, arrival)
+
+
+def _kept(result: StepResult, limit: int) -> tuple[StepResult, bytes]:
+    """With what is to be stored of it. What no store takes fails the step, and neither the run nor a neighbour."""
+    payload = _payload(result)
+    if len(payload) <= limit:
+        return result, payload
+    message = (
+        f"The worker's answer has {len(payload):,} bytes, and the store takes {limit:,}: return a reference instead."
+    )
+    error = ErrorData(message=message, code="payload_too_large", retryable=False)
+    return msgspec.structs.replace(result, status="failed", output=msgspec.UNSET, error=error), encode_error(error)
 
 
 def _payload(result: StepResult) -> bytes:

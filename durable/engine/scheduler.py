@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 
 from durable.core.clock import SECOND
 from durable.core.errors import StoreError
 from durable.core.replay import Machine
 from durable.engine.executor import Executor
 from durable.engine.recovery import Recovery
+from durable.engine.requeue import dropped_lines
 from durable.engine.residents import Resident
 from durable.engine.resume import Resume
 from durable.store.records import ClaimedRun, ClaimRequest, InboxRow, Journal, Route
@@ -67,8 +69,10 @@ class Scheduler:
             try:
                 await self._look()
             except StoreError as error:
+                self._next_due = None  # it is past by now: this would look again every 5 ms
                 log.warning("cannot look for work, trying again: %s", error)
             except Exception:
+                self._next_due = None
                 log.exception("looking for work went wrong, trying again")
             await self._sleep()
 
@@ -130,6 +134,10 @@ class Scheduler:
                 break
             except StoreError as error:
                 log.warning("claimed runs cannot be read, trying again: %s", error)
+                if self._task is None:  # stopping: they are for somebody else
+                    with suppress(StoreError):
+                        await store.release([(one.run.id, one.run.epoch) for one in claimed])
+                    return
                 await asyncio.sleep(0.1)
         if incarnation != self._executor.lease.incarnation:
             return  # the lease was lost meanwhile: they are no longer ours
@@ -144,7 +152,8 @@ class Scheduler:
             executor.drop(before)  # an older epoch of ours, fenced by this very claim
         definition = executor.deps.registry.workflow(record.workflow, record.version)
         generation = sum(1 for e in journal.entries if e.kind == "run" and e.status == "requeued")
-        machine = Machine(definition, run_id=record.id, input=record.input, generation=generation, logs=journal.logs)
+        logs = journal.logs - dropped_lines(journal.entries)
+        machine = Machine(definition, run_id=record.id, input=record.input, generation=generation, logs=logs)
         run = Resident(
             record.id,
             record.workspace,

@@ -21,7 +21,7 @@ from durable.engine import apply
 from durable.engine.children import tell_parent
 from durable.engine.residents import Arrival, Final, Resident, left, tell
 from durable.protocol.states import Activity, Status
-from durable.store.records import Commit, CommitOutcome, CommitStatus
+from durable.store.records import Commit, CommitOutcome, CommitStatus, PutMessage
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -192,6 +192,8 @@ class Settler:
                 apply.abandon(self._executor, run, command)
         outcome = run.machine.outcome
         cut = outcome.cut if isinstance(outcome, Failed) and run.final.status is Status.FAILED else None
+        if outcome is None and run.final.status is Status.FAILED:
+            cut = run.timed_out
         self._executor.append(
             run,
             Arrival(
@@ -295,8 +297,10 @@ class Settler:
             self._executor.on_calm(run)
         if commit.activity:
             run.activity = commit.activity
-        for owner in answer.wake:
-            self._executor.on_nudge(run.run_id, owner)
+        if answer.wake:
+            for effect in commit.effects:
+                if isinstance(effect, PutMessage):
+                    self._executor.on_nudge(effect.message.run_id, answer.wake[0])
         if commit.effects:
             self._executor.on_due()
         self._executor.on_committed(run, commit)
@@ -329,9 +333,10 @@ class Settler:
     def _refused(self, run: Resident, failure: Exception) -> None:
         """The store takes this commit never: the run fails with the reason, instead of trying for ever."""
         log.error("the store refused a commit of run %s, which fails: %s", run.run_id, failure)
-        if run.final is not None and run.final.error is not None and run.final.status is Status.FAILED:
+        if run.refused:
             self._executor.forsake(run)
             return
+        run.refused = True
         self._forget(run)
         run.suspending = False
         run.ended = False

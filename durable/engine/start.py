@@ -101,8 +101,11 @@ class Starter:
             and executor.running + len(self._scheduler.starting) < executor.settings.max_running
         )
         payload = b'{"python":"%s"}' % PYTHON.encode()
+        run_id = executor.deps.ids.run_id()
+        if hot:
+            self._scheduler.starting.add(run_id)  # now: the next of many must see that there is less room
         return NewRun(
-            id=executor.deps.ids.run_id(),
+            id=run_id,
             workflow=definition.name,
             version=definition.version,
             input=data,
@@ -117,23 +120,35 @@ class Starter:
         )
 
     async def _insert(self, new: NewRun) -> str:
-        if new.owner is not None:
-            self._scheduler.starting.add(new.id)
-        try:
-            outcome = await self._group.ask(new)
-        finally:
+        future: asyncio.Future[StartOutcome] = asyncio.get_running_loop().create_future()
+
+        def done(answer: StartOutcome | BaseException) -> None:
+            # Whether or not the caller still waits: a run that is born claimed has nobody but us.
             self._scheduler.starting.discard(new.id)
+            # EXISTING under our own fresh id: the reply to an earlier try was lost.
+            if not isinstance(answer, BaseException) and answer.run_id == new.id:
+                if new.owner is not None:
+                    self._begin(new)
+                else:
+                    self._executor.on_nudge(new.id, None)
+            if future.done():
+                return
+            if isinstance(answer, BaseException):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+        if self._group.closed:
+            self._scheduler.starting.discard(new.id)
+            raise EngineStopped("The engine has been stopped; start it again before asking it for work.")
+        self._group.submit(new, done)
+        outcome = await future
         if outcome.status is StartStatus.CONFLICT:
             raise IdempotencyConflict(
                 f"Run {outcome.run_id} was started with key {new.idempotency_key!r} and another input. Use another key, "
                 "or look at that run.",
                 run_id=outcome.run_id,
             )
-        # EXISTING under our own fresh id: the reply to an earlier try was lost.
-        if outcome.run_id == new.id and new.owner is not None:
-            self._begin(new)
-        elif outcome.run_id == new.id:
-            self._executor.on_nudge(new.id, None)
         return outcome.run_id
 
     def _begin(self, new: NewRun) -> None:

@@ -8,7 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 
-from durable.core.errors import RunNotFound, StoreError
+from durable.core.errors import EngineStopped, RunNotFound, StoreError
 from durable.core.journal import RUN, Entry
 from durable.engine.deps import Deps
 from durable.engine.residents import Final, Resident
@@ -67,7 +67,8 @@ class Timeline:
             self._poller.cancel()
         for futures in self._waiting.values():
             for future in futures:
-                future.cancel()
+                if not future.done():
+                    future.set_exception(EngineStopped("The engine stopped while the run went on; ask another engine."))
 
     # -- questions
 
@@ -100,7 +101,8 @@ class Timeline:
         event = asyncio.Event()
         self._watching[run_id].add(event)
         try:
-            if (await self._deps.store.get([run_id]))[0] is None:
+            record = (await self._deps.store.get([run_id]))[0]
+            if record is None or record.workspace != self._deps.settings.workspace:
                 raise _unknown(run_id)
             while True:
                 event.clear()

@@ -395,7 +395,9 @@ class MemoryStore:
         run.inbox_last += 1
         tables.message_ids.add((message.run_id, message.id))
         tables.inboxes.setdefault(run.id, []).append(InboxRow(run.inbox_last, now, message))
-        if run.owner is None and run.activity not in PARKED and (run.wake_at is None or run.wake_at > now):
+        # A run that is not to begin yet begins no sooner for its mail; a cancel is no beginning.
+        waits = run.activity in PARKED or (run.activity is Activity.SCHEDULED and message.kind != "cancel")
+        if run.owner is None and not waits and (run.wake_at is None or run.wake_at > now):
             self._due(run, now)
         return SendOutcome(SendStatus.ACCEPTED, run.owner)
 

@@ -41,6 +41,7 @@ def send(cx: sqlite3.Connection, messages: Sequence[Message], now: int) -> list[
         outcomes: list[SendOutcome] = []
         rows: list[Row] = []
         raised: dict[str, int] = {}
+        cancels = {message.run_id for message in messages if message.kind == "cancel"}
         for message in messages:
             run = runs.get(message.run_id)
             if run is None or run[0] != message.workspace:
@@ -57,7 +58,7 @@ def send(cx: sqlite3.Connection, messages: Sequence[Message], now: int) -> list[
                 outcomes.append(SendOutcome(SendStatus.ACCEPTED, run[2]))
         if rows:
             execute_values(cx, _insert_text, rows)
-            execute_values(cx, _raise_text, list(raised.items()), now, now)
+            execute_values(cx, _raise_text, [(*one, one[0] in cancels) for one in raised.items()], now, now)
         return outcomes
 
 
@@ -67,11 +68,12 @@ def _insert_text(values: str) -> str:
 
 def _raise_text(values: str) -> str:
     return f"""
-        WITH v(id, last) AS ({values})
+        WITH v(id, last, cancels) AS ({values})
         UPDATE runs SET
           inbox_last = v.last,
           wake_at = CASE
-            WHEN owner IS NULL AND activity NOT IN ('paused', 'blocked') AND (wake_at IS NULL OR wake_at > ?) THEN ?
+            WHEN owner IS NULL AND activity NOT IN ('paused', 'blocked')
+              AND (activity <> 'scheduled' OR v.cancels) AND (wake_at IS NULL OR wake_at > ?) THEN ?
             ELSE wake_at END
         FROM v WHERE runs.id = v.id"""
 

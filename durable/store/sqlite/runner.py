@@ -7,6 +7,7 @@ answer, and its own failure. All answers of a round reach the event loop in one 
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import sqlite3
 import threading
@@ -17,6 +18,8 @@ from typing import Any, Protocol, TypeVar
 from durable.core.errors import StoreError, StoreUnavailable
 from durable.store.sqlite.connection import Location, atomic, translate
 from durable.store.sqlite.turn import Turn
+
+log = logging.getLogger("durable.sqlite")
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
@@ -176,8 +179,12 @@ class Threaded:
 
     def _next(self) -> _Job | str:
         while True:
-            with self._using:
-                pause = self._idle(self._cx)
+            try:
+                with self._using:
+                    pause = self._idle(self._cx)
+            except Exception:  # or the thread would die, and every write hang from then on
+                log.exception("%s: looking for other processes' writes failed", self._location)
+                pause = 1.0
             try:
                 return self._queue.get(timeout=pause)
             except queue.Empty:

@@ -278,8 +278,8 @@ def replays(evidence: Evidence) -> Iterator[str]:
         elif isinstance(outcome, Cancelled):
             if run.status is not Status.CANCELLED:
                 yield f"{run_id} replays to cancelled and is {run.status.value}"
-        elif run.status is not Status.CANCELLED:
-            # Only a clean-up that took too long is ended from outside.
+        elif run.status is not Status.CANCELLED and b"run_timeout" not in (run.error or b""):
+            # Only a clean-up that took too long, of a run cancelled or timed out, is ended from outside.
             yield f"{run_id} is {run.status.value}, and its journal leads to no end"
 
 

@@ -84,11 +84,21 @@ class InboxTests(Tests):
 
     async def test_S16_mail_wakes_a_sleeping_run(self, store: Store, builder: StoreBuilder) -> None:
         """An unowned run becomes due now; one that was due before keeps its place."""
-        await begin(store, new(wake_at=builder.now() + FAR), new("due", wake_at=builder.now() - 5))
+        await begin(store, new(owner="a"), new("due", wake_at=builder.now() - 5))
+        await done(store, suspend("r", builder.now() + FAR, activity=Activity.SLEEPING))
         await store.send([Message("r", "m", "signal"), Message("due", "m", "signal")])
         assert (await read(store)).wake_at == builder.now()
         assert (await read(store, "due")).wake_at == builder.now() - 5
         assert await claimed_ids(store) == ["due", "r"]
+
+    async def test_a_scheduled_run_begins_no_sooner_for_its_mail(self, store: Store, builder: StoreBuilder) -> None:
+        """A run that is not to begin yet keeps a signal for then; a cancel is no beginning, and reaches it now."""
+        later = builder.now() + FAR
+        await begin(store, new(wake_at=later), new("cancelled", wake_at=later))
+        await store.send([Message("r", "m", "signal"), Message("cancelled", "m", "cancel")])
+        assert ((await read(store)).wake_at, (await read(store)).inbox_last) == (later, 1)
+        assert (await read(store, "cancelled")).wake_at == builder.now()
+        assert await claimed_ids(store) == ["cancelled"]
 
     async def test_parked_runs_take_mail_and_stay_put(self, store: Store) -> None:
         """Paused and blocked runs keep the message for later."""
