@@ -240,12 +240,13 @@ class Durable:
         return TransportPool(members, dispatch_timeout=settings.dispatch_timeout, cool_down=settings.cool_down)
 
     def _handler(self) -> StepHandler:
-        return StepHandler(
+        self._serves = StepHandler(
             self.registry,
             self._clock,
             self._on_step,
             threads=self.settings.body_threads if self.settings.threads else 0,
         )
+        return self._serves
 
     async def _serve(self) -> None:
         """As a worker: no store, no engine, only the transports' worker ends."""

@@ -33,6 +33,9 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
             _late(executor, run, arrival)
         return False
     key = command.key
+    if arrival.kind == REMOTE and arrival.status == "failed" and key in run.retries:
+        _late(executor, run, arrival)  # the failure that is being retried, once more: this worker echoes no attempt
+        return False
     arrival.key = key
     if arrival.kind == REMOTE:
         sent = run.sent.get(key)

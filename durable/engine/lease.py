@@ -50,7 +50,9 @@ class Lease:
         self._on_beat = on_beat
         self._on_lost = on_lost
         self._taken_at = -1e18
-        self._loop_seen = 0.0
+        self._asked_at: float | None = None
+        """Since when the loop owes a sign of life; None: it owes none. Not a time it was last seen: a slow beat is no
+        fault of the loop's."""
         self._lost = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -64,7 +66,6 @@ class Lease:
     async def start(self) -> None:
         """Take the lease, then keep it. Raises StoreError if the store cannot be reached now."""
         self._loop = asyncio.get_running_loop()
-        self._loop_seen = self._local.monotonic()
         if self._threads:
             await self._loop.run_in_executor(None, self._beat)
             self._thread = threading.Thread(target=self._watch, name="durable-lease", daemon=True)
@@ -132,8 +133,11 @@ class Lease:
         named = False
         # A failed beat is tried again well before the lease is over, whatever the interval.
         while not self._lost and not self._stop.wait(self._every if self.safe() else min(self._every, 0.1)):
-            self._call(self._seen)
-            blocked_for = self._local.monotonic() - self._loop_seen
+            asked_at = self._asked_at
+            if asked_at is None:
+                asked_at = self._asked_at = self._local.monotonic()
+                self._call(self._seen)
+            blocked_for = self._local.monotonic() - asked_at
             if blocked_for > self._seconds * SAFE_SHARE:
                 if not named:
                     named = True
@@ -152,4 +156,4 @@ class Lease:
                 self._call(self._on_beat)
 
     def _seen(self) -> None:
-        self._loop_seen = self._local.monotonic()
+        self._asked_at = None

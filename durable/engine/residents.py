@@ -100,6 +100,8 @@ class Resident:
         "inbox_written",
         "last_at",
         "logs",
+        "looked_at",
+        "looking",
         "machine",
         "marks",
         "opening",
@@ -160,6 +162,10 @@ class Resident:
         """As stored."""
         self.inbox_known = inbox_read
         """Rows up to here are in memory or journaled."""
+        self.looking = False
+        """A timer is due, and waits until the inbox has been read; and so does everything behind it."""
+        self.looked_at = 0
+        """When its inbox was last read, µs: everything stored by then is known."""
         self.progressed = False
         self.refused = False
         """A commit of it was one the store never takes; it fails with the reason, and with nothing else."""

@@ -49,6 +49,7 @@ class Resume:
                 runs, self._wanted = list(self._wanted.values()), {}
                 while True:
                     runs = [run for run in runs if not run.dropped]
+                    began = self._executor.clock.now()
                     try:
                         inboxes = await self._executor.deps.store.inbox([(run.run_id, run.inbox_known) for run in runs])
                         break
@@ -58,6 +59,7 @@ class Resume:
                 for run, rows in zip(runs, inboxes, strict=True):
                     run.fetching = run.run_id in self._wanted
                     if not run.dropped:
+                        run.looked_at, run.looking = began, False
                         self.take(run, rows)
                         self._executor.wake(run)
         finally:

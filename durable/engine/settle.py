@@ -59,7 +59,8 @@ class Settler:
             if self._taken_away(run):
                 return
         if run.arrivals and not run.held:
-            self._executor.wake(run)
+            if not run.looking:
+                self._executor.wake(run)
             return
         if self._parked(run):
             wake = run.next_wake()
@@ -124,6 +125,8 @@ class Settler:
     def _arm(self, run: Resident) -> None:
         """Have the run looked at when its next timer is due."""
         wake = run.next_wake()
+        if run.looking:
+            return  # it is woken when its inbox has been read
         if wake is None or (run.armed is not None and run.armed <= wake):
             return
         if run.alarm is not None:
