@@ -22,7 +22,8 @@ from durable.store.records import Message, NewRun, Parent, PutMessage, StartRun
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
 
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+STARTED = b'{"python":"%d.%d"}' % sys.version_info[:2]
+"""Payload of a `started` entry: what the run is recorded on."""
 
 
 class RetryNote(msgspec.Struct, frozen=True):
@@ -47,9 +48,8 @@ class PublishNote(msgspec.Struct, frozen=True):
 
 def started(executor: Executor, run: Resident) -> Entry:
     """Journal that the run begins here and now."""
-    payload = b'{"python":"%s"}' % PYTHON.encode()
     return executor.append(
-        run, Arrival(executor.clock.now(), RUN, "started", name=run.definition.name, payload=payload)
+        run, Arrival(executor.clock.now(), RUN, "started", name=run.definition.name, payload=STARTED)
     )
 
 

@@ -287,9 +287,7 @@ class Executor:
     def forsake(self, run: Resident) -> None:
         """Give a run back without writing anything but that."""
         self.drop(run)
-        task = self.loop.create_task(self._give_back([(run.run_id, run.epoch)]), name="durable-release")
-        self._keep.add(task)
-        task.add_done_callback(self._keep.discard)
+        self.keep(self._give_back([(run.run_id, run.epoch)]))
 
     async def _give_back(self, runs: list[tuple[str, int]]) -> None:
         try:

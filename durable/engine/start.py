@@ -14,7 +14,7 @@ from durable.core.errors import EngineStopped, IdempotencyConflict, StoreError
 from durable.core.journal import RUN, Entry
 from durable.core.payload import fingerprint
 from durable.core.replay import Machine
-from durable.engine.apply import PYTHON
+from durable.engine.apply import STARTED
 from durable.engine.committer import Group
 from durable.engine.executor import Executor
 from durable.engine.residents import Resident
@@ -100,7 +100,6 @@ class Starter:
             and executor.lease.safe()
             and executor.running + len(self._scheduler.starting) < executor.settings.max_running
         )
-        payload = b'{"python":"%s"}' % PYTHON.encode()
         run_id = executor.deps.ids.run_id()
         if hot:
             self._scheduler.starting.add(run_id)  # now: the next of many must see that there is less room
@@ -115,7 +114,7 @@ class Starter:
             priority=definition.priority if request.priority is None else request.priority,
             tags=tuple(request.tags) or tuple(definition.tags),
             owner=executor.lease.incarnation if hot else None,
-            entries=(Entry(1, now, RUN, "started", name=definition.name, payload=payload),) if hot else (),
+            entries=(Entry(1, now, RUN, "started", name=definition.name, payload=STARTED),) if hot else (),
             wake_at=request.at,
         )
 
