@@ -24,6 +24,7 @@ from durable.store.records import (
     Journal,
     Message,
     NewRun,
+    PruneRequest,
     RunPage,
     RunQuery,
     RunRecord,
@@ -48,6 +49,8 @@ class Capabilities(Struct, frozen=True):
     """Bytes one payload may have."""
     max_batch: int = 250
     """Commits one `commit` call takes; more is an error of the caller's."""
+    in_flight: int = 1
+    """Calls of one kind that are worth having under way at once."""
 
 
 class Store(Protocol):
@@ -147,6 +150,13 @@ class Store(Protocol):
 
     async def children(self, run_id: str) -> list[RunRecord]:
         """Runs whose parent this is, oldest first."""
+        ...
+
+    # -- retention
+    async def prune(self, request: PruneRequest) -> int:
+        """Delete finished runs with everything that hangs on them: journal, inbox, keys. How many there were; fewer
+        than `limit` means that no more may go now. A run stays while its parent or one of its children is active. Safe to
+        call from many engines at once."""
         ...
 
     # -- hints

@@ -260,6 +260,7 @@ class Route(Struct, frozen=True):
 
     workflow: str
     version: str
+    workspace: str = DEFAULT_WORKSPACE
 
 
 class ClaimRequest(Struct, frozen=True):
@@ -321,3 +322,19 @@ class RunPage(Struct, frozen=True):
     runs: list[RunRecord]
     cursor: str | None
     """Where the next page begins; None at the end."""
+
+
+class PruneRequest(Struct, frozen=True):
+    """Which finished runs may be deleted, oldest first. Both bounds given: a run goes that either lets go."""
+
+    limit: int
+    """Runs deleted by one call at most."""
+    workspace: str = DEFAULT_WORKSPACE
+    workflow: str | None = None
+    """None: every workflow that is not in `but`."""
+    but: tuple[str, ...] = ()
+    """Workflows with a rule of their own, passed over where `workflow` is None."""
+    older_than_us: int | None = None
+    """Goes if it finished longer ago than this, by the store's clock."""
+    keep: int | None = None
+    """Goes if at least this many runs of its workflow finished after it."""
