@@ -47,6 +47,7 @@ LONGEST_SOCKET = 103
 """Bytes in a socket's path: macOS has one byte less than this and its end, Linux four more."""
 LONGEST_LOG = 10_000_000
 """Bytes; a longer log is put aside at the next start, once."""
+LINUX = sys.platform.startswith("linux")
 LOOK_EVERY = 0.02
 SAY_EVERY = 5.0
 ORPHANS_S = 60.0
@@ -85,10 +86,10 @@ class EmbeddedPostgres:
         with self._alone():
             self._use()
             try:
-                if self.pid is None:
+                running = self.pid
+                if running is None or not self._until_ready(running):
                     self._launch()
-                else:
-                    self._until_ready(self._found()[0])
+                self._must_be_reachable()
                 return self.url
             except BaseException:
                 self._leave()
@@ -118,7 +119,7 @@ class EmbeddedPostgres:
     def pid(self) -> int | None:
         """Of the server's first process; None if none runs on the folder."""
         found = self._found()
-        return found[0] if found and _is_server(found[0], self._cluster) else None
+        return found[0] if found and _is_server(found[0], self._cluster) is not False else None
 
     @property
     def url(self) -> str:
@@ -156,7 +157,7 @@ class EmbeddedPostgres:
         if self._log.exists() and self._log.stat().st_size > LONGEST_LOG:
             self._log.replace(self._log.with_suffix(".log.1"))
         self._log.touch(mode=0o600)
-        self._hand_over(runs_as, socket)
+        self._hand_over(runs_as, self._cluster, socket)
         self._drop_stale_pid()
         deadline = time.monotonic() + ORPHANS_S
         while True:
@@ -188,11 +189,17 @@ class EmbeddedPostgres:
             )
         pid = int(done.stdout)
         try:
-            self._until_ready(pid, before)
+            if self._until_ready(pid):
+                return
         except BaseException:
             with suppress(OSError):
                 os.kill(pid, signal.SIGINT)
             raise
+        with open(self._log, "rb") as log:
+            log.seek(before)
+            text = log.read().decode(errors="replace")
+        words = f"Postgres does not start on {self.data}. Its log, {self._log}, ends:\n{_last_lines(text)}"
+        raise _Orphans(words) if "pre-existing shared memory block" in text else StoreError(words)
 
     def _initialise(self, folder: Path, found: Binaries, runs_as: Account) -> None:
         """Made beside and renamed, so that there is a whole one or none."""
@@ -200,7 +207,7 @@ class EmbeddedPostgres:
         making = self.data / "cluster.new"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(mode=0o700)
-        self._hand_over(runs_as)
+        self._hand_over(runs_as, making)
         # Order and case by code point, the same on every machine, and in no need of the system's locales.
         locale = ["--locale=C"]
         if found.major >= 17:
@@ -229,24 +236,27 @@ class EmbeddedPostgres:
                 )
             )
 
-    def _until_ready(self, pid: int, before: int = 0) -> None:
-        """Wait while it lives. `before`: the log's length when it was launched."""
+    def _until_ready(self, pid: int) -> bool:
+        """Wait while it lives; False if it ends before it is ready."""
         began = said = time.monotonic()
         while True:
             lines = self._pid_file()
             if len(lines) > 7 and lines[0].strip() == str(pid) and lines[7].strip() == "ready":
-                return
+                return True
             if not _lives(pid):
-                break
+                return False
             if time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
                 logger.info("Postgres on %s is starting up; %.0f s so far.", self.data, said - began)
             time.sleep(LOOK_EVERY)
-        with open(self._log, "rb") as log:
-            log.seek(before)
-            text = log.read().decode(errors="replace")
-        words = f"Postgres does not start on {self.data}. Its log, {self._log}, ends:\n{_last_lines(text)}"
-        raise _Orphans(words) if "pre-existing shared memory block" in text else StoreError(words)
+
+    def _must_be_reachable(self) -> None:
+        found = self._found()
+        if found is not None and not (found[1] / f".s.PGSQL.{PORT}").exists():
+            raise StoreError(
+                f"Postgres runs on {self.data} (pid {found[0]}), and its socket in {found[1]} is gone; was the folder moved "
+                f"meanwhile? End that process (kill -INT {found[0]}) and start again."
+            )
 
     def _major(self) -> int | None:
         try:
@@ -273,15 +283,16 @@ class EmbeddedPostgres:
             folder = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=base))
         return folder
 
-    def _hand_over(self, runs_as: Account, socket: Path | None = None) -> None:
-        """What is ours to whom the server runs as; only where root makes it run as another."""
+    def _hand_over(self, runs_as: Account, *paths: Path) -> None:
+        """What is ours to whom the server runs as; only root can, and needs to. A folder last, as the sign that all is."""
         if os.geteuid() != 0:
             return
-        roots = [self.data, *([socket] if socket and socket.parent != self.data else [])]
-        for root in roots:
-            for path in (root, *root.rglob("*")):
-                if path.lstat().st_uid != runs_as.owner:
-                    os.lchown(path, runs_as.owner, runs_as.owner)
+        for top in (self.data, *paths):
+            if top.lstat().st_uid == runs_as.owner:
+                continue
+            inside = [] if top == self.data else [*top.rglob("*")]
+            for path in (*inside, top):
+                os.lchown(path, runs_as.owner, runs_as.group)
 
     # ------------------------------------------------------------------ stopping
 
@@ -332,10 +343,10 @@ class EmbeddedPostgres:
         return int(lines[0]), Path(socket or self.data / "socket")
 
     def _drop_stale_pid(self) -> None:
-        """Postgres takes any process that has the dead server's pid for a server. We look more closely: nobody else can
-        start one here meanwhile. A pid that is free is left to Postgres, which also looks for the dead one's children."""
+        """Postgres takes whatever process has a dead server's pid for that server, be it a zombie. We look more closely, and
+        nobody else starts one here meanwhile. Where we cannot tell, or the pid is free, the file is left to Postgres."""
         found = self._found()
-        if found and _lives(found[0], zombies=True):
+        if found and _exists(found[0]) and _is_server(found[0], self._cluster) is False:
             logger.info("The pid %d in postmaster.pid is not this server's any more; the file is removed.", found[0])
             (self._cluster / "postmaster.pid").unlink()
 
@@ -392,42 +403,55 @@ def _is_private(folder: Path, owners: set[int]) -> bool:
     return stat.S_ISDIR(state.st_mode) and state.st_uid in owners and not state.st_mode & 0o077
 
 
-def _is_server(pid: int, cluster: Path) -> bool:
-    """Whether this process is the server of this data directory, and not another that has got its number."""
+def _is_server(pid: int, cluster: Path) -> bool | None:
+    """Whether this process is the server of this data directory; None if that cannot be seen."""
+    if not _lives(pid):
+        return False
+    if LINUX:
+        with suppress(OSError):  # it stays in its data directory, wherever that is moved
+            return os.path.samefile(f"/proc/{pid}/cwd", cluster)
     words = _command(pid)
-    if words is None:  # not to be seen: believe the file
-        return _lives(pid)
-    return words.strip() != "" and f"-D {cluster}" in words
+    if words is None or f"-D {cluster}" in words:
+        return None if words is None else True
+    return None if "postgres" in words else False
 
 
 def _command(pid: int) -> str | None:
-    """The command line; empty for a zombie or nobody; None if it is hidden from us."""
-    if sys.platform.startswith("linux"):
-        try:
-            return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
-        except FileNotFoundError:
-            return "" if Path("/proc/self").exists() else None
-        except ProcessLookupError:
-            return ""
-        except OSError:
-            return None
-    done = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return done.stdout
+    """The command line; None if it is hidden from us."""
+    if not LINUX:
+        return _ps(pid, "command")
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return None
 
 
-def _lives(pid: int, *, zombies: bool = False) -> bool:
+def _exists(pid: int) -> bool:
+    """Zombies too."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    if zombies or not sys.platform.startswith("linux"):
-        return True
+        pass
+    return True
+
+
+def _lives(pid: int) -> bool:
+    if not _exists(pid):
+        return False
+    if not LINUX:
+        return not _ps(pid, "stat").startswith("Z")
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return Path("/proc/self").exists() is False
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return _exists(pid)  # gone this moment, or hidden
+    return state not in ("Z", "X")
+
+
+def _ps(pid: int, what: str) -> str:
+    done = subprocess.run(["ps", "-ww", "-o", f"{what}=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return done.stdout
 
 
 def _last_lines(text: str, count: int = 12) -> str:
