@@ -1,1 +1,1 @@
-"""Runs on PostgreSQL."""
+"""Runs in Postgres, and a private Postgres for who has none."""
