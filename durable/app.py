@@ -18,7 +18,7 @@ from durable.core.ctx import Context, PlainWorkflowClass, WorkflowClass
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
-from durable.core.errors import DefinitionError, DurableError, EngineStopped
+from durable.core.errors import DefinitionError, DurableError, EngineStopped, StoreError
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
@@ -45,7 +45,11 @@ DEFAULT_STORE = "sqlite:///.durable/durable.db"
 
 
 def open_store(store: Store | str) -> Store:
-    """A store by its URL: `memory://`, or `sqlite:///path` (three slashes relative, four absolute). A store is itself."""
+    """A store by its URL: `memory://`, `sqlite:///path` (three slashes relative, four absolute), or
+    `postgresql://user@host/database`. A store is itself.
+
+    Raises DurableError: not known, or its driver is not installed.
+    """
     if not isinstance(store, str):
         return store
     if store in ("memory", "memory://"):
@@ -54,7 +58,23 @@ def open_store(store: Store | str) -> Store:
         from durable.store.sqlite import SqliteStore  # only who uses it loads a driver
 
         return SqliteStore(store)
-    raise DurableError(f"No store is known for {store!r}. Give sqlite:///path/to/file.db or memory://.")
+    if store.startswith(("postgresql://", "postgres://")):
+        return _postgres(store)
+    hint = " `postgres` alone is for the command line: durable dev --store postgres." if store == "postgres" else ""
+    raise DurableError(
+        f"No store is known for {store!r}. Give sqlite:///path/to/file.db, postgresql://user@host/database or memory://.{hint}"
+    )
+
+
+def _postgres(url: str) -> Store:
+    try:
+        from durable.store.postgres import PostgresStore
+    except ImportError as error:
+        # Without its library psycopg raises an ImportError that names nothing.
+        if error.name is not None and error.name.partition(".")[0] not in ("psycopg", "psycopg_pool"):
+            raise
+        raise StoreError(f"A Postgres store needs psycopg: pip install 'durable[postgres]'. ({error})") from error
+    return PostgresStore(url)
 
 
 def open_control_plane(plane: ControlPlane | str) -> ControlPlane:
