@@ -69,6 +69,7 @@ CREATE INDEX runs_due ON runs (workflow, version, priority DESC, wake_at) WHERE 
 CREATE INDEX runs_owned ON runs (owner) WHERE owner IS NOT NULL;
 CREATE INDEX runs_blocked ON runs (id) WHERE activity = 'blocked' AND status = 'active';
 CREATE INDEX runs_children ON runs (parent_run_id) WHERE parent_run_id IS NOT NULL;
+CREATE INDEX runs_finished ON runs (workspace, workflow, finished_at, id) WHERE finished_at IS NOT NULL;
 
 CREATE TABLE big_inputs (run_id TEXT PRIMARY KEY, input BLOB NOT NULL) WITHOUT ROWID;
 
@@ -131,6 +132,7 @@ CREATE TABLE schedule_fires (
   run_id TEXT NOT NULL,
   PRIMARY KEY (schedule_id, occurrence)
 ) WITHOUT ROWID;
+CREATE INDEX schedule_fires_run ON schedule_fires (run_id);
 
 CREATE TABLE engines (incarnation TEXT PRIMARY KEY, expires_at INTEGER NOT NULL, dead INTEGER NOT NULL) WITHOUT ROWID;
 """
