@@ -4,11 +4,12 @@ acknowledged once it is durable (D8). It runs no user code."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import msgspec
 
-from durable.core.errors import ErrorData
+from durable.core.errors import ErrorData, RunNotFound
 from durable.core.journal import LOG, REMOTE
 from durable.core.payload import clean, encode_error
 from durable.engine.apply import log_payload
@@ -16,7 +17,10 @@ from durable.engine.executor import Executor
 from durable.engine.residents import Arrival, Left, Resident
 from durable.engine.signals import Mail
 from durable.protocol.messages import StepEvent, StepResult
-from durable.store.records import Message
+from durable.protocol.states import Status
+from durable.store.records import Message, SendStatus
+
+log = logging.getLogger("durable.results")
 
 
 class Results:
@@ -36,7 +40,7 @@ class Results:
                 return
             except Left:
                 pass  # it left memory before this could be committed; its inbox takes it
-        await self._mail.send(
+        status = await self._mail.send(
             Message(
                 run_id=result.run_id,
                 # Without an attempt two results of two attempts look alike; each gets in, one counts.
@@ -49,6 +53,23 @@ class Results:
                 workspace=self._executor.settings.workspace,
             )
         )
+        if status is SendStatus.NOT_FOUND:
+            await self._refuse(result)
+
+    async def _refuse(self, result: StepResult) -> None:
+        """A result for a run that is not here. Where it is another workspace's, the result is not ours to take, nor to
+        lose: raises RunNotFound, so that the transport delivers it again, to an engine whose run it is."""
+        run = (await self._executor.deps.store.get([result.run_id]))[0]
+        if run is None or run.status is not Status.ACTIVE:
+            return  # nobody waits for it, anywhere
+        log.warning(
+            "a result of %s is refused: its run is of workspace %r, and this engine serves %r. Give each workspace"
+            " a transport, or a namespace, of its own",
+            result.step_id,
+            run.workspace,
+            self._executor.settings.workspace,
+        )
+        raise RunNotFound(f"Run {result.run_id!r} is of another workspace.", run_id=result.run_id)
 
     async def _hand_over(self, run: Resident, result: StepResult, payload: bytes) -> None:
         """Straight to the run. Raises Left if it goes before the result is committed."""

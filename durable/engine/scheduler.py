@@ -109,7 +109,8 @@ class Scheduler:
         if self._task is None or room <= 0 or not executor.lease.safe():
             self._next_due = None
             return False
-        routes = tuple(Route(name, version) for name, version in executor.deps.registry.routes())
+        workspace = executor.settings.workspace
+        routes = tuple(Route(name, version, workspace) for name, version in executor.deps.registry.routes())
         if not routes:
             return False
         blocked = self._blocked_after is not None

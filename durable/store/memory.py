@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import heapq
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from msgspec import UNSET
@@ -39,6 +39,7 @@ from durable.store.records import (
     NewRun,
     OpenWaiter,
     PutMessage,
+    Route,
     RunPage,
     RunQuery,
     RunRecord,
@@ -84,7 +85,7 @@ class _Tables:
         self.message_ids: set[tuple[str, str]] = set()
         self.keys: dict[tuple[str, str, str], str] = {}
         self.children: dict[str, list[str]] = {}
-        self.lanes: dict[tuple[str, str], _Lane] = {}
+        self.lanes: dict[Route, _Lane] = {}
         self.owned: dict[str, dict[str, None]] = {}
         self.engines: dict[str, _Engine] = {}
         self.waiters: dict[str, dict[str, OpenWaiter]] = {}
@@ -406,7 +407,7 @@ class MemoryStore:
     def _due(self, run: RunRecord, wake_at: int) -> None:
         """This unowned run is due then."""
         run.wake_at = wake_at
-        lane = self._tables.lanes.setdefault((run.workflow, run.version), _Lane())
+        lane = self._tables.lanes.setdefault(_route(run), _Lane())
         heapq.heappush(lane.later, (wake_at, run.id))
 
     def _disown(self, run: RunRecord) -> None:
@@ -420,7 +421,7 @@ class MemoryStore:
 
     def _claim_due(self, request: ClaimRequest, now: int) -> Claim:
         runs = self._tables.runs
-        routes = {(route.workflow, route.version) for route in request.routes}
+        routes = set(request.routes)
         orphans = self._orphans(routes, request.incarnation, now)
         candidates = [(-run.priority, run.wake_at or 0, run.id) for run in orphans]
         next_due_at: int | None = None
@@ -435,12 +436,12 @@ class MemoryStore:
             next_due_at = now
             run = runs[candidate[2]]
             if run.owner is None:
-                heapq.heappush(self._tables.lanes[run.workflow, run.version].ready, candidate)
+                heapq.heappush(self._tables.lanes[_route(run)].ready, candidate)
         taken = [self._take(runs[run_id], request.incarnation, now) for _, _, run_id in candidates[: request.limit]]
         return Claim(taken, next_due_at)
 
     def _claim_blocked(self, request: ClaimRequest, now: int) -> Claim:
-        routes = {(route.workflow, route.version) for route in request.routes}
+        routes = set(request.routes)
         self._orphans(routes, request.incarnation, now)
         blocked = sorted(
             run.id
@@ -449,7 +450,7 @@ class MemoryStore:
             and run.status is Status.ACTIVE
             and run.owner is None
             and run.id > request.after
-            and (run.workflow, run.version) in routes
+            and _route(run) in routes
         )
         runs = self._tables.runs
         taken = [self._take(runs[run_id], request.incarnation, now) for run_id in blocked[: request.limit]]
@@ -481,7 +482,7 @@ class MemoryStore:
             run.owner is None and run.wake_at == wake_at and run.status is Status.ACTIVE and run.activity not in PARKED
         )
 
-    def _orphans(self, routes: Iterable[tuple[str, str]], claimer: str, now: int) -> list[RunRecord]:
+    def _orphans(self, routes: Collection[Route], claimer: str, now: int) -> list[RunRecord]:
         """Runs of these routes whose owner is gone; that owner is marked dead. Parked ones nobody takes: they are
         merely freed, under a new epoch."""
         tables = self._tables
@@ -489,7 +490,7 @@ class MemoryStore:
         for owner, owned in tables.owned.items():
             if owner == claimer or not owned or not self._gone(owner, now):
                 continue
-            found = [run for run in map(tables.runs.__getitem__, owned) if (run.workflow, run.version) in routes]
+            found = [run for run in map(tables.runs.__getitem__, owned) if _route(run) in routes]
             if found and owner in tables.engines:
                 tables.engines[owner].dead = True
             for run in found:
@@ -558,6 +559,10 @@ def new_record(new: NewRun, now: int) -> RunRecord:
         finished_at=None,
         updated_at=now,
     )
+
+
+def _route(run: RunRecord) -> Route:
+    return Route(run.workflow, run.version, run.workspace)
 
 
 def _matches(run: RunRecord, query: RunQuery) -> bool:
