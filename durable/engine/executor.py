@@ -21,7 +21,7 @@ from durable.core.commands import Command
 from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDeterminism
 from durable.core.journal import COMMAND_KINDS, RUN, TIMER, Entry
 from durable.core.payload import describe, encode_error
-from durable.engine import apply, attempts
+from durable.engine import apply, attempts, children
 from durable.engine.committer import Group
 from durable.engine.deps import Deps
 from durable.engine.dispatch import Dispatch
@@ -181,7 +181,13 @@ class Executor:
         run.spent = attempts.spent(entries)
         if entries:
             run.last_at = entries[-1].at
-            fresh = run.machine.replay(entries)
+            try:
+                fresh = run.machine.replay(entries)
+            except NonDeterminism:
+                raise  # it is parked as it is
+            except DeterminismError:
+                children.close_unseen(self, run, entries)
+                raise
         else:
             begun = apply.started(self, run)
             self._recall(run, begun)

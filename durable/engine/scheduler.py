@@ -167,11 +167,11 @@ class Scheduler:
             record.inbox_read,
             record.recovery_attempts,
         )
+        self._resume.take(run, rows)  # first: a run that is buried at once is to be seen with its mail
         if record.recovery_attempts > 0:
             self._recovery.admit(run, journal)
         else:
             executor.admit(run, journal)
-        self._resume.take(run, rows)
 
     async def _release_strangers(self) -> None:
         executor = self._executor

@@ -283,7 +283,7 @@ class Settler:
         run.committing = False
         if not run.dropped and not isinstance(answer, BaseException) and answer.failure is not None:
             tell(acks, None)
-            self._refused(run, answer.failure)
+            self._refused(run, commit, answer.failure)
             return
         if run.dropped or isinstance(answer, BaseException) or answer.status is not CommitStatus.DONE:
             if not run.dropped and not isinstance(answer, BaseException):
@@ -333,7 +333,7 @@ class Settler:
         for action in actions:
             action()
 
-    def _refused(self, run: Resident, failure: Exception) -> None:
+    def _refused(self, run: Resident, commit: Commit, failure: Exception) -> None:
         """The store takes this commit never: the run fails with the reason, instead of trying for ever."""
         log.error("the store refused a commit of run %s, which fails: %s", run.run_id, failure)
         if run.refused:
@@ -341,6 +341,8 @@ class Settler:
             return
         run.refused = True
         self._forget(run)
+        # The machine has let go of what it gave up; children are told all the same. One never started hears nothing.
+        run.effects += [e for e in commit.effects if isinstance(e, PutMessage) and e.message.kind == "cancel"]
         run.suspending = False
         run.ended = False
         run.final = Final(Status.FAILED, error=encode_error(describe(failure)))
