@@ -61,6 +61,7 @@ class Scheduler:
     def reset(self) -> None:
         """A new incarnation starts from nothing."""
         self._next_due = None
+        self._blocked_after = ""  # those taken under the old name are blocked runs again
         self._wake.set()
 
     async def _run(self) -> None:
@@ -108,6 +109,7 @@ class Scheduler:
         room = min(executor.settings.max_running - executor.running, MAX_CLAIM)
         if self._task is None or room <= 0 or not executor.lease.safe():
             self._next_due = None
+            executor.full = room <= 0
             return False
         workspace = executor.settings.workspace
         routes = tuple(Route(name, version, workspace) for name, version in executor.deps.registry.routes())

@@ -74,8 +74,7 @@ class Settler:
                 self._commit(run)
                 return
             if not run.idle:
-                run.idle = True
-                self._executor.idle[run.run_id] = run
+                self._executor.rest(run)
             if uncommitted or run.activity != self._activity(run):
                 self.later(run)
         else:
