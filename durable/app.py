@@ -22,6 +22,7 @@ from durable.core.errors import DefinitionError, DurableError, EngineStopped, St
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
+from durable.core.retention import Retention, retention_of
 from durable.core.retry import RetryPolicy
 from durable.core.step import StepObserver
 from durable.engine.dead_letter import listen
@@ -122,7 +123,8 @@ class Durable:
 
     `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `transports`: several, by id, in order
     of preference. `control_plane`: an object or a `postgresql://` URL; default the first transport, if it can broadcast to
-    other processes, else the store's database, if it is Postgres. `cold`, `lease` and the rest of `settings` are those of
+    other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept, a rule or
+    an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of
     docs/operate.md, durations in any spelling ("10s").
 
     `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
@@ -145,6 +147,7 @@ class Durable:
         lease: Duration | None = None,
         on_step: StepObserver | None = None,
         dead_letter_workflow: Any = None,
+        retention: Retention | Duration | None = None,
         **settings: Any,
     ) -> None:
         self.registry = Registry([*workflows, *steps])
@@ -161,7 +164,10 @@ class Durable:
         self.role = _role(role, worker)
         self._on_step = on_step
         self.settings = _settings(
-            settings, execute=self.role == "engine", dead_letter_workflow=workflow_name(dead_letter_workflow)
+            settings,
+            execute=self.role == "engine",
+            dead_letter_workflow=workflow_name(dead_letter_workflow),
+            retention=retention_of(retention),
         )
         self._serving: Transport | None = None
         self._serves: StepHandler | None = None
@@ -182,6 +188,7 @@ class Durable:
         category: str | None = None,
         priority: int = 0,
         dead_letter_workflow: Any = None,
+        retention: Retention | Duration | None = None,
     ) -> Callable[[F], F]: ...
     def workflow(self, name: Any = None, **options: Any) -> Any:
         """Register an async function `(ctx, input)`, or a class with such a `run`, as a workflow."""

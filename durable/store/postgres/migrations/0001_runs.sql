@@ -59,7 +59,7 @@ CREATE INDEX runs_owned ON @schema@.runs (owner, workspace, workflow, version) W
 CREATE INDEX runs_blocked ON @schema@.runs (id) WHERE activity = 'blocked' AND status = 'active';
 CREATE INDEX runs_children ON @schema@.runs (parent_run_id) WHERE parent_run_id IS NOT NULL;
 CREATE INDEX runs_listed ON @schema@.runs (workspace, number);
-CREATE INDEX runs_finished ON @schema@.runs (workspace, workflow, finished_at, number) WHERE status <> 'active';
+CREATE INDEX runs_finished ON @schema@.runs (workspace, workflow, finished_at, id) WHERE status <> 'active';
 
 CREATE TABLE @schema@.journal (
   at bigint NOT NULL,
@@ -655,22 +655,22 @@ BEGIN
     FROM workflows w WHERE w.name IS NOT NULL),
   -- Up to which moment runs of each may go.
   bounds AS (
-    SELECT w.name, k.finished_at AS kept_at, k.number AS kept_number
+    SELECT w.name, k.finished_at AS kept_at, k.id AS kept_id
     FROM workflows w LEFT JOIN LATERAL (
-      SELECT r.finished_at, r.number FROM @schema@.runs r
+      SELECT r.finished_at, r.id FROM @schema@.runs r
       WHERE r.workspace = p_workspace AND r.workflow = w.name AND r.status <> 'active'
-      ORDER BY r.finished_at DESC, r.number DESC OFFSET p_keep LIMIT 1) k ON p_keep IS NOT NULL
+      ORDER BY r.finished_at DESC, r.id DESC OFFSET p_keep LIMIT 1) k ON p_keep IS NOT NULL
     WHERE w.name IS NOT NULL
       AND CASE WHEN p_workflow IS NULL THEN w.name <> ALL (p_but) ELSE w.name = p_workflow END),
   old AS (
     SELECT f.id FROM bounds b CROSS JOIN LATERAL (
-      SELECT r.id, r.finished_at, r.number FROM @schema@.runs r
+      SELECT r.id, r.finished_at FROM @schema@.runs r
       WHERE r.workspace = p_workspace AND r.workflow = b.name AND r.status <> 'active'
-        AND (r.finished_at < v_before OR (r.finished_at, r.number) <= (b.kept_at, b.kept_number))
+        AND (r.finished_at < v_before OR (r.finished_at, r.id) <= (b.kept_at, b.kept_id))
         AND NOT EXISTS (SELECT 1 FROM @schema@.runs p WHERE p.id = r.parent_run_id AND p.status = 'active')
         AND NOT EXISTS (SELECT 1 FROM @schema@.runs c WHERE c.parent_run_id = r.id AND c.status = 'active')
-      ORDER BY r.finished_at, r.number LIMIT p_limit) f
-    ORDER BY f.finished_at, f.number LIMIT p_limit)
+      ORDER BY r.finished_at, r.id LIMIT p_limit) f
+    ORDER BY f.finished_at, f.id LIMIT p_limit)
   SELECT array_agg(o.id ORDER BY o.id) INTO v_ids FROM old o;
 
   WITH locked AS (
