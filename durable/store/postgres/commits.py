@@ -65,9 +65,7 @@ def _failure(error: Exception) -> Exception:
     return translate(error)
 
 
-async def commit_with(
-    db: Database, schema: str, work: Callable[[Any], Awaitable[None]], one: Commit
-) -> CommitOutcome:
+async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable[None]], one: Commit) -> CommitOutcome:
     """The fence first, so that the author's work begins only where it counts; then both are committed at once."""
     query, parameters = _statement(schema, [one])
     async with db.lend() as connection:
@@ -179,7 +177,12 @@ def _effects(batch: Sequence[Commit]) -> str | None:
             if isinstance(waiter, CloseWaiter):
                 kinds["closed"].append({"of": one.run_id, "id": waiter.id})
             else:
-                opened = {"id": waiter.id, "event": waiter.event, "match": waiter.match, "expires_at": waiter.expires_at}
+                opened = {
+                    "id": waiter.id,
+                    "event": waiter.event,
+                    "match": waiter.match,
+                    "expires_at": waiter.expires_at,
+                }
                 kinds["opened"].append({"of": one.run_id, **opened})
     return runs.json_text(kinds)
 

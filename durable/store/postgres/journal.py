@@ -24,7 +24,9 @@ from durable.store.postgres.packing import (
 )
 from durable.store.records import Commit, Journal
 
-COLUMNS = "seq, at, kind, status, key, ordinal, name, attempt, fingerprint, payload, enqueued_at, started_at, finished_at"
+COLUMNS = (
+    "seq, at, kind, status, key, ordinal, name, attempt, fingerprint, payload, enqueued_at, started_at, finished_at"
+)
 PARAMETERS = 14
 
 

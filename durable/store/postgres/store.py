@@ -104,7 +104,11 @@ class PostgresStore:
         fsync, synchronous_commit, standby = rows[0]
         if standby:
             raise StoreError(f"{self._address} is a standby; give the address of the primary")
-        weak = [f"{name} = off" for name, value in (("fsync", fsync), ("synchronous_commit", synchronous_commit)) if value == "off"]
+        weak = [
+            f"{name} = off"
+            for name, value in (("fsync", fsync), ("synchronous_commit", synchronous_commit))
+            if value == "off"
+        ]
         self._durable = not weak
         if weak and not self._allow_weak:
             raise WeakDurability(
