@@ -137,10 +137,14 @@ class Account(Struct, frozen=True):
         return options
 
 
-def account() -> Account:
-    """Oneself; for root, an ordinary user in a namespace of its own, or nobody where that is refused."""
+def account(owner: int, group: int) -> Account:
+    """As whom to run on a folder of this user: oneself. Root runs it as the folder's owner; on its own folder as an ordinary
+    user in a namespace, or as nobody where that is refused.
+    """
     if os.geteuid() != 0:
         return Account()
+    if owner != 0:
+        return Account(user=owner, group=group)
     if namespace_works():
         return Account(prefix=NAMESPACE)
     import pwd  # not on Windows
@@ -191,7 +195,7 @@ def reachable(binaries: Binaries, account: Account) -> Path:
         ) from error
     if not _runs(folder, account):
         raise StoreError(
-            f"The user nobody cannot run the Postgres copied to {folder}. Run as a user other than root, or name a folder "
+            f"The user {account.user} cannot run the Postgres copied to {folder}. Run as a user other than root, or name a folder "
             "with programs that all may run as DURABLE_PG_BIN."
         )
     return folder
