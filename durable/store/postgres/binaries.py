@@ -195,8 +195,8 @@ def reachable(binaries: Binaries, account: Account) -> Path:
         ) from error
     if not _runs(folder, account):
         raise StoreError(
-            f"The user {account.user} cannot run the Postgres copied to {folder}. Run as a user other than root, or name a folder "
-            "with programs that all may run as DURABLE_PG_BIN."
+            f"The user {account.user} cannot run the Postgres copied to {folder}. Run as a user other than root, or name a "
+            "folder with programs that all may run as DURABLE_PG_BIN."
         )
     return folder
 

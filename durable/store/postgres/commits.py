@@ -14,12 +14,11 @@ from durable.core.errors import StoreError
 from durable.core.journal import Entry
 from durable.protocol.states import Status
 from durable.store.postgres import journal, runs
-from durable.store.postgres.connection import Connection, Database, ask, is_culprit, translate
+from durable.store.postgres.connection import Connection, Database, ask, translate
 from durable.store.postgres.packing import (
     NO_BIGINTS,
     NO_BLOBS,
     NO_BOOLS,
-    NO_INTS,
     NO_TEXTS,
     Packed,
     bigints,
