@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import psycopg
@@ -34,8 +35,8 @@ class PostgresControlPlane:
         """`url`: `postgresql://…` of the database itself, since a pooler in transaction mode loses what is said. `name`: of
         the channel, `durable_…`. `probe_every`: seconds between two looks whether it hears. Raises DefinitionError."""
         try:
-            self._connect = connector(url, application_name="durable control plane")
-            self._build = lambda: Channel(self._connect, name, probe_every=probe_every)
+            connect = connector(url, application_name="durable control plane")
+            self._build = partial(Channel, connect, name, probe_every=probe_every)
             self._build()
         except (ValueError, psycopg.ProgrammingError) as error:
             raise DefinitionError(f"This control plane cannot be: {error}") from error
