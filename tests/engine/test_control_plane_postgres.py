@@ -1,0 +1,126 @@
+"""Engines that reach each other through Postgres alone: stores give no hints here, and polls are half a minute apart."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from durable import Context, Durable, RunCancelled, workflow
+from durable.control_plane.local import LocalControlPlane
+from durable.core.errors import DefinitionError
+from durable.testing.facts import eventually
+from tests.engine.test_control_plane import FAR, signalled
+from tests.engine.world import Gate, Line, World
+from tests.store.backends import Backends
+
+
+@pytest.fixture(autouse=True)
+def _deaf_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Line, "listen", lambda self, on_hint: lambda: None)
+
+
+async def pods(world: World, url: str, *things: Any) -> tuple[Durable, Durable]:
+    """(one that executes, one that runs nothing), as two processes are: each has connections of its own."""
+    works = await world.engine(*things, control_plane=url, poll_every=FAR)
+    looks = await world.engine(*things, control_plane=url, poll_every=FAR, worker=False)
+    return works, looks
+
+
+def working(gate: Gate) -> Any:
+    @workflow(name="working")
+    async def working(ctx: Context) -> Any:
+        return await ctx.step("work", gate)
+
+    return working
+
+
+async def test_N10_a_pod_that_runs_nothing_tails_and_signals(world: World, postgres_url: str) -> None:
+    """It starts a run, sees every entry in order as it is committed elsewhere, and its signals arrive at once."""
+    _, looks = await pods(world, postgres_url, signalled)
+    handle = await looks.start(signalled)
+    seen: list[tuple[int, str]] = []
+
+    async def tail() -> None:
+        async for entry in looks.watch(handle.id):
+            seen.append((entry.seq, entry.status))
+
+    tailing = asyncio.create_task(tail())
+    for count in (1, 2):
+        await handle.signal("go", count)
+        await eventually(lambda count=count: [s for _, s in seen].count("received") == count, "it sees each signal")
+    async with asyncio.timeout(10):
+        assert await handle.result() == [1, 2]
+        await tailing
+    assert [seq for seq, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1][1] == "completed"
+
+
+async def test_N10_a_cancel_from_a_pod_that_runs_nothing_reaches_the_step_body(world: World, postgres_url: str) -> None:
+    """Through the database, within moments: the body sees it once, and whoever waits elsewhere hears of the end."""
+    gate = Gate()
+    work = working(gate)
+    works, looks = await pods(world, postgres_url, work)
+    handle = await works.start(work)
+    await gate.reached()
+    waiting = asyncio.create_task(looks.run(handle.id).result(10))
+    assert await looks.run(handle.id).cancel("enough") is True
+    with pytest.raises(RunCancelled):
+        await waiting
+    assert gate.cancelled == 1
+    assert (await world.record(handle.id)).status == "cancelled"
+
+
+async def test_N10_a_cancel_arrives_though_the_connections_are_being_killed(world: World, postgres_url: str) -> None:
+    """Connections of all control planes die over and over: no cancel waits for the poll, since a gap makes all look."""
+    gate = Gate()
+    work = working(gate)
+    works, looks = await pods(world, postgres_url, work)
+    async with Backends(postgres_url) as others:
+        for count in range(1, 6):
+            handle = await works.start(work)
+            await gate.reached(count)
+            killed = await others.terminate()
+            await looks.run(handle.id).cancel()
+            with pytest.raises(RunCancelled):
+                await works.run(handle.id).result(10)
+            assert gate.cancelled == count
+            await eventually(lambda: plane(works).deaf is None and plane(looks).deaf is None, "both hear again")
+            assert killed.isdisjoint(await others.pids())
+
+
+async def test_N9_closed_apps_leave_no_connection(world: World, postgres_url: str) -> None:
+    """A control plane made from a URL lives and ends with its app; also with one that could not start."""
+    works, looks = await pods(world, postgres_url, signalled)
+    async with Backends(postgres_url) as others:
+        for app in (works, looks):
+            world.apps.remove(app)
+            await app.close()
+        await others.none()
+
+
+async def test_N9_an_engine_that_cannot_start_leaves_no_connection(
+    world: World, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was opened before the failure is closed."""
+
+    def broken(self: Line, on_hint: Any) -> Any:
+        raise OSError("no hints today")
+
+    monkeypatch.setattr(Line, "listen", broken)
+    with pytest.raises(OSError, match="no hints"):
+        await world.engine(signalled, control_plane=postgres_url)
+    async with Backends(postgres_url) as others:
+        await others.none()
+
+
+async def test_N9_a_url_that_is_no_control_plane_is_refused(world: World) -> None:
+    """Before anything is opened, with what to give instead."""
+    with pytest.raises(DefinitionError, match="postgresql://"):
+        await world.engine(signalled, control_plane="redis://somewhere")
+
+
+def plane(app: Durable) -> Any:
+    assert not isinstance(app.engine.deps.control_plane, LocalControlPlane)
+    return app.engine.deps.control_plane
