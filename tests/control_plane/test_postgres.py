@@ -90,7 +90,13 @@ async def test_what_is_no_control_message_is_passed_over(postgres_url: str) -> N
     await plane.start()
     plane.on_control("a", heard)
     async with Backends(postgres_url) as others:
-        for payload in ("", "hello", "{}", '{"from": "x", "kind": "of a later version"}', '{"from": 1, "kind": "cancel"}'):
+        for payload in (
+            "",
+            "hello",
+            "{}",
+            '{"from": "x", "kind": "of a later version"}',
+            '{"from": 1, "kind": "cancel"}',
+        ):
             await others.notify("durable_control", payload)
         await others.notify("durable_control", '{"from": "x", "kind": "cancel", "runId": "r", "later": 1}')
     await eventually(lambda: heard.runs() == ["r"], "the one that is was heard")
@@ -158,7 +164,9 @@ async def test_a_database_that_is_not_there_is_a_sentence() -> None:
     await plane.publish_control(cancel("a", "nobody"))
 
 
-@pytest.mark.parametrize("arguments", [{"url": "postgresql://h/d?nonsense=1"}, {"url": "postgresql:///d", "name": "control"}])
+@pytest.mark.parametrize(
+    "arguments", [{"url": "postgresql://h/d?nonsense=1"}, {"url": "postgresql:///d", "name": "control"}]
+)
 def test_what_cannot_be_is_refused_at_once(arguments: dict[str, Any]) -> None:
     """A bad URL or name is an error where it is written, not a log line at night."""
     with pytest.raises(DefinitionError, match="cannot be"):

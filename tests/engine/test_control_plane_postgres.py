@@ -9,6 +9,7 @@ import pytest
 
 from durable import Context, Durable, RunCancelled, workflow
 from durable.control_plane.local import LocalControlPlane
+from durable.control_plane.postgres import LOOK_EVERYWHERE
 from durable.core.errors import DefinitionError
 from durable.testing.facts import eventually
 from tests.engine.test_control_plane import FAR, signalled
@@ -81,13 +82,21 @@ async def test_N10_a_cancel_arrives_though_the_connections_are_being_killed(worl
         for count in range(1, 6):
             handle = await works.start(work)
             await gate.reached(count)
-            killed = await others.terminate()
+            await others.terminate()
             await looks.run(handle.id).cancel()
             with pytest.raises(RunCancelled):
                 await works.run(handle.id).result(10)
             assert gate.cancelled == count
             await eventually(lambda: plane(works).deaf is None and plane(looks).deaf is None, "both hear again")
-            assert killed.isdisjoint(await others.pids())
+
+
+async def test_N10_a_gap_makes_an_engine_look_at_once(world: World, postgres_url: str) -> None:
+    """A control plane that may have missed something is as good as a hint of the store: work is looked for, tails are fed."""
+    works, _ = await pods(world, postgres_url, signalled)
+    scheduler = works.engine._scheduler
+    await eventually(lambda: not scheduler._wake.is_set(), "it sleeps")
+    works.engine._control(LOOK_EVERYWHERE)
+    assert scheduler._wake.is_set()
 
 
 async def test_N9_closed_apps_leave_no_connection(world: World, postgres_url: str) -> None:

@@ -37,21 +37,26 @@ class Backends:
         return {pid for (pid,) in await self._ask(f"SELECT pid FROM pg_stat_activity WHERE {OTHERS}")}
 
     async def terminate(self) -> set[int]:
-        """Kill every other backend. Their pids."""
-        killed = await self._ask(f"SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OTHERS}")
-        return {pid for pid, _ in killed}
+        """Kill every other backend, and return when they are gone. Their pids."""
+        rows = await self._ask(f"SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OTHERS}")
+        killed = {pid for pid, _ in rows}
+        await self._until_gone(killed)
+        return killed
 
     async def notify(self, name: str, payload: str) -> None:
         assert self._conn is not None
         await self._conn.execute("SELECT pg_notify(%s, %s)", (name, payload))
 
-    async def none(self, claim: str = "no connection is left") -> None:
+    async def none(self) -> None:
         """Until nobody else is connected."""
+        await self._until_gone(None)
+
+    async def _until_gone(self, pids: set[int] | None) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PATIENCE
-        while left := await self.pids():
+        while left := await self.pids() if pids is None else pids & await self.pids():
             if loop.time() > deadline:
-                raise AssertionError(f"never came true: {claim}; there are {left}")
+                raise AssertionError(f"still connected: {left}")
             await asyncio.sleep(PAUSE)
 
 
