@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from durable import Context, Durable, RunCancelled, workflow
 from durable.control_plane.local import LocalControlPlane
-from durable.control_plane.postgres import LOOK_EVERYWHERE
+from durable.control_plane.postgres import LOOK_EVERYWHERE, PostgresControlPlane
 from durable.core.errors import DefinitionError
+from durable.store.interface import Capabilities
+from durable.store.memory import MemoryStore
 from durable.testing.facts import eventually
+from durable.transports.event_emitter import EventEmitterTransport
 from tests.engine.test_control_plane import FAR, signalled
 from tests.engine.world import Gate, Line, World
 from tests.store.backends import Backends
@@ -97,6 +101,35 @@ async def test_N10_a_gap_makes_an_engine_look_at_once(world: World, postgres_url
     await eventually(lambda: not scheduler._wake.is_set(), "it sleeps")
     works.engine._control(LOOK_EVERYWHERE)
     assert scheduler._wake.is_set()
+
+
+class OnPostgres(MemoryStore):
+    """All that the choice of a control plane asks of a store."""
+
+    url = ""
+    notifications = True
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return msgspec.structs.replace(super().capabilities, name="postgres")
+
+
+async def test_N9_a_store_on_postgres_brings_the_control_plane(postgres_url: str) -> None:
+    """By default, over what stays in the process; what is given wins, a first transport that is shared too; it can be off."""
+    store = OnPostgres()
+    store.url = postgres_url
+    emitter, given = EventEmitterTransport(), LocalControlPlane()
+    async with Durable(store) as app:  # type: ignore[arg-type]
+        assert isinstance(app.engine.deps.control_plane, PostgresControlPlane)
+    async with Durable(store, transport=emitter) as app:  # type: ignore[arg-type]
+        assert isinstance(app.engine.deps.control_plane, PostgresControlPlane)
+    async with Durable(store, control_plane=given) as app:  # type: ignore[arg-type]
+        assert app.engine.deps.control_plane is given
+    store.notifications = False
+    async with Durable(store, transport=emitter) as app:  # type: ignore[arg-type]
+        assert app.engine.deps.control_plane is emitter
+    async with Backends(postgres_url) as others:
+        await others.none()
 
 
 async def test_N9_closed_apps_leave_no_connection(world: World, postgres_url: str) -> None:

@@ -44,7 +44,7 @@ LAST_WORDS_SECONDS = 1.0
 # A hint that is lost with the server is no loss: its commit need not wait for the disk, and holds the lock that all who
 # notify queue for. Local to the transaction, so that a pooled session keeps nothing of it.
 _NOTIFY = """SELECT set_config('synchronous_commit', 'off', true), count(pg_notify(name, payload))
-FROM unnest(%s::text[], %s::text[]) AS said (name, payload)"""
+FROM unnest(%b::text[], %b::text[]) AS said (name, payload)"""
 _NAME = re.compile(r"durable_[a-z0-9_]{1,55}")  # 63 bytes at most, and the same quoted or not
 _SETTINGS = {
     "connect_timeout": 5,
