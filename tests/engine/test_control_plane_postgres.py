@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 import pytest
 
 from durable import Context, Durable, RunCancelled, workflow
 from durable.control_plane.local import LocalControlPlane
 from durable.control_plane.postgres import LOOK_EVERYWHERE, PostgresControlPlane
-from durable.core.errors import DefinitionError
-from durable.store.interface import Capabilities
-from durable.store.memory import MemoryStore
-from durable.testing.facts import eventually
+from durable.core.errors import DefinitionError, StoreUnavailable
+from durable.core.journal import Entry
+from durable.store.postgres import PostgresStore
+from durable.testing.facts import PATIENCE, eventually
+from durable.testing.suites.control_plane import Heard, cancel
 from durable.transports.event_emitter import EventEmitterTransport
+from tests.engine.far_node import far
 from tests.engine.test_control_plane import FAR, signalled
 from tests.engine.world import Gate, Line, World
 from tests.store.backends import Backends
@@ -103,33 +107,36 @@ async def test_N10_a_gap_makes_an_engine_look_at_once(world: World, postgres_url
     assert scheduler._wake.is_set()
 
 
-class OnPostgres(MemoryStore):
-    """All that the choice of a control plane asks of a store."""
-
-    url = ""
-    notifications = True
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return msgspec.structs.replace(super().capabilities, name="postgres")
-
-
 async def test_N9_a_store_on_postgres_brings_the_control_plane(postgres_url: str) -> None:
-    """By default, over what stays in the process; what is given wins, a first transport that is shared too; it can be off."""
-    store = OnPostgres()
-    store.url = postgres_url
+    """By default, over what stays in the process; what is given wins; the store's `notifications` turn it off."""
     emitter, given = EventEmitterTransport(), LocalControlPlane()
-    async with Durable(store) as app:  # type: ignore[arg-type]
+    async with Durable(postgres_url) as app:
         assert isinstance(app.engine.deps.control_plane, PostgresControlPlane)
-    async with Durable(store, transport=emitter) as app:  # type: ignore[arg-type]
+    async with Durable(PostgresStore(postgres_url), transport=emitter) as app:
         assert isinstance(app.engine.deps.control_plane, PostgresControlPlane)
-    async with Durable(store, control_plane=given) as app:  # type: ignore[arg-type]
+    async with Durable(postgres_url, control_plane=given) as app:
         assert app.engine.deps.control_plane is given
-    store.notifications = False
-    async with Durable(store, transport=emitter) as app:  # type: ignore[arg-type]
+    async with Durable(PostgresStore(postgres_url, notifications=False), transport=emitter) as app:
         assert app.engine.deps.control_plane is emitter
     async with Backends(postgres_url) as others:
         await others.none()
+
+
+async def test_N9_schemas_have_control_planes_of_their_own(postgres_url: str) -> None:
+    """Two deployments in one database do not wake each other; a URL given means the default schema's."""
+    async with (
+        Durable(postgres_url) as app,
+        Durable(PostgresStore(postgres_url, schema="other")) as other,
+        Durable("memory://", control_plane=postgres_url) as by_url,
+    ):
+        heard, elsewhere, there = Heard(), Heard(), Heard()
+        for each, ear in ((app, heard), (other, elsewhere), (by_url, there)):
+            await eventually(lambda each=each: plane(each).deaf is None, "it hears")
+            plane(each).on_control("ear", ear)
+        for each, word in ((other, "theirs"), (app, "ours"), (other, "fence")):
+            await plane(each).publish_control(cancel("x", word))
+        await eventually(lambda: there.runs() == heard.runs() == ["ours"], "ours is heard by ours")
+        await eventually(lambda: elsewhere.runs() == ["theirs", "fence"], "theirs by theirs")
 
 
 async def test_N9_closed_apps_leave_no_connection(world: World, postgres_url: str) -> None:
@@ -166,3 +173,68 @@ async def test_N9_a_url_that_is_no_control_plane_is_refused(world: World) -> Non
 def plane(app: Durable) -> Any:
     assert not isinstance(app.engine.deps.control_plane, LocalControlPlane)
     return app.engine.deps.control_plane
+
+
+# -- everything on Postgres
+
+
+@pytest.mark.parametrize("killing", [False, True], ids=["calm", "killed"])
+async def test_N10_a_pod_without_work_tails_and_cancels_what_another_process_executes(
+    postgres_url: str, killing: bool
+) -> None:
+    """Two processes, one database, nothing else: the tail is whole, the body sees the cancel long before any poll; also
+    while every connection of either process is killed."""
+    async with Durable(postgres_url, workflows=[far], poll_every=FAR, worker=False) as looks:
+        async with far_node(postgres_url) as hears, Backends(postgres_url) as others:
+            await hears("ready")
+            handle = await looks.start(far)
+            tail = asyncio.create_task(all_of(looks, handle.id))
+            await hears("began")
+            if killing:
+                await others.terminate()
+            asked = asyncio.get_running_loop().time()
+            while True:
+                try:
+                    await looks.run(handle.id).cancel()
+                    break
+                except StoreUnavailable:  # its outcome is unknown, and it may be repeated
+                    await asyncio.sleep(0)
+            await hears("cancelled")
+            with pytest.raises(RunCancelled):
+                await looks.run(handle.id).result(10)
+            seen = await tail
+            assert asyncio.get_running_loop().time() - asked < FAR / 3
+            assert [entry.seq for entry in seen] == list(range(1, len(seen) + 1))
+            assert seen[-1].status == "cancelled"
+
+
+async def all_of(app: Durable, run_id: str) -> list[Entry]:
+    return [entry async for entry in app.watch(run_id)]
+
+
+@asynccontextmanager
+async def far_node(url: str) -> AsyncIterator[Callable[[str], Awaitable[None]]]:
+    """A process that executes; gives what waits until it has said a word."""
+    pipe = asyncio.subprocess.PIPE
+    node = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.engine.far_node", url, stdin=pipe, stdout=pipe
+    )
+    assert node.stdin is not None
+    out = node.stdout
+    assert out is not None
+
+    async def hears(word: str) -> None:
+        async with asyncio.timeout(PATIENCE):
+            line = (await out.readline()).decode().strip()
+        assert line == word, f"the other process said {line!r}"
+
+    try:
+        yield hears
+    finally:
+        node.stdin.close()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await node.wait()
+        except TimeoutError:
+            node.kill()
+            await node.wait()

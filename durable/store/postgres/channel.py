@@ -67,9 +67,9 @@ def connector(url: str, *, application_name: str = "durable channel") -> Connect
     return connect
 
 
-def channel_name(word: str, schema: str = "public") -> str:
+def channel_name(word: str, schema: str = "durable") -> str:
     """The name of a channel for what lives in one schema: channels belong to the whole database. Raises ValueError."""
-    if schema == "public":
+    if schema == "durable":
         return _checked(f"durable_{word}")
     if re.fullmatch(r"[a-z0-9_]{1,30}", schema):
         return _checked(f"durable_{word}_in_{schema}")
