@@ -49,6 +49,7 @@ class Starter:
             "starts",
             executor.deps.store.start,
             max_items=executor.deps.store.capabilities.max_batch,
+            in_flight=executor.deps.store.capabilities.in_flight,
             size=lambda run: len(run.input) + 256,
         )
         self.open = False
