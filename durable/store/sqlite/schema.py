@@ -27,6 +27,11 @@ except ImportError:  # pragma: no cover - Windows
 DUE = "owner IS NULL AND status = 'active' AND activity NOT IN ('paused', 'blocked')"
 """Word for word the condition of the due index, or SQLite does not use it."""
 
+_FINISHED_INDEX = (
+    "CREATE INDEX runs_finished ON runs (workspace, workflow, finished_at, id) WHERE finished_at IS NOT NULL"
+)
+_FIRED_INDEX = "CREATE INDEX schedule_fires_run ON schedule_fires (run_id)"
+
 _TABLES = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
@@ -69,7 +74,7 @@ CREATE INDEX runs_due ON runs (workflow, version, priority DESC, wake_at) WHERE 
 CREATE INDEX runs_owned ON runs (owner) WHERE owner IS NOT NULL;
 CREATE INDEX runs_blocked ON runs (id) WHERE activity = 'blocked' AND status = 'active';
 CREATE INDEX runs_children ON runs (parent_run_id) WHERE parent_run_id IS NOT NULL;
-CREATE INDEX runs_finished ON runs (workspace, workflow, finished_at, id) WHERE finished_at IS NOT NULL;
+{_FINISHED_INDEX};
 
 CREATE TABLE big_inputs (run_id TEXT PRIMARY KEY, input BLOB NOT NULL) WITHOUT ROWID;
 
@@ -132,7 +137,7 @@ CREATE TABLE schedule_fires (
   run_id TEXT NOT NULL,
   PRIMARY KEY (schedule_id, occurrence)
 ) WITHOUT ROWID;
-CREATE INDEX schedule_fires_run ON schedule_fires (run_id);
+{_FIRED_INDEX};
 
 CREATE TABLE engines (incarnation TEXT PRIMARY KEY, expires_at INTEGER NOT NULL, dead INTEGER NOT NULL) WITHOUT ROWID;
 """
