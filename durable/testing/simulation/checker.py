@@ -48,9 +48,10 @@ def went_on(evidence: Evidence) -> Iterator[str]:
 
 def settled(evidence: Evidence) -> Iterator[str]:
     """Liveness: after healing, every run ends. An acknowledged start is among them."""
+    begun_again = _begun_again(evidence)
     for run_id, stored in evidence.runs.items():
         run = stored.run
-        if run.status not in TERMINAL:
+        if run.status not in TERMINAL and run_id.partition(".")[0] not in begun_again:
             last = stored.journal[-1] if stored.journal else None
             yield (
                 f"{run_id} is {run.status.value}/{run.activity.value}, owner {run.owner}, wake_at "
@@ -61,6 +62,14 @@ def settled(evidence: Evidence) -> Iterator[str]:
     for call in evidence.history:
         if call.what == "start" and call.outcome == "ok" and call.run_id not in evidence.runs:
             yield f"the acknowledged run {call.run_id} of plan {call.plan} does not exist"
+
+
+def _begun_again(evidence: Evidence) -> set[str]:
+    """Runs of a start that came late, when its key's run had been deleted: their client knows nothing of them, and sends
+    no signals."""
+    deleted = {line.run_id for line in evidence.log if line.what == "prune"} & evidence.runs.keys()
+    plans = {tag for run_id in deleted for tag in evidence.runs[run_id].run.tags}
+    return {run_id for run_id, stored in evidence.runs.items() if run_id not in deleted and plans & {*stored.run.tags}}
 
 
 def started_once(evidence: Evidence) -> Iterator[str]:

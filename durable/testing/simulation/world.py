@@ -304,8 +304,11 @@ class World:
     def _settled(self) -> bool:
         if self._open_plans:
             return False
+        # A start that came after its key's run had been deleted made a run that no client knows.
+        done = {tag for run, *_ in self.server.pruned.values() for tag in run.tags}
         runs = self._all_runs()
-        return all(run.status in TERMINAL for run in runs)
+        forgotten = {run.id for run in runs if done & {*run.tags}}
+        return all(run.status in TERMINAL or run.id.partition(".")[0] in forgotten for run in runs)
 
     def _all_runs(self) -> list[RunRecord]:
         return self.server.runs()
