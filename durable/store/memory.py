@@ -11,7 +11,7 @@ import copy
 import heapq
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -42,6 +42,7 @@ from durable.store.records import (
     OpenWaiter,
     PruneRequest,
     PutMessage,
+    Route,
     RunPage,
     RunQuery,
     RunRecord,
@@ -91,7 +92,7 @@ class _Tables:
         self.message_ids: set[tuple[str, str]] = set()
         self.keys: dict[tuple[str, str, str], str] = {}
         self.children: dict[str, list[str]] = {}
-        self.lanes: dict[tuple[str, str], _Lane] = {}
+        self.lanes: dict[Route, _Lane] = {}
         self.owned: dict[str, dict[str, None]] = {}
         self.engines: dict[str, _Engine] = {}
         self.waiters: dict[str, dict[str, OpenWaiter]] = {}
@@ -472,7 +473,7 @@ class MemoryStore:
     def _due(self, run: RunRecord, wake_at: int) -> None:
         """This unowned run is due then."""
         run.wake_at = wake_at
-        lane = self._tables.lanes.setdefault((run.workflow, run.version), _Lane())
+        lane = self._tables.lanes.setdefault(_route(run), _Lane())
         heapq.heappush(lane.later, (wake_at, run.id))
 
     def _disown(self, run: RunRecord) -> None:
@@ -486,7 +487,7 @@ class MemoryStore:
 
     def _claim_due(self, request: ClaimRequest, now: int) -> Claim:
         runs = self._tables.runs
-        routes = {(route.workflow, route.version) for route in request.routes}
+        routes = set(request.routes)
         orphans = self._orphans(routes, request.incarnation, now)
         candidates = [(-run.priority, run.wake_at or 0, run.id) for run in orphans]
         next_due_at: int | None = None
@@ -501,12 +502,12 @@ class MemoryStore:
             next_due_at = now
             run = runs[candidate[2]]
             if run.owner is None:
-                heapq.heappush(self._tables.lanes[run.workflow, run.version].ready, candidate)
+                heapq.heappush(self._tables.lanes[_route(run)].ready, candidate)
         taken = [self._take(runs[run_id], request.incarnation, now) for _, _, run_id in candidates[: request.limit]]
         return Claim(taken, next_due_at)
 
     def _claim_blocked(self, request: ClaimRequest, now: int) -> Claim:
-        routes = {(route.workflow, route.version) for route in request.routes}
+        routes = set(request.routes)
         self._orphans(routes, request.incarnation, now)
         blocked = sorted(
             run.id
@@ -515,7 +516,7 @@ class MemoryStore:
             and run.status is Status.ACTIVE
             and run.owner is None
             and run.id > request.after
-            and (run.workflow, run.version) in routes
+            and _route(run) in routes
         )
         runs = self._tables.runs
         taken = [self._take(runs[run_id], request.incarnation, now) for run_id in blocked[: request.limit]]
@@ -551,7 +552,7 @@ class MemoryStore:
             and run.activity not in PARKED
         )
 
-    def _orphans(self, routes: Iterable[tuple[str, str]], claimer: str, now: int) -> list[RunRecord]:
+    def _orphans(self, routes: Collection[Route], claimer: str, now: int) -> list[RunRecord]:
         """Runs of these routes whose owner is gone; that owner is marked dead. Parked ones nobody takes: they are
         merely freed, under a new epoch."""
         tables = self._tables
@@ -559,7 +560,7 @@ class MemoryStore:
         for owner, owned in tables.owned.items():
             if owner == claimer or not owned or not self._gone(owner, now):
                 continue
-            found = [run for run in map(tables.runs.__getitem__, owned) if (run.workflow, run.version) in routes]
+            found = [run for run in map(tables.runs.__getitem__, owned) if _route(run) in routes]
             if found and owner in tables.engines:
                 tables.engines[owner].dead = True
             for run in found:
@@ -628,6 +629,10 @@ def new_record(new: NewRun, now: int) -> RunRecord:
         finished_at=None,
         updated_at=now,
     )
+
+
+def _route(run: RunRecord) -> Route:
+    return Route(run.workflow, run.version, run.workspace)
 
 
 def _matches(run: RunRecord, query: RunQuery) -> bool:

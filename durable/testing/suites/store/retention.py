@@ -302,8 +302,8 @@ class RetentionTests(Tests):
                 [outcome] = await store.start([made])
                 if outcome.status is StartStatus.STARTED:
                     started += 1
-                    ended = await one(store, commit(f"r{n}", status=Status.COMPLETED, entries=3))
-                    assert ended.status is CommitStatus.DONE
+                    outcomes = await store.commit([commit(f"r{n}", status=Status.COMPLETED, entries=3)])
+                    assert outcomes[0].status is CommitStatus.DONE
                 await asyncio.sleep(0)
 
         gone = 0
