@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from durable import Context, Durable, RunTimeout, StartRequest, workflow
+from durable import Context, Durable, RunTimeout, StartRequest, durable_step, workflow
 from durable.core.errors import EngineStopped, StoreUnavailable
 from durable.protocol.states import Activity, Status
 from durable.store.memory import MemoryStore
+from durable.transports.event_emitter import EventEmitterTransport
 from tests.engine.world import SHORT, Gate, World, all_results, eventually
 
 
@@ -251,3 +252,34 @@ async def test_a_full_engine_claims_when_a_run_comes_to_rest(world: World) -> No
     gate.open()
     assert await second.result(5) == 7
     await world.waits(first.id)
+
+
+async def test_an_emitter_given_to_several_engines_forgets_those_that_close(world: World) -> None:
+    """Each has an end of its own, which leaves with its handlers; also where the emitter is named as the control plane."""
+    emitter = EventEmitterTransport()
+
+    @durable_step("who")
+    def who() -> int:
+        return 7
+
+    @workflow("asks")
+    async def asks(ctx: Context) -> int:
+        number: int = await ctx.remote(who)
+        return number
+
+    apps = [
+        await world.engine(asks, who, transport=emitter),
+        await world.engine(asks, who, transport=emitter),
+        await world.engine(asks, who, transport=emitter, control_plane=emitter),
+    ]
+    shelf = emitter._shelf
+    while len(apps) > 1:
+        closing = apps.pop(0)
+        world.apps.remove(closing)
+        await closing.close()
+        alive = [app.engine.deps.transport.member("default") for app in apps]
+        for pairs in (shelf.listeners, shelf.heartbeat_listeners):
+            assert [end for end, _ in pairs] == alive
+        assert [server.end for server in shelf.servers] == alive
+        assert await all_results([await apps[0].start(asks) for _ in range(4)]) == [7] * 4
+    assert apps[0].engine.deps.control_plane is apps[0].engine.deps.transport.member("default")
