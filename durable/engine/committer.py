@@ -62,19 +62,23 @@ class Group(Generic[Q, A]):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def ask(self, item: Q) -> A:
-        """Queue one question and wait for its answer."""
+    async def ask(self, item: Q, also: Callable[[A | BaseException], None] = lambda _: None) -> A:
+        """Queue one question and wait for its answer. `also` is told it too, whether or not the caller still waits, and
+        before the caller goes on."""
         if self.closed:
-            raise EngineStopped("The engine has been stopped; start it again before asking it for work.")
+            stopped = EngineStopped("The engine has been stopped; start it again before asking it for work.")
+            also(stopped)
+            raise stopped
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
 
         def done(answer: A | BaseException) -> None:
-            if future.done():
-                return
-            if isinstance(answer, BaseException):
-                future.set_exception(answer)
-            else:
-                future.set_result(answer)
+            # First: whatever becomes of `also`, the caller is not left waiting.
+            if not future.done():
+                if isinstance(answer, BaseException):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+            also(answer)
 
         self.submit(item, done)
         return await future
