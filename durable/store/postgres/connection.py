@@ -139,21 +139,25 @@ class Database:
         return row
 
     async def all(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """All rows. Raises StoreError; StoreUnavailable when it is not known whether it was done. A deadlock, of which
-        nothing remains, is tried again here."""
-        tries = DEADLOCK_TRIES
+        """All rows. Raises StoreError; StoreUnavailable when it is not known whether it was done. Tried again here: after a
+        deadlock, of which nothing remains, and on another connection when one was lost, which is no harm either, since
+        every call carries the caller's ids. After a restart of the server each pooled connection is lost once."""
+        deadlocks, lost = DEADLOCK_TRIES, self._pool_max
         while True:
+            connection: Connection | None = None
             try:
                 async with self.lend() as connection:
                     return await ask(connection, query, parameters)
             except (errors.DeadlockDetected, errors.SerializationFailure) as error:
-                tries -= 1
-                if not tries:
+                deadlocks -= 1
+                if not deadlocks:
                     raise translate(error, str(self.address)) from error
             except psycopg.Error as error:
                 if is_culprit(error):
                     raise
-                raise translate(error, str(self.address)) from error
+                if connection is None or not connection.closed or not lost:
+                    raise translate(error, str(self.address)) from error
+                lost -= 1
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:
