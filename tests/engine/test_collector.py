@@ -8,11 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from durable import Durable
+from durable.engine import collector
 from durable.engine.collector import THRESHOLD
 
 
 @pytest.fixture(autouse=True)
-def thresholds() -> Iterator[None]:
+def thresholds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(collector, "_engines", 0)  # engines that other tests have crashed never stop
+    monkeypatch.setattr(collector, "_before", None)
     before = gc.get_threshold()
     yield
     gc.set_threshold(*before)
