@@ -15,7 +15,8 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from dbos import DBOS, DBOSClient, SetWorkflowID
+import psycopg
+from dbos import DBOS, DBOSClient
 
 from tests.bench.kit.child import VALUE, gaps, serve, throughput
 
@@ -152,7 +153,7 @@ async def receive(count: int) -> dict[str, Any]:
     return {"id": handle.workflow_id}
 
 
-async def resumed() -> dict[str, Any]:
+async def resumed(number: int) -> dict[str, Any]:
     return {"at": await RESUMED.get()}
 
 
@@ -168,12 +169,17 @@ async def send(id: str) -> dict[str, Any]:
     return {"at": begun}
 
 
-async def load(ids: list[str], steps: int, seconds: float) -> dict[str, Any]:
-    async def one(id: str) -> None:
-        with SetWorkflowID(id):
-            await DBOS.start_workflow_async(slow_steps, steps, seconds)
+async def load(count: int, steps: int, seconds: float) -> dict[str, Any]:
+    handles = await asyncio.gather(*(DBOS.start_workflow_async(slow_steps, steps, seconds) for _ in range(count)))
+    return {"ids": [handle.workflow_id for handle in handles]}
 
-    await asyncio.gather(*map(one, ids))
+
+async def await_all(ids: list[str]) -> dict[str, Any]:
+    """All of them have succeeded: looked up, since waiting for each by its handle would be a query a second for each."""
+    async with await psycopg.AsyncConnection.connect(sys.argv[1], autocommit=True) as connection:
+        done = "SELECT count(*) FROM dbos.workflow_status WHERE workflow_uuid = ANY(%s) AND status = 'SUCCESS'"
+        while (await (await connection.execute(done, [ids])).fetchone() or (0,))[0] < len(ids):
+            await asyncio.sleep(0.05)
     return {}
 
 
@@ -190,8 +196,8 @@ async def main() -> None:
     if OPTIONS.get("role") != "client":
         DBOS(config=config)
         DBOS.launch()
-    handlers = {"w1": w1, "w2": w2, "signals": signals, "receive": receive, "resumed": resumed}
-    await serve({**handlers, "send": send, "load": load}, {"name": "dbos", "version": version("dbos")})
+    verbs = [w1, w2, signals, receive, resumed, send, load, await_all]
+    await serve({verb.__name__: verb for verb in verbs}, {"name": "dbos", "version": version("dbos")})
     os._exit(0)  # its threads are not ours to wait for
 
 

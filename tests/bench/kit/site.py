@@ -22,11 +22,13 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from msgspec import Struct
 
+from durable.store.postgres.binaries import find_binaries
 from durable.store.postgres.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).resolve().parents[3]
 PEERS = {"dbos": "3.4.0", "absurd-sdk": "0.5.1", "absurdctl": "0.5.1", "psycopg[binary]": "3.3.9"}
 TICK = os.sysconf("SC_CLK_TCK")
+CORES = len(os.sched_getaffinity(0))
 
 
 class Failure(Exception):
@@ -125,6 +127,12 @@ def cpu_of(pid: int, *, reaped: bool = False) -> float:
     return sum(map(int, fields[11 : 15 if reaped else 13])) / TICK
 
 
+def machine_cpu() -> float:
+    """CPU seconds that the whole machine has been busy."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / TICK
+
+
 def children_of(pid: int) -> list[int]:
     try:
         return [
@@ -139,34 +147,43 @@ def children_of(pid: int) -> list[int]:
 # -- the server
 
 
-class Counters(Struct):
-    """What the server has done since it was asked last. `statements` is None without pg_stat_statements."""
+class Used(Struct):
+    """What was used since a mark: CPU seconds of the server and of the whole machine, and what the server's log grew by."""
 
-    commits: int
-    wal_bytes: int
-    statements: int | None
-    cpu: float
     wall: float
+    server: float
+    machine: float
+    wal_bytes: int
+
+    def shares(self, processes: float) -> dict[str, float]:
+        """Of all cores: the processes under test (whose CPU seconds are given), the server, and everybody else."""
+        whole = self.wall * CORES
+        others = max(0.0, self.machine - self.server - processes)
+        return {"processes": processes / whole, "server": self.server / whole, "others": others / whole}
+
+
+class Mark(Struct):
+    """Where counting begins."""
+
+    lsn: str
+    server: float
+    machine: float
+    at: float
 
 
 class Site:
-    """One embedded server with its default settings, and what is measured on it."""
+    """One embedded server with its default settings, and what is measured on it. `counting` loads Postgres' own statistics
+    of statements and log records, which cost time: such a server is not for the clock."""
 
     def __init__(self, folder: Path, *, counting: bool = False) -> None:
-        self._server = EmbeddedPostgres(folder / ("counting" if counting else "data"))
-        self._counting = counting
-        self._made = 0
+        settings = {"shared_preload_libraries": "pg_stat_statements"} if counting else {}
+        self._server = EmbeddedPostgres(folder, settings=settings)
         self.url = self._server.start()
-        if counting:
-            self._server.stop()
-            with (self._data / "postgresql.conf").open("a") as settings:
-                settings.write("\nshared_preload_libraries = 'pg_stat_statements'\n")
-            self.url = self._server.start()
         self._admin = psycopg.connect(self.url, autocommit=True)
+        self._made = 0
         if counting:
             self._admin.execute("CREATE EXTENSION pg_stat_statements")
             self._admin.execute("CREATE EXTENSION pg_walinspect")
-        self._data = folder
 
     def close(self) -> None:
         self._admin.close()
@@ -195,32 +212,35 @@ class Site:
 
     def cpu(self) -> float:
         """CPU seconds of the whole server, backends that have ended included."""
-        postmaster = self._server.pid
+        postmaster = self._server.pid or 0
         return cpu_of(postmaster, reaped=True) + sum(map(cpu_of, children_of(postmaster)))
 
-    def mark(self) -> tuple[str, float, float]:
-        """Begin to count."""
-        if self._counting:
-            self.sql("SELECT pg_stat_statements_reset()")
-        return str(self.sql("SELECT pg_current_wal_insert_lsn()")[0][0]), self.cpu(), time.perf_counter()
+    def lsn(self) -> str:
+        """Where its log ends now."""
+        return str(self.sql("SELECT pg_current_wal_insert_lsn()")[0][0])
 
-    def since(self, mark: tuple[str, float, float]) -> Counters:
-        """What has been done since. Commits are those that wrote something, as the log has them; -1 where not counted."""
-        lsn, cpu, begun = mark
-        wall, used = time.perf_counter() - begun, self.cpu() - cpu
-        (now,) = self.sql("SELECT pg_current_wal_insert_lsn()")[0]
-        wal = int(self.sql("SELECT pg_wal_lsn_diff(%s, %s)", now, lsn)[0][0])
-        commits, statements = -1, None
-        if self._counting:
-            mine = "SELECT sum(calls) FROM pg_stat_statements WHERE dbid <> (SELECT oid FROM pg_database WHERE datname = 'durable')"
-            statements = int(self.sql(mine)[0][0] or 0)
-            self.sql("CHECKPOINT")  # what is counted must be on disk
-            stats = (
-                "SELECT coalesce(sum(count), 0) FROM pg_get_wal_stats(%s, %s, true)"
-                ' WHERE "resource_manager/record_type" = \'Transaction/COMMIT\''
-            )
-            commits = int(self.sql(stats, lsn, now)[0][0])
-        return Counters(commits, wal, statements, used, wall)
+    def mark(self) -> Mark:
+        """Begin to count."""
+        return Mark(self.lsn(), self.cpu(), machine_cpu(), time.perf_counter())
+
+    def since(self, mark: Mark) -> Used:
+        """What was used meanwhile."""
+        wall, server, machine = time.perf_counter() - mark.at, self.cpu() - mark.server, machine_cpu() - mark.machine
+        return Used(wall, server, machine, int(self.sql("SELECT pg_wal_lsn_diff(%s, %s)", self.lsn(), mark.lsn)[0][0]))
+
+    def statements(self) -> int:
+        """Sent by clients to databases of ours, ever. Needs `counting`."""
+        ours = "SELECT sum(calls) FROM pg_stat_statements(false) s JOIN pg_database d ON d.oid = s.dbid WHERE datname ~ '^bench'"
+        return int(self.sql(ours)[0][0] or 0)
+
+    def commits(self, since: str) -> int:
+        """Transactions that wrote something, as the log has them. Needs `counting`."""
+        self.sql("CHECKPOINT")  # what is read must be on disk
+        records = (
+            "SELECT coalesce(sum(count), 0) FROM pg_get_wal_stats(%s, pg_current_wal_flush_lsn(), true)"
+            ' WHERE "resource_manager/record_type" = \'Transaction/COMMIT\''
+        )
+        return int(self.sql(records, since)[0][0])
 
     def settings(self) -> dict[str, str]:
         """What durability and speed hang on."""
@@ -232,7 +252,7 @@ class Site:
 def site(*, counting: bool = False) -> Iterator[Site]:
     """A server of our own in a temporary folder, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="durable-bench-", ignore_cleanup_errors=True) as folder:
-        one = Site(Path(folder), counting=counting)
+        one = Site(Path(folder) / "server", counting=counting)
         try:
             yield one
         finally:
@@ -269,8 +289,7 @@ def peers_python() -> str:
 def prepare_absurd(python: str, url: str) -> None:
     """Its schema and one queue, by its own tool, which calls psql."""
     tool = Path(python).with_name("absurdctl")
-    psql = EmbeddedPostgres.binaries() if hasattr(EmbeddedPostgres, "binaries") else None
-    path = os.pathsep.join([*([str(psql)] if psql else []), os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(find_binaries().folder), os.environ.get("PATH", "")])
     for command in (["init"], ["create-queue", "default"]):
         done = subprocess.run(
             [str(tool), *command], env={**os.environ, "PGDATABASE": url, "PATH": path}, capture_output=True, text=True
@@ -296,9 +315,9 @@ def machine(one: Site) -> dict[str, Any]:
         ),
         platform.machine(),
     )
-    cores, settings = len(os.sched_getaffinity(0)), one.settings()
+    settings = one.settings()
     facts = {
-        "cores": cores,
+        "cores": CORES,
         "cpu": model,
         "python": platform.python_version(),
         "psycopg": psycopg.__version__,
@@ -306,13 +325,13 @@ def machine(one: Site) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         **settings,
     }
-    say(f"{cores} cores ({model}), Python {facts['python']}, psycopg {psycopg.__version__}; {os.uname().sysname} {os.uname().release}")
+    say(f"{CORES} cores ({model}), Python {facts['python']}, psycopg {psycopg.__version__}; {os.uname().sysname} {os.uname().release}")
     say(
         f"PostgreSQL {settings['server_version']}, embedded, default settings: "
         + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "server_version")
     )
     say(f"fdatasync of 8 kB: p50 {facts['fdatasync_ms']:.2f} ms; load average before: {facts['load_before']:.1f}")
-    if facts["load_before"] > cores / 2:
+    if facts["load_before"] > CORES / 2:
         say("Others are at work on this machine: take ratios, not rates, and repeat when it is quiet.")
     return facts
 
