@@ -176,11 +176,13 @@ class Bench:
     def w2(self) -> None:
         """One step after another in one workflow."""
         steps = 50 if self.options.quick else 500
-        found: dict[str, list[float]] = {name: [] for name in ["INSERT + COMMIT", *(one.name for one in self.systems)]}
+        found: dict[str, list[float]] = {name: [] for name in ["INSERT + COMMIT", "Store.commit", *(one.name for one in self.systems)]}
         for _ in range(self.options.runs):
             with self.site.database() as url, self.process(OURS, url, {"role": "store"}) as process:
                 process.ask("commits", count=50)
                 found["INSERT + COMMIT"] += process.ask("commits", count=steps)["ms"]
+                process.ask("lone", count=50)
+                found["Store.commit"] += process.ask("lone", count=steps)["ms"]
             for system in self.systems:
                 with self.site.database() as url, self.process(system, url, self.lone[system.name]) as process:
                     process.ask("w2", steps=50)
@@ -189,7 +191,7 @@ class Bench:
         raw = median(found["INSERT + COMMIT"])
         rows = []
         for name, ms in found.items():
-            key = "raw_commit" if name not in self.best else f"w2_{name}"
+            key = {"INSERT + COMMIT": "raw_commit", "Store.commit": "lone_store_commit"}.get(name, f"w2_{name}")
             self.report[f"{key}_p50_ms"], self.report[f"{key}_p95_ms"] = median(ms), p95(ms)
             rows.append([name, f"{median(ms):.2f}", f"{p95(ms):.2f}", f"{median(ms) / raw:.2f}"])
         table(["", "p50", "p95", "of a raw commit"], rows)
@@ -198,23 +200,29 @@ class Bench:
     def floor(self) -> None:
         """What lies below an engine."""
         rows = 5_000 if self.options.quick else 60_000
-        rates: dict[str, list[float]] = {"journal rows alone": [], "one in flight": []}
+        bare, fenced = "journal rows alone", "Store.commit, whole fence, {} in flight"
+        rates: dict[str, list[float]] = {bare: []}
+        costs: dict[str, tuple[float, float]] = {}
+
+        def measure(process: Process, do: str, **told: Any) -> None:
+            mark, cpu = self.site.mark(), process.cpu()
+            done = process.ask(do, rows=rows, batch=BATCH, **told)
+            name = fenced.format(done["in_flight"]) if "in_flight" in done else bare
+            costs[name] = ((process.cpu() - cpu) / rows * 1e6, self.site.since(mark).server / rows * 1e6)
+            rates.setdefault(name, []).append(done["rate"])
+
         for _ in range(self.options.runs):
             with self.site.database() as url, self.process(OURS, url, {"role": "store"}) as process:
                 process.ask("floor", rows=5_000, batch=BATCH, in_flight=1)
-                rates["one in flight"].append(process.ask("floor", rows=rows, batch=BATCH, in_flight=1)["rate"])
-                done = process.ask("floor", rows=rows, batch=BATCH, in_flight=0)
-                if done["in_flight"] > 1:
-                    rates.setdefault(f"{done['in_flight']} in flight", []).append(done["rate"])
-                rates["journal rows alone"].append(process.ask("rows", rows=rows, batch=BATCH)["rate"])
+                measure(process, "rows")
+                measure(process, "floor", in_flight=1)
+                measure(process, "floor", in_flight=0)
         found = {name: median(got) for name, got in rates.items()}
-        floor = max(rate for name, rate in found.items() if "flight" in name)
+        floor = max(rate for name, rate in found.items() if name != bare)
         say(f"\nfloor: rows a second in batches of {BATCH} runs, one row each; medians of {self.options.runs}")
-        fenced = [
-            [f"Store.commit, whole fence, {name}", f"{rate:,.0f}"] for name, rate in found.items() if "flight" in name
-        ]
-        table(["", "rows/s"], [["journal rows alone", f"{found['journal rows alone']:,.0f}"], *fenced])
-        self.report["floor_rows_per_s"], self.report["bare_rows_per_s"] = floor, found["journal rows alone"]
+        lines = [[name, f"{rate:,.0f}", *(f"{cost:.0f}" for cost in costs[name])] for name, rate in found.items()]
+        table(["", "rows/s", "own CPU µs/row", "server's"], lines)
+        self.report["floor_rows_per_s"], self.report["bare_rows_per_s"] = floor, found[bare]
         if "w1_durable_workflows_per_s" in self.report:
             share = self.report["w1_durable_workflows_per_s"] * STEPS / floor
             self.report["w1_share_of_floor"] = share

@@ -239,6 +239,21 @@ class Below:
         await store.close()
         return {"rate": rounds * batch * in_flight / took, "in_flight": in_flight}
 
+    async def lone(self, count: int) -> dict[str, Any]:
+        """Milliseconds of `Store.commit` of one run with one row, one after another."""
+        store = open_store(sys.argv[1])
+        await store.open()
+        id, took = SystemIds().run_id(), []
+        await store.start([NewRun(id, "floor", "1", b"0", owner="bench")])
+        for seq in range(count):
+            batch = prepared([id], seq)
+            begun = time.perf_counter()
+            (outcome,) = await store.commit(batch)
+            took.append((time.perf_counter() - begun) * 1e3)
+            assert outcome.status == "done"
+        await store.close()
+        return {"ms": took}
+
     async def rows(self, rows: int, batch: int) -> dict[str, Any]:
         """Journal-like rows a second, inserted in batches and nothing else."""
         async with await connect() as connection:
@@ -312,7 +327,7 @@ async def main() -> None:
     role = OPTIONS.get("role", "engine")
     if role == "store":
         below = Below()
-        await serve({"floor": below.floor, "rows": below.rows, "commits": below.commits}, hello)
+        await serve({verb: getattr(below, verb) for verb in "floor lone rows commits".split()}, hello)
         return
     async with Durable(sys.argv[1], workflows=WORKFLOWS, role=role, **OPTIONS.get("settings", {})) as app:
         engine = Engine(app)
