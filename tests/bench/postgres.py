@@ -343,7 +343,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="a glance: one short round, first settings; no figures to quote")
     options = parser.parse_args(args)
     if options.quick:
-        options.runs, options.seconds = 1, min(options.seconds, 1.0)
+        options.runs, options.seconds = 1, min(options.seconds, 0.5)
     parts = options.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")

@@ -103,8 +103,9 @@ class Engine:
     def __init__(self, app: Durable) -> None:
         self.app = app
 
-    async def one(self) -> None:
+    async def one(self) -> dict[str, Any]:
         await (await self.app.start(five_steps, 1)).result()
+        return {}
 
     async def w1(self, seconds: float, at_once: int) -> dict[str, Any]:
         return await throughput(self.one, seconds, at_once)
@@ -331,7 +332,7 @@ async def main() -> None:
         return
     async with Durable(sys.argv[1], workflows=WORKFLOWS, role=role, **OPTIONS.get("settings", {})) as app:
         engine = Engine(app)
-        verbs = "w1 w2 profile signals receive resumed send load await_all sleepers timers idle".split()
+        verbs = "one w1 w2 profile signals receive resumed send load await_all sleepers timers idle".split()
         await serve({verb: getattr(engine, verb) for verb in verbs}, hello)
 
 
