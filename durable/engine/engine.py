@@ -27,13 +27,14 @@ from durable.engine.requeue import requeue
 from durable.engine.residents import Final, Resident
 from durable.engine.results import Results
 from durable.engine.resume import Resume
+from durable.engine.retention import Pruner
 from durable.engine.scheduler import Scheduler
 from durable.engine.signals import Mail
 from durable.engine.start import Starter, StartRequest
 from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
-from durable.store.records import Commit, Message, RunPage, RunQuery, RunRecord
+from durable.store.records import Commit, Message, PruneRequest, RunPage, RunQuery, RunRecord
 from durable.transports.pool import TransportPool
 
 log = logging.getLogger("durable.engine")
@@ -61,10 +62,12 @@ class WorkflowEngine:
         self._mail = Mail(deps, self._nudge)
         self._results = Results(self._executor, self._mail)
         self._timeline = Timeline(deps, self._executor.residents.__contains__)
+        self._pruner = Pruner(deps)
         self._announcer = Announcer(deps.control_plane, lambda: self.incarnation)
         plane: object = deps.control_plane
         self._plane_apart = all(plane is not member for member in deps.transport.members.values())
         """Whether the control plane has a life of its own, and is not a transport that is started and closed anyway."""
+        self._plane_open = False
         self._unlisten: list[Callable[[], None]] = []
         self._unhear: Callable[[], None] = lambda: None
         self._running = False
@@ -103,6 +106,8 @@ class WorkflowEngine:
         except BaseException:
             # Nobody will drain what has not begun; a lease that is kept beats for as long as the process lives.
             self._unlisten_all()
+            if self._plane_open:
+                await deps.control_plane.close()
             await deps.transport.close(0.0)
             await lease.stop()
             raise
@@ -117,12 +122,14 @@ class WorkflowEngine:
             await deps.transport.serve(steps, deps.handler)
         if self._plane_apart:
             await deps.control_plane.start()
+            self._plane_open = True
         self._unlisten.append(deps.store.listen(self._hint))
         self._unhear = deps.control_plane.on_control(lease.incarnation, self._control)
         self._starter.open = True
         self._starter.hot = deps.settings.execute
         if deps.settings.execute:
             self._scheduler.start()
+            self._pruner.start()
         self._running = True
 
     async def drain(self, timeout: float | None = None) -> None:
@@ -150,6 +157,7 @@ class WorkflowEngine:
     async def _wind_down(self, timeout: float) -> None:
         executor = self._executor
         deadline = self._local.monotonic() + timeout
+        await self._pruner.stop()
         await self._starter.close()
         if self.deps.settings.execute:
             await self._scheduler.stop()
@@ -162,7 +170,8 @@ class WorkflowEngine:
         executor.steps.close()
         await self._announcer.close()
         await self.deps.transport.close(max(0.0, deadline - self._local.monotonic()))
-        if self._plane_apart:
+        if self._plane_open:
+            self._plane_open = False
             await self.deps.control_plane.close()
 
     def _unlisten_all(self) -> None:
@@ -280,6 +289,10 @@ class WorkflowEngine:
         await requeue(self.deps, self.clock.now(), run_id)
         self._nudge(run_id, None)
 
+    async def prune(self, request: PruneRequest) -> int:
+        """Delete finished runs of this workspace, one batch; how many there were. Fewer than the limit: no more may go."""
+        return await self.deps.store.prune(msgspec.structs.replace(request, workspace=self.deps.settings.workspace))
+
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal above `after` as it grows, until the run ends. Raises RunNotFound."""
         return self._timeline.watch(run_id, after)
@@ -322,6 +335,8 @@ class WorkflowEngine:
                 self._resume.mail(run)
             else:
                 self._scheduler.nudge()
+        else:
+            self._hint()  # a control plane that may have missed something
 
     def _hint(self) -> None:
         self._scheduler.nudge()
