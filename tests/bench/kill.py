@@ -4,7 +4,7 @@
 
 Runs of five steps of one second each, all in flight at once. When half of all step bodies have begun, a process is killed
 with -9. Once one of two engines, which share the runs; once the only one, another being started at once. DBOS recovers what
-its own executor left when it starts again (without its paid control plane nothing else takes over), so it has the second.
+its own executor left when it starts again (without its separate control plane nothing else takes over), so it has the second.
 Bodies write a line to a file when they begin; what is there twice ran twice. The last line of output is one JSON object.
 """
 
@@ -77,7 +77,9 @@ def kill(where: Site, python: str, module: str, engines: int, options: argparse.
         done = time.monotonic()
         began = ledger.begun()
         if len(began) != len(ids) * options.steps:
-            raise Failure(f"{len(ids) * options.steps} steps were to be done, and {len(began)} are known to the ledger.")
+            raise Failure(
+                f"{len(ids) * options.steps} steps were to be done, and {len(began)} are known to the ledger."
+            )
         return Outcome(done - begun, done - killed, len(ids) - len(last), sum(began.values()) - len(began))
 
 
@@ -112,10 +114,18 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         report[f"{key}_s"], report[f"{key}_after_kill_s"] = middle.seconds, middle.after_kill
         report[f"{key}_in_flight"], report[f"{key}_twice"] = middle.in_flight, middle.twice
         rows.append(
-            [name, f"{middle.seconds:.1f}", f"{middle.after_kill:.1f}", f"{middle.in_flight:,.0f}", f"{middle.twice:,.0f}"]
+            [
+                name,
+                f"{middle.seconds:.1f}",
+                f"{middle.after_kill:.1f}",
+                f"{middle.in_flight:,.0f}",
+                f"{middle.twice:,.0f}",
+            ]
         )
     ideal = options.steps * options.step_seconds
-    say(f"\nkill -9: {options.workflows} runs of {options.steps} × {options.step_seconds:g} s; {ideal:g} s if nothing happens")
+    say(
+        f"\nkill -9: {options.workflows} runs of {options.steps} steps of {options.step_seconds:g} s; {ideal:g} s if nothing happens"
+    )
     table(["", "s until all done", "s after the kill", "in flight", "bodies run twice"], rows)
     last_line({**report, "ideal_s": ideal, "machine": facts})
     return report

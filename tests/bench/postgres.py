@@ -28,6 +28,7 @@ from msgspec import Struct
 from tests.bench.kit.site import (
     CORES,
     Failure,
+    Mark,
     Process,
     Site,
     last_line,
@@ -89,6 +90,22 @@ ABSURD = System(
     ],
     [{"workers": 1, "concurrency": 1}],
 )
+
+
+class Counted(Struct, frozen=True):
+    """Where a counting server stands."""
+
+    mark: Mark
+    statements: int
+
+    @property
+    def lsn(self) -> str:
+        return self.mark.lsn
+
+    @classmethod
+    def of(cls, counting: Site) -> Counted:
+        """Now."""
+        return cls(counting.mark(), counting.statements())
 
 
 class Bench:
@@ -176,7 +193,9 @@ class Bench:
     def w2(self) -> None:
         """One step after another in one workflow."""
         steps = 50 if self.options.quick else 500
-        found: dict[str, list[float]] = {name: [] for name in ["INSERT + COMMIT", "Store.commit", *(one.name for one in self.systems)]}
+        found: dict[str, list[float]] = {
+            name: [] for name in ["INSERT + COMMIT", "Store.commit", *(one.name for one in self.systems)]
+        }
         for _ in range(self.options.runs):
             with self.site.database() as url, self.process(OURS, url, {"role": "store"}) as process:
                 process.ask("commits", count=50)
@@ -199,7 +218,7 @@ class Bench:
 
     def floor(self) -> None:
         """What lies below an engine."""
-        rows = 5_000 if self.options.quick else 60_000
+        rows = 1_000 if self.options.quick else 60_000
         bare, fenced = "journal rows alone", "Store.commit, whole fence, {} in flight"
         rates: dict[str, list[float]] = {bare: []}
         costs: dict[str, tuple[float, float]] = {}
@@ -213,7 +232,7 @@ class Bench:
 
         for _ in range(self.options.runs):
             with self.site.database() as url, self.process(OURS, url, {"role": "store"}) as process:
-                process.ask("floor", rows=5_000, batch=BATCH, in_flight=1)
+                process.ask("floor", rows=min(rows, 5_000), batch=BATCH, in_flight=1)
                 measure(process, "rows")
                 measure(process, "floor", in_flight=1)
                 measure(process, "floor", in_flight=0)
@@ -230,34 +249,35 @@ class Bench:
 
     def counts(self) -> None:
         """On a server of its own, that counts: what each step costs the database."""
-        say("\ncounts: what the server sees for each step of w1 and w2 (a server with pg_stat_statements, not for the clock)")
+        say(
+            "\ncounts: what the server sees for each step of w1 and w2 (a server with pg_stat_statements, not for the clock)"
+        )
         seconds = min(3.0, self.options.seconds)
         rows = []
         with site(counting=True) as counting:
-            timed, self.site = self.site, counting
-            try:
-                for system in self.systems:
-                    setting = self.best[system.name]
-                    with counting.database() as url, self.process(system, url, setting.options) as process:
-                        process.ask("w1", seconds=min(1.0, seconds), at_once=setting.at_once)
-                        told = lambda: process.ask("w1", seconds=seconds, at_once=setting.at_once)["workflows"] * STEPS  # noqa: E731, B023
-                        rows.append(self._counted(counting, system, "w1", told))
-                    with counting.database() as url, self.process(system, url, self.lone[system.name]) as process:
-                        process.ask("w2", steps=20)
-                        told = lambda: len(process.ask("w2", steps=100)["ms"]) + 1  # noqa: E731, B023
-                        rows.append(self._counted(counting, system, "w2", told))
-            finally:
-                self.site = timed
+            for system in self.systems:
+                setting = self.best[system.name]
+                with counting.database() as url, self.process(system, url, setting.options) as process:
+                    process.ask("w1", seconds=min(1.0, seconds), at_once=setting.at_once)
+                    before = Counted.of(counting)
+                    done = process.ask("w1", seconds=seconds, at_once=setting.at_once)
+                    rows.append(self._counted(f"w1_{system.name}", before, counting, done["workflows"] * STEPS))
+                with counting.database() as url, self.process(system, url, self.lone[system.name]) as process:
+                    process.ask("w2", steps=20)
+                    before = Counted.of(counting)
+                    process.ask("w2", steps=100)
+                    rows.append(self._counted(f"w2_{system.name}", before, counting, 100))
         table(["", "statements", "commits", "WAL bytes"], rows)
 
-    def _counted(self, counting: Site, system: System, part: str, work: Any) -> list[str]:
-        lsn, before = counting.lsn(), counting.statements()
-        mark = counting.mark()
-        steps = work()
-        used, statements = counting.since(mark), (counting.statements() - before) / steps
-        commits, wal = counting.commits(lsn) / steps, used.wal_bytes / steps
-        self.report[f"{part}_{system.name}_per_step"] = {"statements": statements, "commits": commits, "wal_bytes": wal}
-        return [f"{system.name} {part}", f"{statements:.2f}", f"{commits:.2f}", f"{wal:,.0f}"]
+    def _counted(self, what: str, before: Counted, counting: Site, steps: int) -> list[str]:
+        after = Counted.of(counting)
+        found = {
+            "statements": (after.statements - before.statements) / steps,
+            "commits": counting.commits(before.lsn) / steps,
+            "wal_bytes": counting.since(before.mark).wal_bytes / steps,
+        }
+        self.report[f"{what}_per_step"] = found
+        return [what, f"{found['statements']:.2f}", f"{found['commits']:.2f}", f"{found['wal_bytes']:,.0f}"]
 
     def processes(self) -> None:
         """Several engines on one database, each starting workflows of its own."""
@@ -340,7 +360,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement of w1 (default 10)")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--skip-peers", action="store_true", help="Durable alone: nothing is installed")
-    parser.add_argument("--quick", action="store_true", help="a glance: one short round, first settings; no figures to quote")
+    parser.add_argument(
+        "--quick", action="store_true", help="a glance: one short round, first settings; no figures to quote"
+    )
     options = parser.parse_args(args)
     if options.quick:
         options.runs, options.seconds = 1, min(options.seconds, 0.5)

@@ -68,7 +68,9 @@ def copies(connection: psycopg.Connection[Any], schema: str, name: str, key: str
     }
     names = [column for (column,) in columns]
     picked = [values.get(column, sql.SQL("m.{}").format(sql.Identifier(column))) for column in names]
-    return sql.SQL("INSERT INTO {} ({}) SELECT {} FROM {} m, generate_series(%s::int, %s::int) n WHERE m.{} = %s").format(
+    return sql.SQL(
+        "INSERT INTO {} ({}) SELECT {} FROM {} m, generate_series(%s::int, %s::int) n WHERE m.{} = %s"
+    ).format(
         sql.Identifier(schema, name),
         sql.SQL(", ").join(map(sql.Identifier, names)),
         sql.SQL(", ").join(picked),
@@ -109,7 +111,9 @@ def finished(where: Site, options: argparse.Namespace) -> dict[str, Any]:
         rows.append([name, *(f"{cell:,.0f}" for cell in cells), f"{median(lone[name]):.2f}", f"{p95(lone[name]):.2f}"])
     table(["store", "w1 workflows/s", "steps/s", "own CPU µs/step", "server's", "w2 p50 ms", "p95"], rows)
     busy, alone = median(rates["empty"]) / median(rates["full"]), median(lone["full"]) / median(lone["empty"])
-    cpu_ratio = sum(median(part["full"]) for part in (own, server)) / sum(median(part["empty"]) for part in (own, server))
+    cpu_ratio = sum(median(part["full"]) for part in (own, server)) / sum(
+        median(part["empty"]) for part in (own, server)
+    )
     say(f"  a step costs {busy:.2f} times as much under load, {alone:.2f} times alone; {cpu_ratio:.2f} times the CPU")
     return {
         "finished": runs,
@@ -171,7 +175,9 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--runs", type=int, default=3, help="rounds, of which the median counts (default 3)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement of w1 (default 8)")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--quick", action="store_true", help="a glance: one short round, small numbers; no figures to quote")
+    parser.add_argument(
+        "--quick", action="store_true", help="a glance: one short round, small numbers; no figures to quote"
+    )
     options = parser.parse_args(args)
     quick = options.quick
     if quick:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 
 from tests import postgres_server  # noqa: F401 - makes the service known
+from tests.conftest import ROOT
 from tests.services import require
 
 
@@ -31,3 +34,11 @@ def test_a_glance_at_each_benchmark_on_postgres(name: str, figures: str, capsys:
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(figures.split()) <= set(last)
     assert last["machine"]["fsync"] == "on"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("command", ["engine --workflows 500 --runs 1", "store --batch 20 --rounds 5"])
+def test_a_glance_at_each_benchmark_without_a_server(command: str) -> None:
+    """Each runs to its end."""
+    name, *args = command.split()
+    subprocess.run([sys.executable, "-m", f"tests.bench.{name}", *args], cwd=ROOT, check=True, capture_output=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -53,7 +54,7 @@ async def throughput(one: Callable[[], Awaitable[Any]], seconds: float, at_once:
 
 def gaps(stamps: list[float]) -> list[float]:
     """Milliseconds from each stamp (seconds) to the next."""
-    return [(after - before) * 1e3 for before, after in zip(stamps, stamps[1:], strict=False)]
+    return [(after - before) * 1e3 for before, after in itertools.pairwise(stamps)]
 
 
 VALUE = {"order": 1234567, "customer": "c-0042-a", "state": "charged", "amount": "199.90", "note": "paid in full"}

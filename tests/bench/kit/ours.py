@@ -328,11 +328,25 @@ async def main() -> None:
     role = OPTIONS.get("role", "engine")
     if role == "store":
         below = Below()
-        await serve({verb: getattr(below, verb) for verb in "floor lone rows commits".split()}, hello)
+        await serve({verb: getattr(below, verb) for verb in ["floor", "lone", "rows", "commits"]}, hello)
         return
     async with Durable(sys.argv[1], workflows=WORKFLOWS, role=role, **OPTIONS.get("settings", {})) as app:
         engine = Engine(app)
-        verbs = "one w1 w2 profile signals receive resumed send load await_all sleepers timers idle".split()
+        verbs = [
+            "one",
+            "w1",
+            "w2",
+            "profile",
+            "signals",
+            "receive",
+            "resumed",
+            "send",
+            "load",
+            "await_all",
+            "sleepers",
+            "timers",
+            "idle",
+        ]
         await serve({verb: getattr(engine, verb) for verb in verbs}, hello)
 
 

@@ -42,7 +42,7 @@ class Process:
     """A child that is told what to do; see kit/child.py."""
 
     def __init__(self, python: str, module: str, url: str, **options: Any) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
             [python, "-m", f"tests.bench.kit.{module}", url, json.dumps(options)],
             cwd=ROOT,
@@ -237,7 +237,7 @@ class Site:
         """Transactions that wrote something, as the log has them. Needs `counting`."""
         records = (
             "SELECT coalesce(sum(count), 0) FROM pg_get_wal_stats(%s, pg_current_wal_flush_lsn(), true)"
-            ' WHERE "resource_manager/record_type" = \'Transaction/COMMIT\''
+            " WHERE \"resource_manager/record_type\" = 'Transaction/COMMIT'"
         )
         return int(self.sql(records, since)[0][0])
 
@@ -272,8 +272,12 @@ def peers_python() -> str:
     say(f"Installing {', '.join(pins)} into {venv} ...")
     shutil.rmtree(venv, ignore_errors=True)
     uv = shutil.which("uv")
-    make = [uv, "venv", "--quiet", "--python", sys.executable, str(venv)] if uv else [sys.executable, "-m", "venv", venv]
-    install = [uv, "pip", "install", "--quiet", "--python", str(python)] if uv else [python, "-m", "pip", "install", "-q"]
+    make = (
+        [uv, "venv", "--quiet", "--python", sys.executable, str(venv)] if uv else [sys.executable, "-m", "venv", venv]
+    )
+    install = (
+        [uv, "pip", "install", "--quiet", "--python", str(python)] if uv else [python, "-m", "pip", "install", "-q"]
+    )
     for command in (make, [*install, *pins]):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode:
@@ -324,7 +328,8 @@ def machine(one: Site) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         **settings,
     }
-    say(f"{CORES} cores ({model}), Python {facts['python']}, psycopg {psycopg.__version__}; {os.uname().sysname} {os.uname().release}")
+    python, system = f"Python {facts['python']}, psycopg {psycopg.__version__}", os.uname()
+    say(f"{CORES} cores ({model}), {python}; {system.sysname} {system.release}")
     say(
         f"PostgreSQL {settings['server_version']}, embedded, default settings: "
         + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "server_version")
@@ -359,8 +364,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns, the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
-        cells = [cell.ljust(width) if not n else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        say("  " + "   ".join(cells).rstrip())
+        first, *others = (
+            cell.rjust(width) if n else cell.ljust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        say("  " + "   ".join([first, *others]).rstrip())
 
 
 def last_line(report: dict[str, Any]) -> None:
