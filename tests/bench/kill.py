@@ -123,9 +123,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             ]
         )
     ideal = options.steps * options.step_seconds
-    say(
-        f"\nkill -9: {options.workflows} runs of {options.steps} steps of {options.step_seconds:g} s; {ideal:g} s if nothing happens"
-    )
+    shape = f"{options.workflows} runs of {options.steps} steps of {options.step_seconds:g} s"
+    say(f"\nkill -9: {shape}; {ideal:g} s if nothing happens")
     table(["", "s until all done", "s after the kill", "in flight", "bodies run twice"], rows)
     last_line({**report, "ideal_s": ideal, "machine": facts})
     return report

@@ -96,6 +96,8 @@ async def w2(steps: int) -> dict[str, Any]:
 async def main() -> None:
     clients = [client() for _ in range(OPTIONS.get("workers", 1))]
     SPAWNERS.extend(client() for _ in range(OPTIONS.get("spawners", 4)))
+    for one in [*clients, *SPAWNERS]:
+        await one.list_queues()  # connects; calls that come together would each connect
     workers = [
         asyncio.create_task(
             one.start_worker(
