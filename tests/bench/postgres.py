@@ -8,6 +8,7 @@ floor      rows a second through the store's commit alone, with the whole fence;
 counts     statements, commits and bytes of log for each step
 processes  w1 with one, two and four engines on one database
 signal     from sending a signal to the workflow going on: one engine, and across two
+profile    only when asked for: the functions in which w1 spends most of an engine's CPU
 
 One embedded server with default settings for all. Each measurement has a process and a database of its own; systems take
 turns, medians count. Which concurrency suits a system is tried first. docs/benchmarks.md says what the figures mean. The
@@ -43,6 +44,7 @@ from tests.bench.kit.site import (
 )
 
 PARTS = ("w1", "w2", "floor", "counts", "processes", "signal")
+EXTRA = ("profile",)
 STEPS = 5
 BATCH = 250
 PAUSE = 0.005
@@ -158,6 +160,7 @@ class Bench:
     def w1(self) -> None:
         """Throughput of one process, systems taking turns."""
         rates: dict[str, list[float]] = {system.name: [] for system in self.systems}
+        costs: dict[str, list[float]] = {system.name: [] for system in self.systems}
         rows: dict[str, list[str]] = {}
         for _ in range(self.options.runs):
             for system in self.systems:
@@ -169,6 +172,7 @@ class Bench:
                     used, cpu = self.site.since(mark), process.cpu() - cpu
                 rates[system.name].append(done["rate"])
                 steps, shares = done["workflows"] * STEPS, used.shares(cpu)
+                costs[system.name].append((cpu + used.server) / steps * 1e6)
                 rows[system.name] = [
                     f"{cpu / steps * 1e6:,.0f}",
                     f"{used.server / steps * 1e6:,.0f}",
@@ -180,6 +184,7 @@ class Bench:
         for name, got in rates.items():
             rate = median(got)
             self.report[f"w1_{name}_workflows_per_s"] = rate
+            self.report[f"w1_{name}_cpu_us_per_step"] = median(costs[name])
             spread = f"{min(got):,.0f}-{max(got):,.0f}"
             lines.append([name, f"{rate:,.0f}", f"{rate * STEPS:,.0f}", spread, *rows[name]])
         table(head, lines)
@@ -188,7 +193,8 @@ class Bench:
             if name != OURS.name:
                 ratio = median(rates[OURS.name]) / median(rates[name])
                 self.report[f"w1_vs_{name}"] = ratio
-                say(f"  {ratio:.1f} times {name}")
+                cpu = median(costs[name]) / median(costs[OURS.name])
+                say(f"  {ratio:.1f} times {name}, which takes {cpu:.1f} times the CPU for a step, server included")
 
     def w2(self) -> None:
         """One step after another in one workflow."""
@@ -334,6 +340,20 @@ class Bench:
         table(["", "p50", "p95"], rows)
 
 
+    def profile(self) -> None:
+        """Own time by function, from cProfile, which makes calls dearer than they are."""
+        setting = self.best[OURS.name]
+        with self.site.database() as url, self.process(OURS, url, setting.options) as process:
+            process.ask("w1", seconds=min(2.0, self.options.seconds), at_once=setting.at_once)
+            told = process.ask("profile", seconds=self.options.seconds, at_once=setting.at_once, top=20)
+        say("\nprofile: own time by function under w1")
+        rows = [
+            [one["where"], f"{one['share']:.1%}", f"{one['us_per_step']:.1f}", f"{one['calls_per_step']:.2f}"]
+            for one in told["functions"]
+        ]
+        table(["", "share", "µs/step", "calls/step"], rows)
+
+
 def together(engines: list[Process], seconds: float, at_once: int) -> float:
     """All at the same time: workflows a second of them all."""
     for engine in engines:
@@ -358,7 +378,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="rounds, of which the median counts (default 3)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement of w1 (default 10)")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join([*PARTS, *EXTRA])}")
     parser.add_argument("--skip-peers", action="store_true", help="Durable alone: nothing is installed")
     parser.add_argument(
         "--quick", action="store_true", help="a glance: one short round, first settings; no figures to quote"
@@ -367,13 +387,13 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     if options.quick:
         options.runs, options.seconds = 1, min(options.seconds, 0.5)
     parts = options.only.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if unknown := set(parts) - {*PARTS, *EXTRA}:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join([*PARTS, *EXTRA])}")
     with site() as where:
         facts = machine(where)
         bench = Bench(where, options)
         bench.choose()
-        for part in PARTS:
+        for part in (*PARTS, *EXTRA):
             if part in parts:
                 getattr(bench, part)()
         facts["load_after"] = os.getloadavg()[0]
