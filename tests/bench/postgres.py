@@ -339,7 +339,6 @@ class Bench:
         say(f"\nsignal: from sending it to the waiting workflow going on, ms; {count} samples each, the run hot")
         table(["", "p50", "p95"], rows)
 
-
     def profile(self) -> None:
         """Own time by function, from cProfile, which makes calls dearer than they are."""
         setting = self.best[OURS.name]
