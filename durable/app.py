@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import msgspec
 
@@ -37,6 +37,9 @@ from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
 from durable.transports.pool import DEFAULT, TransportPool
 from durable.worker.handler import StepHandler
+
+if TYPE_CHECKING:
+    from durable.store.postgres import PostgresStore
 
 I = TypeVar("I")  # noqa: E741
 O = TypeVar("O")  # noqa: E741
@@ -100,9 +103,13 @@ def _default_control_plane(pool: TransportPool, store: Store) -> ControlPlane:
     first = pool.control_plane
     if first is not None and next(iter(pool.members.values())).capabilities.shared:
         return first
-    if store.capabilities.name == "postgres" and getattr(store, "notifications", False):
-        url: str = store.url  # type: ignore[attr-defined]
-        return open_control_plane(url)
+    if store.capabilities.name == "postgres":
+        from durable.control_plane.postgres import PostgresControlPlane
+        from durable.store.postgres.channel import channel_name
+
+        postgres = cast("PostgresStore", store)
+        if postgres.notifications:
+            return PostgresControlPlane(postgres.connect, name=channel_name("control", postgres.schema))
     return first or LocalControlPlane()
 
 

@@ -106,8 +106,7 @@ class WorkflowEngine:
         except BaseException:
             # Nobody will drain what has not begun; a lease that is kept beats for as long as the process lives.
             self._unlisten_all()
-            if self._plane_open:
-                await deps.control_plane.close()
+            await self._close_plane()
             await deps.transport.close(0.0)
             await lease.stop()
             raise
@@ -149,6 +148,7 @@ class WorkflowEngine:
             if self._rebirth is not None:
                 self._rebirth.cancel()
             await executor.lease.stop()
+            await self._close_plane()
             try:
                 await self.deps.store.leave(self.incarnation)
             except StoreError as error:
@@ -170,6 +170,10 @@ class WorkflowEngine:
         executor.steps.close()
         await self._announcer.close()
         await self.deps.transport.close(max(0.0, deadline - self._local.monotonic()))
+        await self._close_plane()
+
+    async def _close_plane(self) -> None:
+        """Once: engines may share it, and count."""
         if self._plane_open:
             self._plane_open = False
             await self.deps.control_plane.close()

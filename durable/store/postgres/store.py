@@ -87,6 +87,20 @@ class PostgresStore:
             in_flight=2,
         )
 
+    @property
+    def schema(self) -> str:
+        """Where its tables are."""
+        return self._schema
+
+    @property
+    def notifications(self) -> bool:
+        """Whether the address bears what lives on a session: a control plane may be on it too."""
+        return self._notifications
+
+    async def connect(self) -> psycopg.AsyncConnection[Any]:
+        """A connection of the caller's own, in autocommit, beside the pool. Raises StoreError."""
+        return await self._address.connect()
+
     # ------------------------------------------------------------------ life
 
     async def open(self) -> None:
