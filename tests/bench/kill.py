@@ -22,7 +22,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from tests.bench.kit.site import Failure, Process, Site, last_line, machine, median, peers_python, say, site, table
+from tests.bench.kit.site import Failure, Process, Site, last_line, machine, median, peers_python, run, say, site, table
 
 
 class Outcome(Struct):
@@ -131,7 +131,4 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failure as failure:
-        sys.exit(str(failure))
+    run(main)

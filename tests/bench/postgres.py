@@ -28,7 +28,6 @@ from msgspec import Struct
 
 from tests.bench.kit.site import (
     CORES,
-    Failure,
     Mark,
     Process,
     Site,
@@ -38,6 +37,7 @@ from tests.bench.kit.site import (
     p95,
     peers_python,
     prepare_absurd,
+    run,
     say,
     site,
     table,
@@ -402,7 +402,4 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failure as failure:
-        sys.exit(str(failure))
+    run(main)

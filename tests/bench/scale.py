@@ -21,7 +21,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from tests.bench.kit.site import Failure, Process, Site, last_line, machine, median, p95, say, site, table
+from tests.bench.kit.site import Failure, Process, Site, last_line, machine, median, p95, run, say, site, table
 
 STEPS = 5
 PARTS = ("finished", "sleeping")
@@ -202,7 +202,4 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failure as failure:
-        sys.exit(str(failure))
+    run(main)

@@ -8,12 +8,13 @@ import os
 import platform
 import selectors
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,15 @@ def prepare_absurd(python: str, url: str) -> None:
 
 
 # -- telling
+
+
+def run(main: Callable[[], Any]) -> None:
+    """A benchmark as a command: a failure is a sentence, and who ends it with SIGTERM leaves no server behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except Failure as failure:
+        sys.exit(str(failure))
 
 
 def say(text: str = "") -> None:
