@@ -345,12 +345,13 @@ class Bench:
         with self.site.database() as url, self.process(OURS, url, setting.options) as process:
             process.ask("w1", seconds=min(2.0, self.options.seconds), at_once=setting.at_once)
             told = process.ask("profile", seconds=self.options.seconds, at_once=setting.at_once, top=20)
-        say("\nprofile: own time by function under w1")
-        rows = [
-            [one["where"], f"{one['share']:.1%}", f"{one['us_per_step']:.1f}", f"{one['calls_per_step']:.2f}"]
-            for one in told["functions"]
+        total = told["total"]
+        say(f"\nprofile: own CPU under w1, {total:.0f} µs a step with the profiler's own")
+        functions = [
+            [where, f"{us:.1f}", f"{us / total:.1%}", f"{calls:.2f}"] for where, us, calls in told["functions"]
         ]
-        table(["", "share", "µs/step", "calls/step"], rows)
+        table(["by function", "µs/step", "share", "calls/step"], functions)
+        table(["by file", "µs/step", "share"], [[file, f"{us:.1f}", f"{us / total:.1%}"] for file, us in told["files"]])
 
 
 def together(engines: list[Process], seconds: float, at_once: int) -> float:

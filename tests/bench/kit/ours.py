@@ -13,8 +13,10 @@ import json
 import os
 import pstats
 import random
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -116,25 +118,25 @@ class Engine:
         return {"ms": gaps(STAMPS)}
 
     async def profile(self, seconds: float, at_once: int, top: int) -> dict[str, Any]:
-        """Where the CPU of W1 goes: the functions with the most time of their own, with their share."""
-        profiler = cProfile.Profile()
+        """Where the CPU of W1 goes: functions and files by their own time, which is the thread's, not the clock's."""
+        profiler = cProfile.Profile(time.thread_time)
         profiler.enable()
         rate = await throughput(self.one, seconds, at_once)
         profiler.disable()
-        stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-        total = sum(own for _, _, own, _, _ in stats.values())
-        ranked = sorted(stats.items(), key=lambda item: -item[1][2])[:top]
         steps = rate["workflows"] * 5
+        functions: Counter[str] = Counter()
+        files: Counter[str] = Counter()
+        calls: Counter[str] = Counter()
+        for (file, line, name), (_, called, own, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+            place = re.sub(r".*/(site-packages|durable|python3\.\d+)/", "", file)
+            where = name if file == "~" else f"{place}:{line} {name}"
+            functions[where] += own / steps * 1e6
+            calls[where] += called / steps
+            files["builtins" if file == "~" else place] += own / steps * 1e6
         return {
-            "functions": [
-                {
-                    "where": f"{file.rpartition('site-packages/')[2].rpartition('/durable/')[2]}:{line} {name}",
-                    "share": own / total,
-                    "us_per_step": own / steps * 1e6,
-                    "calls_per_step": calls / steps,
-                }
-                for (file, line, name), (_, calls, own, _, _) in ranked
-            ]
+            "functions": [[where, us, calls[where]] for where, us in functions.most_common(top)],
+            "files": files.most_common(top),
+            "total": functions.total(),
         }
 
     async def signals(self, count: int, pause: float) -> dict[str, Any]:
