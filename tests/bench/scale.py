@@ -142,11 +142,15 @@ def sleeping(options: argparse.Namespace) -> dict[str, Any]:
             f" ({options.sleeping / slept['seconds']:,.0f}/s), all out of memory after {slept['settled']:.1f} s;"
             f" the engine grew by {slept['bytes_per_run']:.0f} bytes a run"
         )
-        before, cpu = where.statements(), process.cpu()
+        where.forget()
+        cpu = process.cpu()
         process.ask("idle", seconds=idle_for)
-        idle = (where.statements() - before) / idle_for
+        idle = where.statements() / idle_for
         share = (process.cpu() - cpu) / idle_for
-        say(f"  idle: {idle:.2f} statements/s over {idle_for:.0f} s, {share:.2%} of a core in the engine")
+        most = ", ".join(f"{calls / idle_for:.2f}/s {query}" for query, calls in where.asked()[:4])
+        say(
+            f"  idle: {idle:.2f} statements/s over {idle_for:.0f} s, {share:.2%} of a core in the engine; of these {most}"
+        )
         late = process.ask("timers", count=options.timers, ahead=ahead, within=1.0)
         if late["started_ahead"] < 1:
             raise Failure("The timers could not be started before they were due. Give fewer: --timers.")

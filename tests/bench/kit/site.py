@@ -229,6 +229,18 @@ class Site:
         wall, server, machine = time.perf_counter() - mark.at, self.cpu() - mark.server, machine_cpu() - mark.machine
         return Used(wall, server, machine, int(self.sql("SELECT pg_wal_lsn_diff(%s, %s)", self.lsn(), mark.lsn)[0][0]))
 
+    def forget(self) -> None:
+        """Count statements from here on. Needs `counting`."""
+        self.sql("SELECT pg_stat_statements_reset()")
+
+    def asked(self) -> list[tuple[str, int]]:
+        """Statements sent to databases of ours, those sent most often first; only how they begin."""
+        found = self.sql(
+            "SELECT left(regexp_replace(query, '\\s+', ' ', 'g'), 60), sum(calls)::int FROM pg_stat_statements s"
+            " JOIN pg_database d ON d.oid = s.dbid WHERE datname ~ '^bench' GROUP BY 1 ORDER BY 2 DESC"
+        )
+        return [(str(query), int(calls)) for query, calls in found]
+
     def statements(self) -> int:
         """Sent by clients to databases of ours, ever. Needs `counting`."""
         ours = "SELECT sum(calls) FROM pg_stat_statements(false) s JOIN pg_database d ON d.oid = s.dbid WHERE datname ~ '^bench'"
