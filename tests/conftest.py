@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres_server import postgres_server, postgres_url
 from tests.services import require
+
+__all__ = ["postgres_server", "postgres_url"]  # fixtures for all
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,1 @@
+"""Runs in Postgres, and a private Postgres for who has none."""
