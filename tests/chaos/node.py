@@ -1,7 +1,8 @@
 """One engine as a process, for the chaos tests: `python -m tests.chaos.node <store> <ledger> <settings as JSON>`.
 
 Every step body leaves a line in the ledger, a file of its own that no engine reads: the witness of what really ran.
-SIGTERM drains; the rest is done to it from outside. Among the settings, `skew` is how many seconds its wall clock is wrong.
+SIGTERM drains; the rest is done to it from outside. Among the settings, `skew` is how many seconds its wall clock is wrong,
+and `only` names the workflows it serves.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 
 from durable import Context, Durable, current_step, durable_step, workflow
 from durable.core.clock import SECOND, SystemClock
+from durable.core.definition import workflow_of
 
-LEDGER = sys.argv[2] if len(sys.argv) > 2 else os.devnull
+LEDGER = os.devnull
+"""Set by `main`: whoever imports this leaves no witness."""
 
 
 def witness(value: Any) -> Any:
@@ -109,12 +112,15 @@ class WrongClock(SystemClock):
 
 async def main() -> None:
     """Serve until SIGTERM."""
+    global LEDGER
+    store, LEDGER, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s:%(name)s:%(process)d:%(message)s")
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    settings = json.loads(sys.argv[3])
     clock = WrongClock(settings.pop("skew", 0.0))
-    async with Durable(sys.argv[1], workflows=WORKFLOWS, steps=STEPS, clock=clock, **settings) as app:
+    only = settings.pop("only", None)
+    workflows = [one for one in WORKFLOWS if only is None or workflow_of(one).name in only]
+    async with Durable(store, workflows=workflows, steps=STEPS, clock=clock, **settings) as app:
         print("ready", app.engine.incarnation, flush=True)
         await stop.wait()
 

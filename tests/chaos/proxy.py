@@ -232,6 +232,10 @@ class Proxy:
         user, name = self._target.get("user"), self._target.get("dbname")
         return f"postgresql://{user}@127.0.0.1:{self.port}/{name}?sslmode=disable&gssencmode=disable"
 
+    def named(self, name: str) -> str:
+        """The same, by a name that the server shows in pg_stat_activity."""
+        return f"{self.url}&application_name={name}"
+
     def __enter__(self) -> Proxy:
         self._thread.start()
         self._ready.wait()
@@ -321,16 +325,18 @@ class Proxy:
         """The next rounds that `where` fits never reach the server whole; the connection is lost."""
         self._do(lambda: self._plans.append(["before", where, times]))
 
-    def stop(self, *ways: str) -> None:
-        """Half-open: nothing passes any more, on any connection, old or new, and nobody is told. `ways`: up (client to
-        server), down; default both. What is said meanwhile arrives after `heal`."""
+    def stop(self, *ways: str, new: bool = True) -> None:
+        """Half-open: nothing passes any more, and nobody is told. `ways`: up (client to server), down; default both.
+        `new`: connections made from now on, too. What is said meanwhile arrives after `heal`."""
+        still = set(ways or ("up", "down"))
 
         def now() -> None:
-            self._still |= set(ways or ("up", "down"))
+            if new:
+                self._still |= still
             for link in self._links:
-                for way in self._still:
+                for way in still:
                     link.flows[way].clear()
-            self.counts["stopped " + " and ".join(sorted(self._still))] += 1
+            self.counts["stopped " + " and ".join(sorted(still))] += 1
 
         self._do(now)
 

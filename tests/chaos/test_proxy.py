@@ -177,6 +177,20 @@ def test_half_open(proxy: Proxy, postgres_url: str, threads: ThreadPoolExecutor)
     assert stored(postgres_url) == [1]
 
 
+def test_half_open_for_those_there_are(proxy: Proxy, threads: ThreadPoolExecutor) -> None:
+    """As when something between has forgotten them: old connections hang for ever, new ones work."""
+    with connect(proxy) as old:
+        old.execute("SELECT 1")
+        proxy.stop(new=False)
+        asked = threads.submit(old.execute, "SELECT 2")
+        assert waits(asked)
+        with connect(proxy) as new:
+            assert new.execute("SELECT 1").fetchone() == (1,)
+        assert waits(asked)
+        proxy.heal()
+        asked.result(10)
+
+
 def test_one_way(proxy: Proxy, postgres_url: str, threads: ThreadPoolExecutor) -> None:
     """What the client says arrives; what the server says does not."""
     with connect(proxy) as client:
