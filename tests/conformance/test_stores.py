@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from durable.testing.suites.store import StoreBuilder, StoreSuite
-from tests.store.builders import MemoryBuilder, SqliteBuilder
+from tests.store.builders import MemoryBuilder, PostgresBuilder, SqliteBuilder
 
 
 class TestMemory(StoreSuite):
@@ -31,5 +31,13 @@ class TestSqliteInline(StoreSuite):
     @pytest.fixture
     async def builder(self, tmp_path: Path) -> AsyncIterator[StoreBuilder]:
         builder = SqliteBuilder(tmp_path / "runs.db", inline=True)
+        yield builder
+        await builder.close()
+
+
+class TestPostgres(StoreSuite):
+    @pytest.fixture
+    async def builder(self, postgres_url: str) -> AsyncIterator[StoreBuilder]:
+        builder = PostgresBuilder(postgres_url)
         yield builder
         await builder.close()

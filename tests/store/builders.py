@@ -7,9 +7,14 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Any
+
+import msgspec
+import psycopg
 
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
+from durable.store.postgres import PostgresStore
 from durable.store.records import Message
 from durable.store.sqlite import SqliteStore
 from durable.testing.clock import ManualClock
@@ -108,3 +113,66 @@ class SqliteBuilder(Clocked):
         finally:
             await asyncio.to_thread(cx.execute, "COMMIT")
             cx.close()
+
+
+class PostgresBuilder(Clocked):
+    """On a database of its own. Its clock is put in the place of the server's: a function in the schema."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.fixed = False
+
+    async def connect(self) -> Store:
+        store = PostgresStore(self.url, max_payload=MAX_PAYLOAD)
+        await store.open()
+        self.stores.append(store)
+        if not self.fixed:
+            self.fixed = True
+            with self.raw() as cx:
+                cx.execute("CREATE TABLE durable.test_clock (now bigint)")
+                cx.execute("INSERT INTO durable.test_clock VALUES (%s)", [self.now()])
+                cx.execute(
+                    "CREATE OR REPLACE FUNCTION durable.now_us() RETURNS bigint LANGUAGE sql"
+                    " BEGIN ATOMIC SELECT now FROM durable.test_clock; END"
+                )
+        return store
+
+    def advance(self, seconds: float) -> None:
+        super().advance(seconds)
+        with self.raw() as cx:
+            cx.execute("UPDATE durable.test_clock SET now = %s", [self.now()])
+
+    def raw(self) -> psycopg.Connection[tuple[Any, ...]]:
+        return psycopg.connect(self.url, autocommit=True)
+
+    async def plant_slots(self, run_id: str, epoch: int, slots: list[tuple[str, int]]) -> None:
+        with self.raw() as cx:
+            for key, number in slots:
+                cx.execute("INSERT INTO durable.slots VALUES (%s, %s, %s, %s)", (key, number, run_id, epoch))
+
+    async def slots(self, run_id: str) -> list[tuple[str, int]]:
+        with self.raw() as cx:
+            return cx.execute(
+                "SELECT key, number FROM durable.slots WHERE run_id = %s ORDER BY 1, 2", [run_id]
+            ).fetchall()  # type: ignore[return-value]
+
+    async def waiters(self, run_id: str) -> list[str]:
+        with self.raw() as cx:
+            rows = cx.execute("SELECT id FROM durable.event_waiters WHERE run_id = %s ORDER BY 1", [run_id]).fetchall()
+        return [row[0] for row in rows]
+
+    def sending(self, message: Message) -> AbstractAsyncContextManager[None] | None:
+        return self._sending(message)
+
+    @asynccontextmanager
+    async def _sending(self, message: Message) -> AsyncIterator[None]:
+        with self.raw() as cx:
+            cx.execute("BEGIN")
+            cx.execute(
+                "SELECT * FROM durable.send_messages(%s::jsonb)", [msgspec.json.encode([message]).decode()]
+            )
+            try:
+                yield
+            finally:
+                cx.execute("COMMIT")

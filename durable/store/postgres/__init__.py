@@ -1,1 +1,5 @@
-"""Runs in Postgres, and a private Postgres for who has none."""
+"""PostgreSQL: the store for production, and a private server for development."""
+
+from durable.store.postgres.store import PostgresStore
+
+__all__ = ["PostgresStore"]

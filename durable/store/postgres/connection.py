@@ -1,0 +1,228 @@
+"""Connections: how they are made, lent and given back, and what the driver's errors mean.
+
+Every call is one statement in its own transaction. A connection on which anything but a clean answer or a clean error of
+the server's has happened (a cancelled task, a timeout, a lost socket) is closed, never pooled (S41).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import psycopg
+from psycopg import errors, pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool.errors import PoolClosed
+
+from durable.core.errors import (
+    DurableError,
+    PayloadText,
+    PayloadTooLarge,
+    StoreError,
+    StoreFull,
+    StoreReadOnly,
+    StoreUnavailable,
+)
+from durable.store.postgres import packing
+
+STATEMENT_TIMEOUT_S = 30
+CALL_TIMEOUT_S = 35.0
+"""No answer at all for so long, not even the server's own timeout: the link is dead, whatever the socket says."""
+DEADLOCK_TRIES = 5
+
+_SESSION = {
+    "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "60s",
+    "client_min_messages": "warning",
+    "timezone": "UTC",
+}
+_KEEPALIVE = {
+    "connect_timeout": "5",
+    "keepalives": "1",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "15000",
+    "application_name": "durable",
+}
+
+Row = tuple[Any, ...]
+Connection = psycopg.AsyncConnection[Row]
+
+
+class Address:
+    """Where the database is: a URL or conninfo string, with our defaults for whatever it leaves open."""
+
+    def __init__(self, url: str, *, pooler: bool) -> None:
+        try:
+            given = conninfo_to_dict(url)
+        except psycopg.ProgrammingError as error:
+            raise StoreError(f"{url!r} is no PostgreSQL address: {error}".rstrip()) from None
+        self.pooler = pooler
+        self._given = {key: str(value) for key, value in given.items() if value is not None}
+
+    @property
+    def conninfo(self) -> str:
+        parts = {**_KEEPALIVE, **self._given}
+        if not self.pooler:  # a transaction-mode pooler would leave settings on somebody else's session
+            mine = " ".join(f"-c {name}={value}" for name, value in _SESSION.items())
+            parts["options"] = f"{mine} {self._given.get('options', '')}".strip()
+        return make_conninfo("", **parts)
+
+    def __str__(self) -> str:
+        """For people: no password in it."""
+        host = self._given.get("host") or self._given.get("hostaddr") or "the local socket"
+        return f"PostgreSQL database {self._given.get('dbname') or self._given.get('user') or 'default'} on {host}"
+
+    async def connect(self) -> Connection:
+        """A connection of the caller's own, in autocommit."""
+        try:
+            connection = await psycopg.AsyncConnection.connect(self.conninfo, autocommit=True)
+        except psycopg.Error as error:
+            raise translate(error, str(self)) from error
+        self.teach(connection)
+        return connection
+
+    def connect_now(self) -> psycopg.Connection[Row]:
+        """The same for a thread."""
+        try:
+            connection = psycopg.connect(self.conninfo, autocommit=True)
+        except psycopg.Error as error:
+            raise translate(error, str(self)) from error
+        connection.prepare_threshold = None if self.pooler else 1
+        return connection
+
+    def teach(self, connection: Connection) -> None:
+        packing.register(connection.adapters)
+        connection.prepare_threshold = None if self.pooler else 1
+
+
+class Database:
+    """A pool of connections, and the one way to ask."""
+
+    def __init__(self, address: Address, pool_max: int) -> None:
+        self.address = address
+        self._pool_max = pool_max
+        self._pool: AsyncConnectionPool[Connection] | None = None
+
+    async def open(self) -> None:
+        pool = AsyncConnectionPool(
+            self.address.conninfo,
+            min_size=2,
+            max_size=self._pool_max,
+            open=False,
+            configure=self._configure,
+            kwargs={"autocommit": True},
+            name="durable",
+            timeout=5.0,
+            max_lifetime=3600,
+            reconnect_timeout=30,
+        )
+        await pool.open()
+        self._pool = pool
+
+    async def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await pool.close(timeout=5)
+
+    async def _configure(self, connection: Connection) -> None:
+        self.address.teach(connection)
+
+    async def one(self, query: str, parameters: Sequence[Any] = ()) -> Row:
+        """The only row of an answer that has one."""
+        [row] = await self.all(query, parameters)
+        return row
+
+    async def all(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """All rows. Raises StoreError; StoreUnavailable when it is not known whether it was done. A deadlock, of which
+        nothing remains, is tried again here."""
+        tries = DEADLOCK_TRIES
+        while True:
+            try:
+                async with self.lend() as connection:
+                    return await ask(connection, query, parameters)
+            except (errors.DeadlockDetected, errors.SerializationFailure) as error:
+                tries -= 1
+                if not tries:
+                    raise translate(error, str(self.address)) from error
+            except psycopg.Error as error:
+                if is_culprit(error):
+                    raise
+                raise translate(error, str(self.address)) from error
+
+    @asynccontextmanager
+    async def lend(self) -> AsyncIterator[Connection]:
+        """A connection. It goes back only if it is idle and whole."""
+        pool = self._pool
+        if pool is None:
+            raise StoreError(f"{self.address} is not open; await store.open() first")
+        try:
+            connection = await pool.getconn()
+        except (PoolTimeout, PoolClosed) as error:
+            raise StoreUnavailable(f"{self.address} cannot be reached, or all connections are busy ({error})") from None
+        watchdog = asyncio.get_running_loop().call_later(CALL_TIMEOUT_S, connection.pgconn.finish)
+        try:
+            yield connection
+        except psycopg.Error:
+            raise
+        except BaseException:
+            # Cancelled, or worse: nobody knows what is still under way on this connection.
+            connection.pgconn.finish()
+            raise
+        finally:
+            watchdog.cancel()
+            if not connection.closed and connection.info.transaction_status != pq.TransactionStatus.IDLE:
+                connection.pgconn.finish()
+            await pool.putconn(connection)
+
+
+async def ask(connection: Connection, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
+    """One statement on one connection, binary answers."""
+    async with connection.cursor(binary=True) as cursor:
+        await cursor.execute(query, parameters)
+        return await cursor.fetchall()
+
+
+def is_culprit(error: psycopg.Error) -> bool:
+    """Whether one row is to blame rather than the server, the disk or a neighbour."""
+    state = error.sqlstate or ""
+    return state[:2] in ("22", "23", "54") or isinstance(error, psycopg.DataError)
+
+
+def translate(error: BaseException, place: str = "PostgreSQL") -> DurableError:
+    """The driver's error as ours."""
+    if isinstance(error, UnicodeEncodeError):
+        return PayloadText(f"text that PostgreSQL cannot keep ({error.reason}): replace NUL and lone surrogates")
+    state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    match state:
+        case "53100":
+            return StoreFull(f"{place}: the disk is full; nothing was written. Free some space, then repeat ({said})")
+        case "25006":
+            return StoreReadOnly(f"{place} takes no writes: it is a standby or in recovery ({said})")
+        case "54000" | "22023":
+            return PayloadTooLarge(f"a value is above what PostgreSQL takes ({said})")
+        case "22021" | "22P05":
+            return PayloadText(f"text that PostgreSQL cannot keep: replace NUL and lone surrogates ({said})")
+        case "28P01" | "28000":
+            return StoreError(f"{place} refuses the login ({said}); check user and password in the URL")
+        case "3D000":
+            return StoreError(f"{place} does not exist ({said}); create it: createdb NAME")
+        case "42501":
+            return StoreError(f"{place}: a right is missing ({said}); grant it, or give a user who may")
+        case "42P01" | "42883" | "3F000":
+            return StoreError(f"{place}: the tables have been changed or removed by others ({said})")
+    if isinstance(error, psycopg.errors.OperationalError) or state[:2] in ("08", "40", "53", "55", "57", "58"):
+        return StoreUnavailable(f"{place} cannot be reached or did not finish ({said}); the call may be repeated")
+    return StoreError(f"{place}: {said}")
+
+
+def close_quietly(connection: psycopg.Connection[Row] | None) -> None:
+    if connection is not None:
+        with suppress(psycopg.Error):
+            connection.close()

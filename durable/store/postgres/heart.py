@@ -1,0 +1,157 @@
+"""Heartbeats, and the advisory lock that says "I live": one connection for both, used from threads.
+
+The server frees the lock when the connection ends, so a killed engine is seen at once and not when its lease is over. A
+thread waits on the socket between beats, so a connection that the server has closed is replaced at once too, and the lock
+is free for no longer than a claimer takes to be sure. It is only a hint: the lease and the epoch decide.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from contextlib import suppress
+
+import psycopg
+
+from durable.core.errors import DurableError, StoreError
+from durable.store.postgres.connection import Address, Row, close_quietly, translate
+from durable.store.records import Beat
+
+log = logging.getLogger("durable.store.postgres")
+
+RETRY_S = 0.1
+
+
+class Heart:
+    """One connection for the heartbeats of all engines that use this store object."""
+
+    def __init__(self, address: Address, schema: str, *, presence: bool) -> None:
+        self._address = address
+        self._schema = schema
+        self._presence = presence
+        self._mutex = threading.Lock()
+        self._connection: psycopg.Connection[Row] | None = None
+        self._held: set[str] = set()
+        self._watcher: threading.Thread | None = None
+        self._wake: tuple[int, int] | None = None
+        self._closed = False
+
+    def beat(self, incarnation: str, lease_us: int) -> Beat:
+        """From any thread. Raises StoreError."""
+        with self._mutex:
+            if self._closed:
+                raise StoreError(f"{self._address} is not open; await store.open() first")
+            self._held.add(incarnation)
+            try:
+                fresh = self._connection is None
+                connection = self._connect()
+                if not fresh and self._presence:
+                    self._lock(connection, incarnation)
+                row = connection.execute(
+                    f"SELECT now_us, alive FROM {self._schema}.beat(%s, %s, %s)",
+                    [incarnation, lease_us, self._presence],
+                ).fetchone()
+            except psycopg.Error as error:
+                self._drop()
+                raise translate(error, str(self._address)) from error
+            assert row is not None
+            if not row[1]:
+                self._held.discard(incarnation)
+            return Beat(row[0], row[1])
+
+    def forget(self, incarnation: str) -> None:
+        """It has left: its lock goes."""
+        with self._mutex:
+            if incarnation not in self._held:
+                return
+            self._held.discard(incarnation)
+            self._locked.discard(incarnation)
+            if self._connection is not None and self._presence:
+                try:
+                    self._connection.execute(
+                        f"SELECT pg_advisory_unlock({self._schema}.presence_key(%s))", [incarnation]
+                    )
+                except psycopg.Error:
+                    self._drop()
+
+    def close(self) -> None:
+        with self._mutex:
+            self._closed = True
+            self._drop()
+            self._nudge()
+        if self._watcher is not None:
+            self._watcher.join()
+
+    # ------------------------------------------------------------------ the connection
+
+    def _connect(self) -> psycopg.Connection[Row]:
+        if self._connection is None:
+            self._connection = connection = self._address.connect_now()
+            self._locked: set[str] = set()
+            if self._presence:
+                for incarnation in self._held:
+                    self._lock(connection, incarnation)
+                self._watch()
+        return self._connection
+
+    def _lock(self, connection: psycopg.Connection[Row], incarnation: str) -> None:
+        if incarnation in self._locked:
+            return
+        # Others only ever try a shared lock for an instant; a connection of ours that the server has not given up yet may
+        # hold it longer, and then presence is simply not ours for now.
+        connection.execute(f"SELECT pg_try_advisory_lock({self._schema}.presence_key(%s))", [incarnation])
+        self._locked.add(incarnation)
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        close_quietly(connection)
+
+    def _nudge(self) -> None:
+        if self._wake is not None:
+            with suppress(OSError):
+                os.write(self._wake[1], b".")
+
+    # ------------------------------------------------------------------ the thread
+
+    def _watch(self) -> None:
+        if self._watcher is None:
+            self._wake = os.pipe()
+            self._watcher = threading.Thread(target=self._run, name="durable-heart", daemon=True)
+            self._watcher.start()
+        else:
+            self._nudge()  # a new socket to wait on
+
+    def _run(self) -> None:
+        assert self._wake is not None
+        heard, told = self._wake
+        try:
+            while not self._closed:
+                with self._mutex:
+                    connection = self._connection
+                    sockets = [heard] if connection is None else [heard, connection.fileno()]
+                ready, _, _ = select.select(sockets, [], [], RETRY_S if connection is None else None)
+                if heard in ready:
+                    os.read(heard, 1024)
+                self._look(connection)
+        finally:
+            self._wake = None
+            os.close(heard)
+            os.close(told)
+
+    def _look(self, seen: psycopg.Connection[Row] | None) -> None:
+        """Something came on the socket, or there is none. Replace a connection that has ended."""
+        with self._mutex:
+            if self._closed or self._connection is not seen:
+                return
+            if seen is not None:
+                try:
+                    seen.pgconn.consume_input()
+                    return
+                except psycopg.Error:
+                    self._drop()
+            try:
+                self._connect()
+            except (psycopg.Error, DurableError):
+                self._drop()

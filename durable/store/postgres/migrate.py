@@ -1,0 +1,81 @@
+"""Tables and functions, version by version. A migration only ever adds, so that engines of two versions run side by side;
+each file is one transaction, run by whoever comes first, while the others wait for a bounded time."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import psycopg
+
+from durable.core.errors import StoreError, StoreTooNew, StoreUnavailable
+from durable.store.postgres.connection import Connection, ask, translate
+
+LOCK_TIMEOUT_S = 10
+
+
+def known() -> list[tuple[int, str]]:
+    """(version, SQL) of every migration this program has, in order."""
+    files = [entry for entry in resources.files(__package__).joinpath("migrations").iterdir() if entry.name.endswith(".sql")]
+    return sorted((int(entry.name.split("_")[0]), entry.read_text()) for entry in files)
+
+
+def check_schema(name: str) -> str:
+    """Raises StoreError for a name that would need quoting."""
+    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,50}", name):
+        raise StoreError(f"{name!r} cannot be a schema's name here: use small letters, digits and underscores")
+    return name
+
+
+async def migrate(connection: Connection, schema: str, place: str, migrations: list[tuple[int, str]] | None = None) -> None:
+    """Bring the schema to this program's version. Raises StoreTooNew, StoreUnavailable when another holds the lock."""
+    steps = known() if migrations is None else migrations
+    newest = steps[-1][0]
+    found = await _version(connection, schema, place, newest)
+    if found is not None and found >= newest:
+        return
+    try:
+        async with connection.transaction():
+            await connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'")
+            await connection.execute("SET LOCAL statement_timeout = 0")
+            # Freed with the transaction, and with the connection of a process that dies.
+            await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 1))", [f"durable:{schema}"])
+            found = await _version(connection, schema, place, newest)
+            if found is not None and found >= newest:
+                return
+            if found is None:
+                await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+                await connection.execute(f"CREATE TABLE {schema}.meta (name text PRIMARY KEY, value text NOT NULL)")
+                await connection.execute(
+                    f"INSERT INTO {schema}.meta VALUES ('schema_version', '0'), ('min_engine_version', '1'),"
+                    " ('store_id', gen_random_uuid()::text)"
+                )
+            for version, text in steps:
+                if version > (found or 0):
+                    await connection.execute(text.replace("@schema@", schema), prepare=False)
+            await connection.execute(f"UPDATE {schema}.meta SET value = %s WHERE name = 'schema_version'", [str(newest)])
+    except psycopg.errors.LockNotAvailable:
+        raise StoreUnavailable(
+            f"{place}: another process has been changing the tables for more than {LOCK_TIMEOUT_S} s; try again, or look"
+            " for it in pg_stat_activity"
+        ) from None
+    except psycopg.Error as error:
+        raise translate(error, place) from error
+
+
+async def _version(connection: Connection, schema: str, place: str, newest: int) -> int | None:
+    """The version found; None: nothing there yet. Raises StoreTooNew."""
+    [[exists]] = await ask(connection, "SELECT to_regclass(%s) IS NOT NULL", [f"{schema}.meta"])
+    if not exists:
+        return None
+    rows = await ask(connection, f"SELECT name, value FROM {schema}.meta")
+    meta: dict[str, str] = {row[0]: row[1] for row in rows}
+    if "schema_version" not in meta:
+        raise StoreError(f"{place}: schema {schema!r} has a table `meta` that is not ours; give another schema=")
+    found, needed = int(meta["schema_version"]), int(meta["min_engine_version"])
+    if needed > newest:
+        raise StoreTooNew(
+            f"{place}: schema {schema!r} asks for programs that know its version {needed}, and this one knows {newest}:"
+            " upgrade durable here"
+        )
+    return found  # a newer one has additions that this program does not look at

@@ -1,0 +1,218 @@
+"""The production store: one PostgreSQL database, any number of engines.
+
+Everything that changes something is one call of a function in the database (`migrations/`): one statement, one round trip,
+one transaction, no lock left behind by a client that is stopped. Hints go by LISTEN/NOTIFY, after the fact and never as
+part of a commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import psycopg
+
+from durable.core.errors import StoreError, WeakDurability
+from durable.core.journal import Entry
+from durable.store.checks import check_batch, check_message, check_run, refusal
+from durable.store.interface import Capabilities
+from durable.store.postgres import claims, commits, inbox, journal, retention, runs
+from durable.store.postgres.connection import Address, Database, ask, translate
+from durable.store.postgres.heart import Heart
+from durable.store.postgres.migrate import check_schema, migrate
+from durable.store.records import (
+    Beat,
+    Claim,
+    ClaimRequest,
+    Commit,
+    CommitOutcome,
+    CommitStatus,
+    InboxRow,
+    Journal,
+    Message,
+    NewRun,
+    PruneRequest,
+    RunPage,
+    RunQuery,
+    RunRecord,
+    SendOutcome,
+    SendStatus,
+    StartOutcome,
+)
+
+
+class PostgresStore:
+    """Runs in the schema `schema` of the database that `url` names.
+
+    `notifications=False` behind a transaction-mode pooler: no LISTEN, no advisory lock, no prepared statement, nothing that
+    lives on a session; work is then found by polling, and a dead engine by its lease.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        schema: str = "durable",
+        notifications: bool = True,
+        allow_weak_durability: bool = False,
+        pool_max: int = 8,
+        max_payload: int = 64 * 1024 * 1024,
+    ) -> None:
+        self._address = Address(url, pooler=not notifications)
+        self._schema = check_schema(schema)
+        self._notifications = notifications
+        self._allow_weak = allow_weak_durability
+        self._db = Database(self._address, pool_max)
+        self._heart: Heart | None = None
+        self._durable = True
+        self._max_payload = max_payload
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            name="postgres",
+            durable=self._durable,
+            durability="A commit survives the process and the machine: the server syncs its log at every commit."
+            if self._durable
+            else "A commit survives the process; the last ones may be lost when the server's machine stops.",
+            shared=True,
+            commit_with=True,
+            max_payload=self._max_payload,
+            in_flight=2,
+        )
+
+    # ------------------------------------------------------------------ life
+
+    async def open(self) -> None:
+        if self._heart is not None:
+            return
+        connection = await self._address.connect()
+        try:
+            await self._check_durability(connection)
+            await migrate(connection, self._schema, str(self._address))
+        except psycopg.Error as error:
+            raise translate(error, str(self._address)) from error
+        finally:
+            await connection.close()
+        await self._db.open()
+        self._heart = Heart(self._address, self._schema, presence=self._notifications)
+
+    async def _check_durability(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        rows = await ask(
+            connection, "SELECT current_setting('fsync'), current_setting('synchronous_commit'), pg_is_in_recovery()"
+        )
+        fsync, synchronous_commit, standby = rows[0]
+        if standby:
+            raise StoreError(f"{self._address} is a standby; give the address of the primary")
+        weak = [f"{name} = off" for name, value in (("fsync", fsync), ("synchronous_commit", synchronous_commit)) if value == "off"]
+        self._durable = not weak
+        if weak and not self._allow_weak:
+            raise WeakDurability(
+                f"{self._address} may lose the last commits when its machine stops ({', '.join(weak)}). Turn it on for"
+                " this user or database, or pass allow_weak_durability=True"
+            )
+
+    async def close(self) -> None:
+        heart, self._heart = self._heart, None
+        await self._db.close()
+        if heart is not None:
+            heart.close()
+
+    # ------------------------------------------------------------------ runs
+
+    async def start(self, runs_: Sequence[NewRun]) -> list[StartOutcome]:
+        for new in runs_:
+            check_run(new, self._max_payload)
+        return await self._guard(runs.start(self._db, self._schema, runs_))
+
+    async def get(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
+        return await self._guard(runs.get(self._db, self._schema, run_ids))
+
+    async def find(self, query: RunQuery) -> RunPage:
+        return await self._guard(runs.find(self._db, self._schema, query))
+
+    # ------------------------------------------------------------------ commits
+
+    async def commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
+        check_batch(batch, self.capabilities.max_batch)
+        if not batch:
+            return []
+        refused = {one.run_id: failure for one in batch if (failure := refusal(one, self._max_payload)) is not None}
+        if not refused:
+            return await commits.commit(self._db, self._schema, batch)
+        rest = [one for one in batch if one.run_id not in refused]
+        answers = {one.run_id: answer for one, answer in zip(rest, await self.commit(rest), strict=True)}
+        for run_id, failure in refused.items():
+            answers[run_id] = CommitOutcome(CommitStatus.FENCED, failure=failure)
+        return [answers[one.run_id] for one in batch]
+
+    async def commit_with(self, work: Callable[[Any], Awaitable[None]], commit: Commit) -> CommitOutcome:
+        failure = refusal(commit, self._max_payload)
+        if failure is not None:
+            return CommitOutcome(CommitStatus.FENCED, failure=failure)
+        return await commits.commit_with(self._db, self._schema, work, commit)
+
+    async def requeue(self, run_id: str, *, commit_id: str, entry: Entry, activity: str) -> RunRecord | None:
+        return await self._guard(commits.requeue(self._db, self._schema, run_id, commit_id, entry, activity))
+
+    # ------------------------------------------------------------------ claims
+
+    def beat(self, incarnation: str, lease_us: int) -> Beat:
+        if self._heart is None:
+            raise StoreError(f"{self._address} is not open; await store.open() first")
+        return self._heart.beat(incarnation, lease_us)
+
+    async def leave(self, incarnation: str) -> None:
+        await self._guard(claims.leave(self._db, self._schema, incarnation))
+        if self._heart is not None:
+            self._heart.forget(incarnation)
+
+    async def claim(self, request: ClaimRequest) -> Claim:
+        return await self._guard(claims.claim(self._db, self._schema, request))
+
+    async def release(self, runs_: Sequence[tuple[str, int]]) -> None:
+        await self._guard(claims.release(self._db, self._schema, runs_))
+
+    async def owned(self, incarnation: str) -> list[tuple[str, int]]:
+        return await self._guard(claims.owned(self._db, self._schema, incarnation))
+
+    # ------------------------------------------------------------------ inbox
+
+    async def send(self, messages: Sequence[Message]) -> list[SendOutcome]:
+        for message in messages:
+            check_message(message, self._max_payload)
+        return await self._guard(inbox.send(self._db, self._schema, messages))
+
+    async def unread(self, incarnation: str) -> list[str]:
+        return await self._guard(inbox.unread(self._db, self._schema, incarnation))
+
+    async def inbox(self, after: Sequence[tuple[str, int]]) -> list[list[InboxRow]]:
+        return await self._guard(inbox.read(self._db, self._schema, after))
+
+    # ------------------------------------------------------------------ journal
+
+    async def load(self, run_ids: Sequence[str]) -> list[Journal]:
+        return await self._guard(journal.load(self._db, self._schema, run_ids))
+
+    async def page(self, run_id: str, after_seq: int, limit: int) -> list[Entry]:
+        return await self._guard(journal.page(self._db, self._schema, run_id, after_seq, limit))
+
+    async def children(self, run_id: str) -> list[RunRecord]:
+        return await self._guard(runs.children(self._db, self._schema, run_id))
+
+    # ------------------------------------------------------------------ retention
+
+    async def prune(self, request: PruneRequest) -> int:
+        return await self._guard(retention.prune(self._db, self._schema, request))
+
+    # ------------------------------------------------------------------ hints
+
+    def listen(self, on_hint: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+    async def _guard(self, call: Awaitable[Any]) -> Any:
+        """The driver's errors leave as ours."""
+        try:
+            return await call
+        except (psycopg.Error, UnicodeEncodeError) as error:
+            raise translate(error, str(self._address)) from error
