@@ -91,7 +91,12 @@ class Site:
         self.nodes: list[Node] = []
         self.history: list[Call] = []
         self.began_at = time.time()
-        self.app = Durable(url, workflows=WORKFLOWS, steps=STEPS, worker=False, lease=LEASE, poll_every=0.1)
+        self.app = self.caller(url)
+
+    @staticmethod
+    def caller(url: str) -> Durable:
+        """An app that starts runs, waits for them, and executes none."""
+        return Durable(url, workflows=WORKFLOWS, steps=STEPS, worker=False, lease=LEASE, poll_every=0.1)
 
     async def open(self) -> Site:
         await self.app.open()
@@ -298,7 +303,7 @@ def leftovers(url: str) -> list[str]:
             cx.close()
     import psycopg
 
-    with psycopg.connect(url) as direct:
+    with psycopg.connect(url, options="-c search_path=durable,public") as direct:
         return [f"{table} of {row[0]}" for table, sql in questions.items() for row in direct.execute(sql)]
 
 
