@@ -18,7 +18,7 @@ from durable.core.ctx import Context, PlainWorkflowClass, WorkflowClass
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
-from durable.core.errors import DefinitionError, DurableError, EngineStopped
+from durable.core.errors import DefinitionError, DurableError, EngineStopped, StoreError
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
@@ -45,7 +45,11 @@ DEFAULT_STORE = "sqlite:///.durable/durable.db"
 
 
 def open_store(store: Store | str) -> Store:
-    """A store by its URL: `memory://`, or `sqlite:///path` (three slashes relative, four absolute). A store is itself."""
+    """A store by its URL: `memory://`, `sqlite:///path` (three slashes relative, four absolute), or
+    `postgresql://user@host/database`. A store is itself.
+
+    Raises DurableError: not known, or its driver is not installed.
+    """
     if not isinstance(store, str):
         return store
     if store in ("memory", "memory://"):
@@ -54,7 +58,51 @@ def open_store(store: Store | str) -> Store:
         from durable.store.sqlite import SqliteStore  # only who uses it loads a driver
 
         return SqliteStore(store)
-    raise DurableError(f"No store is known for {store!r}. Give sqlite:///path/to/file.db or memory://.")
+    if store.startswith(("postgresql://", "postgres://")):
+        return _postgres(store)
+    hint = " `postgres` alone is for the command line: durable dev --store postgres." if store == "postgres" else ""
+    raise DurableError(
+        f"No store is known for {store!r}. Give sqlite:///path/to/file.db, postgresql://user@host/database or memory://.{hint}"
+    )
+
+
+def _postgres(url: str) -> Store:
+    try:
+        from durable.store.postgres import PostgresStore
+    except ImportError as error:
+        # Without its library psycopg raises an ImportError that names nothing.
+        if error.name is not None and error.name.partition(".")[0] not in ("psycopg", "psycopg_pool"):
+            raise
+        raise StoreError(f"A Postgres store needs psycopg: pip install 'durable[postgres]'. ({error})") from error
+    return PostgresStore(url)
+
+
+def open_control_plane(plane: ControlPlane | str) -> ControlPlane:
+    """A control plane by its URL: `postgresql://user@host/database`. A control plane is itself. Raises DefinitionError."""
+    if not isinstance(plane, str):
+        return plane
+    if not plane.startswith(("postgresql://", "postgres://")):
+        raise DefinitionError(
+            "No control plane is known for the URL given. Give postgresql://user@host/database or a ControlPlane, or leave "
+            "it out: the first transport or the store's database is used where it can broadcast."
+        )
+    try:
+        from durable.control_plane.postgres import PostgresControlPlane  # only who uses it loads a driver
+    except ModuleNotFoundError as error:
+        raise DefinitionError("A control plane on Postgres needs a driver: pip install 'durable[postgres]'.") from error
+    return PostgresControlPlane(plane)
+
+
+def _default_control_plane(pool: TransportPool, store: Store) -> ControlPlane:
+    """The first transport, if it can broadcast to other processes; else the store's own database, if it can; else what
+    stays in this process. The store is open."""
+    first = pool.control_plane
+    if first is not None and next(iter(pool.members.values())).capabilities.shared:
+        return first
+    if store.capabilities.name == "postgres" and getattr(store, "notifications", False):
+        url: str = store.url  # type: ignore[attr-defined]
+        return open_control_plane(url)
+    return first or LocalControlPlane()
 
 
 ROLES = ("engine", "api", "worker")
@@ -73,8 +121,9 @@ class Durable:
     """An application: workflows, steps, and the engine that runs them.
 
     `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `transports`: several, by id, in order
-    of preference. `control_plane`: default the first transport, if it can broadcast. `cold`, `lease` and the rest of
-    `settings` are those of docs/operate.md, durations in any spelling ("10s").
+    of preference. `control_plane`: an object or a `postgresql://` URL; default the first transport, if it can broadcast to
+    other processes, else the store's database, if it is Postgres. `cold`, `lease` and the rest of `settings` are those of
+    docs/operate.md, durations in any spelling ("10s").
 
     `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
     (`worker=False` says the same); a `worker` serves steps over the transports and opens no store.
@@ -88,7 +137,7 @@ class Durable:
         steps: Sequence[Any] = (),
         transport: Transport | None = None,
         transports: Mapping[str, Transport] | None = None,
-        control_plane: ControlPlane | None = None,
+        control_plane: ControlPlane | str | None = None,
         worker: bool = True,
         role: str | None = None,
         clock: Clock | None = None,
@@ -215,20 +264,22 @@ class Durable:
             return
         store = open_store(self.store)
         pool = self._pool({DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports)
-        deps = Deps(
-            store=store,
-            registry=self.registry,
-            transport=pool,
-            handler=self._handler() if self.settings.execute else None,
-            on_step=self._on_step,
-            control_plane=self._control_plane or pool.control_plane or LocalControlPlane(),
-            clock=self._clock,
-            ids=self._ids,
-            settings=self.settings,
-        )
+        plane = None if self._control_plane is None else open_control_plane(self._control_plane)
         await store.open()
-        engine = WorkflowEngine(deps)
         try:
+            engine = WorkflowEngine(
+                Deps(
+                    store=store,
+                    registry=self.registry,
+                    transport=pool,
+                    handler=self._handler() if self.settings.execute else None,
+                    on_step=self._on_step,
+                    control_plane=plane or _default_control_plane(pool, store),
+                    clock=self._clock,
+                    ids=self._ids,
+                    settings=self.settings,
+                )
+            )
             await engine.start()
         except BaseException:
             await store.close()

@@ -11,22 +11,22 @@ import signal
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from durable.cli.node import DEFAULT_STORE, json_option
+from durable.cli.node import DEFAULT_STORE, json_option, private_server
 from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json
-from durable.cli.text import safe
+from durable.cli.text import safe, shown_url
 
 if TYPE_CHECKING:
     from durable.app import Durable
     from durable.core.journal import Entry
     from durable.module.application import Application
-    from durable.store.interface import Capabilities
+    from durable.store.interface import Capabilities, Store
     from durable.store.records import RunRecord
 
 LOOK_EVERY = 0.1
@@ -40,7 +40,8 @@ LOOK_EVERY = 0.1
     metavar="URL",
     envvar="DURABLE_STORE",
     show_envvar=True,
-    help=f"Run on this store instead of the app's own (without an app: {DEFAULT_STORE}).",
+    help=f"Run on this store instead of the app's own (without an app: {DEFAULT_STORE}). postgres, without a URL, is a "
+    "private server with its data in .durable/postgres.",
 )
 @json_option
 def dev(app: str | None, store: str | None, as_json: bool) -> None:
@@ -56,6 +57,7 @@ def dev(app: str | None, store: str | None, as_json: bool) -> None:
     Examples:
       durable dev orders:app
       durable dev examples/orders.py --store sqlite:///try.db
+      durable dev orders:app --store postgres
       durable dev --store sqlite:////var/lib/orders/durable.db
     """
     code = asyncio.run(_dev(app, store, as_json))
@@ -64,34 +66,43 @@ def dev(app: str | None, store: str | None, as_json: bool) -> None:
 
 
 async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
-    from durable.app import Durable, open_store
-    from durable.cli.feed import Feed
+    from durable.app import Durable
 
     found = load_app(target) if target else None
     loaded = found if found is None or isinstance(found, Durable) else await found.prepare()
     place = store or (loaded.store if loaded else DEFAULT_STORE)
+    _logs_to_stderr()
+    async with _closing(found):
+        with private_server(place) if isinstance(place, str) else nullcontext(place) as url:
+            await _serve(found, loaded, url, as_json)
+    if found is not None and not as_json:
+        click.echo("Stopped. Nothing is lost: runs go on when an engine serves them again.")
+    return Exit.OK
+
+
+async def _serve(
+    found: Durable | Application | None, loaded: Durable | None, place: Store | str, as_json: bool
+) -> None:
+    from durable.app import Durable, open_store
+    from durable.cli.feed import Feed
+
+    stopping = _stop_signals(as_json)
     opened = open_store(place)
     # What happens is read through a node of its own, so that the last rows of a drain are seen too.
     looker = Durable(open_store(place) if opened.capabilities.shared else opened, worker=False)
-    stopping = _stop_signals(as_json)
-    _logs_to_stderr()
-    async with _closing(found), looker:
+    async with looker:
         feed = Feed(looker)
         active = await feed.skip()
         printer = _printer(as_json)
-        if loaded is None:
+        if found is None or loaded is None:
             _greet(None, place, opened.capabilities, active, as_json)
             await _follow(feed, printer, stopping.wait())
-            return Exit.OK
+            return
         loaded.store = opened
-        assert found is not None
         async with found:
             _greet(loaded, place, opened.capabilities, active, as_json)
             await _follow(feed, printer, stopping.wait())
             await _follow(feed, printer, found.close())
-    if not as_json:
-        click.echo("Stopped. Nothing is lost: runs go on when an engine serves them again.")
-    return Exit.OK
 
 
 @asynccontextmanager
@@ -145,7 +156,9 @@ def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as
         return
     from durable import __version__
 
-    click.echo(f"Durable {__version__} on {safe(place if isinstance(place, str) else store.name)}. {store.durability}")
+    click.echo(
+        f"Durable {__version__} on {shown_url(place) if isinstance(place, str) else safe(store.name)}. {store.durability}"
+    )
     if app is None:
         click.echo(f"Nothing is executed here; {active} runs are active. What other engines do is shown. Ctrl-C ends.")
         return

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from durable import __version__
-from durable.cli.node import api_node, json_option, must_exist, sqlite_path, store_option
+from durable.cli.node import PRIVATE, PRIVATE_FOLDER, api_node, json_option, must_exist, sqlite_path, store_option
 from durable.cli.output import EXIT_HELP, Exit, console, show_hanging, show_json, unicode_output
-from durable.cli.text import ago, safe, size, span
+from durable.cli.text import ago, safe, shown_url, size, span
 
 if TYPE_CHECKING:
     from durable.app import Durable
@@ -46,7 +46,7 @@ def doctor(store: str, as_json: bool, accept_restore: bool) -> None:
     findings = Findings()
     asyncio.run(_examine(findings, store, accept_restore))
     if as_json:
-        show_json({"ok": not findings.action, "store": store, "findings": findings.rows})
+        show_json({"ok": not findings.action, "store": shown_url(store), "findings": findings.rows})
     else:
         findings.show()
     if findings.action:
@@ -95,8 +95,9 @@ async def _examine(findings: Findings, store: str, accept_restore: bool) -> None
 
     _python(findings)
     path = sqlite_path(store)
-    if path is not None and not path.exists():
-        _no_file_yet(findings, path)
+    place = PRIVATE_FOLDER.absolute() if store == PRIVATE else path
+    if place is not None and not place.exists():
+        _no_file_yet(findings, place)
         return
     must_exist(store)
     try:
@@ -119,7 +120,7 @@ async def _examine(findings: Findings, store: str, accept_restore: bool) -> None
             "action",
             "store",
             f"{error} [{error.code}]",
-            "Check the URL: sqlite:///relative.db or sqlite:////absolute.db",
+            "Check the URL: sqlite:///relative.db, sqlite:////absolute.db or postgresql://user@host/database",
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from durable.store.records import RunRecord
 
 DEFAULT_STORE = "sqlite:///.durable/durable.db"
+PRIVATE = "postgres"
+"""As a store: this folder's own Postgres server."""
+PRIVATE_FOLDER = Path(".durable/postgres")
 MAX_SCANNED = 20_000
 """Runs looked through for a part of an id."""
 MIN_PART = 4
@@ -29,7 +32,8 @@ store_option = click.option(
     default=DEFAULT_STORE,
     show_default=True,
     show_envvar=True,
-    help="Where the runs are: sqlite:///relative.db, sqlite:////absolute.db.",
+    help="Where the runs are: sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database, or postgres: "
+    "the private server that `durable dev --store postgres` made here.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text; times in ISO 8601 UTC.")
 
@@ -40,8 +44,25 @@ async def api_node(store: str) -> AsyncIterator[Durable]:
     from durable.app import Durable
 
     must_exist(store)
-    async with Durable(store, worker=False, poll_every=0.2) as app:
-        yield app
+    with private_server(store) as url:
+        async with Durable(url, worker=False, poll_every=0.2) as app:
+            yield app
+
+
+@contextmanager
+def private_server(store: str) -> Iterator[str]:
+    """The URL of the store. `postgres` is the server in .durable/postgres: made or started if need be, and stopped at the
+    end by the last who uses it, so that a look at the runs works beside `durable dev` and without it.
+
+    Raises StoreError.
+    """
+    if store != PRIVATE:
+        yield store
+        return
+    from durable.store.postgres.embedded import EmbeddedPostgres
+
+    with EmbeddedPostgres(PRIVATE_FOLDER) as server:
+        yield server.url
 
 
 def sqlite_path(store: str) -> Path | None:
@@ -62,7 +83,7 @@ def must_exist(store: str) -> None:
             code="no_store",
             exit=Exit.USAGE,
         )
-    path = sqlite_path(store)
+    path = PRIVATE_FOLDER.absolute() if store == PRIVATE else sqlite_path(store)
     if path is None or path.exists():
         return
     others = sorted(found.with_suffix("") for found in Path(".durable").glob("**/*.db.generation"))

@@ -29,6 +29,12 @@ def safe(value: object) -> str:
     return _IN_TEXT.sub(_escape, str(value))
 
 
+def shown_url(value: str) -> str:
+    """A store's URL without its password."""
+    bare = re.sub(r"(://[^/?#@]*?:)[^/?#]*@", r"\1***@", value)
+    return safe(re.sub(r"([?&](?:ssl)?password=)[^&#]*", r"\1***", bare))
+
+
 def safe_lines(value: object) -> str:
     """The same for text of several lines: line breaks stay, tabs become spaces."""
     return _IN_LINES.sub(_escape, str(value).replace("\r\n", "\n").expandtabs(4))

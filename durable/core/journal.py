@@ -61,7 +61,8 @@ class Entry(Struct, frozen=True, gc=False):
       * retrying     `{"error": ErrorData, "next_at": µs}`
       remote dispatched    `{"input", "deadline"}`
       remote published     `{"transport"}`: the id of the pool's member that accepted it
-      child started  `{"run_id", "workflow", "version"}`
+      run failed, run dead   `{"cut": seq}`, or None: from where a requeue asks again
+      child started  `{"run_id", "workflow", "version", "on_parent_close"}`
       signal         what was sent
       log            `{"level", "message", "fields"}`
     """

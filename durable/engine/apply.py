@@ -17,7 +17,7 @@ from durable.core.journal import CHILD, LOG, PATCHED, RUN, Entry
 from durable.core.payload import encode_error
 from durable.engine import children
 from durable.engine.residents import Arrival, Resident
-from durable.store.records import Message, NewRun, Parent, PutMessage, StartRun
+from durable.store.records import NewRun, Parent, StartRun
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -92,14 +92,7 @@ def abandon(executor: Executor, run: Resident, command: Command) -> None:
     elif isinstance(command, SendTask):
         executor.dispatch.cancel(run, key)
     elif isinstance(command, StartChild):
-        message = Message(
-            run_id=command.child_id,
-            id=f"{run.run_id}:{key}:cancel",
-            kind="cancel",
-            payload=b'{"reason":"its parent no longer waits for it"}',
-            workspace=run.workspace,
-        )
-        run.effects.append(PutMessage(message))
+        run.effects.append(children.cancel(run, key, command.child_id))
 
 
 def _note(executor: Executor, run: Resident, command: Command, kind: str, status: str, **fields: Any) -> Entry:
@@ -125,7 +118,8 @@ def _start_child(executor: Executor, run: Resident, command: StartChild) -> None
             Arrival(executor.clock.now(), CHILD, "failed", key=command.key, payload=encode_error(data)),
         )
         return
-    payload = msgspec.json.encode({"run_id": command.child_id, "workflow": command.workflow, "version": version})
+    note = children.ChildNote(command.child_id, command.workflow, version, command.options.on_parent_close)
+    payload = msgspec.json.encode(note)
     _note(executor, run, command, CHILD, "started", payload=payload)
     child = NewRun(
         id=command.child_id,

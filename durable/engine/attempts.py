@@ -13,7 +13,7 @@ import msgspec
 from durable.core.clock import SECOND
 from durable.core.commands import Command, RunStep, SendTask, StartChild
 from durable.core.errors import ErrorData
-from durable.core.journal import CHILD, REMOTE, RUN, Entry
+from durable.core.journal import CHILD, LOG, REMOTE, RUN, Entry
 from durable.core.payload import decode_error, encode_error
 from durable.engine.apply import RetryNote
 from durable.engine.residents import Arrival, Resident
@@ -28,6 +28,8 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     if isinstance(command, StartChild) and arrival.child_id not in (None, command.child_id):
         _late(executor, run, arrival)  # of an earlier life, left behind
         return False
+    if command is not None:
+        _write_lines(executor, run, command.key, arrival)
     if command is None or (arrival.attempt and arrival.attempt != run.attempts.get(command.key, arrival.attempt)):
         if arrival.status in ("completed", "failed"):
             _late(executor, run, arrival)
@@ -64,6 +66,14 @@ def _command(run: Resident, arrival: Arrival) -> Command | None:
         if command.ordinal == arrival.ordinal and command.kind == arrival.kind:
             return command
     return None
+
+
+def _write_lines(executor: Executor, run: Resident, key: str, arrival: Arrival) -> None:
+    """With the result, so that neither is there without the other."""
+    for payload in arrival.lines:
+        index = run.logs.get(key, 0)
+        run.logs[key] = index + 1
+        executor.append(run, Arrival(arrival.happened, LOG, "written", key=key, ordinal=index, payload=payload))
 
 
 def _late(executor: Executor, run: Resident, arrival: Arrival) -> None:

@@ -1,15 +1,19 @@
 """What a parent is told of its children: with the commit that ends the child; and by asking after it, when the parent was
-closed then and has been reopened since."""
+closed then and has been reopened since. And what children are told of their parent: that it no longer waits for them."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from durable.core.commands import StartChild
 from durable.core.errors import ErrorData, StoreError
+from durable.core.journal import CHILD, COMMAND_KINDS, Entry
 from durable.core.payload import encode_error
-from durable.engine.residents import Final, Resident
+from durable.engine.residents import Arrival, Final, Resident
 from durable.protocol.states import TERMINAL, Status
 from durable.store.records import Message, Parent, PutMessage
 
@@ -17,6 +21,58 @@ if TYPE_CHECKING:
     from durable.engine.executor import Executor
 
 RETRY_SECONDS = 0.1
+
+
+class ChildNote(msgspec.Struct, frozen=True):
+    """Payload of a `child started` entry."""
+
+    run_id: str
+    workflow: str
+    version: str
+    on_parent_close: str = "abandon"
+    """Journals written before it was recorded: then nothing but the parent's own code may decide."""
+
+
+def cancel(run: Resident, key: str, child_id: str) -> PutMessage:
+    """The parent no longer waits for this child: part of the commit that says so."""
+    return PutMessage(
+        Message(
+            run_id=child_id,
+            id=f"{run.run_id}:{key}:cancel",
+            kind="cancel",
+            payload=b'{"reason":"its parent no longer waits for it"}',
+            workspace=run.workspace,
+        )
+    )
+
+
+def to_cancel(entries: Sequence[Entry]) -> dict[str, tuple[Entry, str]]:
+    """The children that a journal leaves open and that are to end with their parent: by key, the `started` entry and the
+    child's id. For parents that end with no machine to ask."""
+    found: dict[str, tuple[Entry, str]] = {}
+    for entry in entries:
+        if entry.kind == CHILD and entry.key is not None:
+            if entry.status == "started":
+                assert entry.payload is not None
+                note = msgspec.json.decode(entry.payload, type=ChildNote)
+                if note.on_parent_close == "cancel":
+                    found[entry.key] = entry, note.run_id
+            elif entry.status != "late":
+                found.pop(entry.key, None)
+    return found
+
+
+def close_unseen(executor: Executor, run: Resident, entries: Sequence[Entry]) -> None:
+    """The replay of a run broke off, and the run is to fail: what the journal says behind that point holds all the same.
+    Commands answered there are not given up now, and children started there are."""
+    for entry in entries:
+        if entry.kind in COMMAND_KINDS and entry.status in ("completed", "failed", "cancelled"):
+            run.machine.outstanding.pop(entry.key or "", None)
+    for key, (begun, child_id) in to_cancel(entries).items():
+        if key not in run.machine.outstanding:
+            arrival = Arrival(executor.clock.now(), CHILD, "cancelled", key=key, ordinal=begun.ordinal, name=begun.name)
+            executor.append(run, arrival)
+            run.effects.append(cancel(run, key, child_id))
 
 
 def tell_parent(run_id: str, workspace: str, parent: Parent, final: Final) -> PutMessage:

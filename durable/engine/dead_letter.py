@@ -66,7 +66,7 @@ def route(deps: Deps, run: Resident, final: Final) -> tuple[StartRun, ...]:
         recovery_attempts=run.recovery_attempts,
     )
     starts = []
-    # Named by the seq of the death: a run that is requeued and dies again is told of again.
+    # Named by where its journal stood: a run that is requeued and dies again is told of again.
     name = f"{run.run_id}.dead.{run.seq + 1}"
     for workflow_name, run_id in ((target, name), (HANDLERS if registry.dead_letters() else None, f"{name}.handlers")):
         if workflow_name is None:

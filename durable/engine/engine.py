@@ -65,6 +65,7 @@ class WorkflowEngine:
         plane: object = deps.control_plane
         self._plane_apart = all(plane is not member for member in deps.transport.members.values())
         """Whether the control plane has a life of its own, and is not a transport that is started and closed anyway."""
+        self._plane_open = False
         self._unlisten: list[Callable[[], None]] = []
         self._unhear: Callable[[], None] = lambda: None
         self._running = False
@@ -103,6 +104,8 @@ class WorkflowEngine:
         except BaseException:
             # Nobody will drain what has not begun; a lease that is kept beats for as long as the process lives.
             self._unlisten_all()
+            if self._plane_open:
+                await deps.control_plane.close()
             await deps.transport.close(0.0)
             await lease.stop()
             raise
@@ -117,6 +120,7 @@ class WorkflowEngine:
             await deps.transport.serve(steps, deps.handler)
         if self._plane_apart:
             await deps.control_plane.start()
+            self._plane_open = True
         self._unlisten.append(deps.store.listen(self._hint))
         self._unhear = deps.control_plane.on_control(lease.incarnation, self._control)
         self._starter.open = True
@@ -162,7 +166,8 @@ class WorkflowEngine:
         executor.steps.close()
         await self._announcer.close()
         await self.deps.transport.close(max(0.0, deadline - self._local.monotonic()))
-        if self._plane_apart:
+        if self._plane_open:
+            self._plane_open = False
             await self.deps.control_plane.close()
 
     def _unlisten_all(self) -> None:
@@ -322,6 +327,8 @@ class WorkflowEngine:
                 self._resume.mail(run)
             else:
                 self._scheduler.nudge()
+        else:
+            self._hint()  # a control plane that may have missed something
 
     def _hint(self) -> None:
         self._scheduler.nudge()

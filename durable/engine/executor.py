@@ -21,7 +21,7 @@ from durable.core.commands import Command
 from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDeterminism
 from durable.core.journal import COMMAND_KINDS, RUN, TIMER, Entry
 from durable.core.payload import describe, encode_error
-from durable.engine import apply, attempts
+from durable.engine import apply, attempts, children
 from durable.engine.committer import Group
 from durable.engine.deps import Deps
 from durable.engine.dispatch import Dispatch
@@ -48,6 +48,8 @@ class Executor:
         self.residents: dict[str, Resident] = {}
         self.idle: dict[str, Resident] = {}
         """Residents that only wait, longest first."""
+        self.full = False
+        """Work was left in the store for want of room; the next run that makes some has it looked for."""
         self.commits: Group[Commit, CommitOutcome] = Group(
             "commits",
             deps.store.commit,
@@ -181,7 +183,13 @@ class Executor:
         run.spent = attempts.spent(entries)
         if entries:
             run.last_at = entries[-1].at
-            fresh = run.machine.replay(entries)
+            try:
+                fresh = run.machine.replay(entries)
+            except NonDeterminism:
+                raise  # it is parked as it is
+            except DeterminismError:
+                children.close_unseen(self, run, entries)
+                raise
         else:
             begun = apply.started(self, run)
             self._recall(run, begun)
@@ -312,6 +320,7 @@ class Executor:
             run.alarm.cancel()
         self.residents.pop(run.run_id, None)
         self.idle.pop(run.run_id, None)
+        self._room()
         self.dispatch.forget(run)
         for task in run.bodies.values():
             if task is not None:
@@ -325,6 +334,17 @@ class Executor:
         # Not here: a commit's answer comes inside a task, and workflow code runs in none.
         self.loop.call_soon(self._unwind, run, context=self.variables)
         self.on_calm(run)
+
+    def rest(self, run: Resident) -> None:
+        """A run does nothing but wait: it takes no room from others."""
+        run.idle = True
+        self.idle[run.run_id] = run
+        self._room()
+
+    def _room(self) -> None:
+        if self.full:
+            self.full = False
+            self.on_due()
 
     def _unwind(self, run: Resident) -> None:
         try:

@@ -11,18 +11,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from durable.core.errors import ErrorData
-from durable.core.journal import RUN, Entry
+from durable.core.journal import CHILD, RUN, Entry
 from durable.core.payload import encode_error
-from durable.engine.children import tell_parent
+from durable.engine.children import cancel, tell_parent, to_cancel
 from durable.engine.dead_letter import route
 from durable.engine.executor import Executor
 from durable.engine.residents import Final, Resident
 from durable.protocol.states import Activity, Status
-from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal
+from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal, PutMessage
 
 log = logging.getLogger("durable.recovery")
 
@@ -65,7 +65,7 @@ class Recovery:
             self._bound = asyncio.get_running_loop().call_later(self._executor.settings.lease, self.calm, run)
             limit = self._executor.settings.max_recovery_attempts
             if run.recovery_attempts > limit:
-                self._bury(run, limit)
+                self._bury(run, journal, limit)
             else:
                 log.warning(
                     "run %s was executing when its engine died (%d of %d); it is tried alone",
@@ -89,7 +89,7 @@ class Recovery:
         run.activity = Activity.EXECUTING
         self._executor.admit(run, journal)
 
-    def _bury(self, run: Resident, limit: int) -> None:
+    def _bury(self, run: Resident, journal: Journal, limit: int) -> None:
         log.error("run %s is dead: its engine died %d times while it was executing", run.run_id, run.recovery_attempts)
         data = ErrorData(
             message=f"The engine died {run.recovery_attempts} times in a row while this run was executing, "
@@ -98,17 +98,35 @@ class Recovery:
         )
         final = Final(Status.DEAD, error=encode_error(data))
         run.final = final
-        entry = Entry(run.seq + 1, self._executor.clock.now(), RUN, "dead", name=run.definition.name)
+        entries, messages = self._last_entries(run, journal)
+        if run.parent is not None:
+            messages.append(tell_parent(run.run_id, run.workspace, run.parent, final))
 
         def done(answer: CommitOutcome | BaseException) -> None:
             run.held = False
             run.ended = not isinstance(answer, BaseException) and answer.status is CommitStatus.DONE
             self._executor.drop(run)
-            if run.ended:
+            if not isinstance(answer, BaseException) and run.ended:
                 self._executor.on_finished(run, final)
                 self._executor.on_due()
+                for put in messages if answer.wake else ():
+                    self._executor.on_nudge(put.message.run_id, answer.wake[0])
 
-        self._commit(run, [entry], None, done, final)
+        self._commit(run, entries, None, done, final, messages)
+
+    def _last_entries(self, run: Resident, journal: Journal) -> tuple[list[Entry], list[PutMessage]]:
+        """What a run that dies leaves in its journal, and what its open children are told. Those whose outcome is in its
+        inbox have ended: a requeue finds that outcome, and starts the others again."""
+        told = {arrival.child_id for arrival in run.arrivals}
+        children = {key: one for key, one in to_cancel(journal.entries).items() if one[1] not in told}
+        at = max(self._executor.clock.now(), journal.entries[-1].at if journal.entries else 0)
+        entries = [
+            Entry(run.seq + n, at, CHILD, "cancelled", key, begun.ordinal, begun.name, fingerprint=begun.fingerprint)
+            for n, (key, (begun, _)) in enumerate(children.items(), 1)
+        ]
+        payload = b'{"cut":%d}' % entries[0].seq if entries else None
+        entries.append(Entry(run.seq + len(entries) + 1, at, RUN, "dead", name=run.definition.name, payload=payload))
+        return entries, [cancel(run, key, child_id) for key, (_, child_id) in children.items()]
 
     def _commit(
         self,
@@ -117,6 +135,7 @@ class Recovery:
         activity: Activity | None,
         done: Callable[[CommitOutcome | BaseException], None],
         final: Final | None = None,
+        messages: Sequence[PutMessage] = (),
     ) -> None:
         executor = self._executor
         commit = Commit(run.run_id, run.epoch, run.seq, executor.deps.ids.unique(), entries)
@@ -124,7 +143,5 @@ class Recovery:
             commit.activity = activity
         if final is not None:
             commit.status, commit.error = final.status, final.error
-            commit.effects = route(executor.deps, run, final)
-            if run.parent is not None:
-                commit.effects += (tell_parent(run.run_id, run.workspace, run.parent, final),)
+            commit.effects = (*messages, *route(executor.deps, run, final))
         executor.commits.submit(commit, done)

@@ -30,7 +30,7 @@ async def requeue(deps: Deps, now: int, run_id: str) -> None:
             f"Run {run_id!r} is {record.status}; only dead, failed and blocked runs can be requeued.", run_id=run_id
         )
     payload = None
-    if record.status is Status.FAILED:
+    if record.status in (Status.FAILED, Status.DEAD):
         cut = await _cut(deps, run_id)
         payload = None if cut is None else msgspec.json.encode({"from": cut, "logs": await _lines(deps, run_id, cut)})
     status = "unblocked" if blocked else "requeued"
@@ -59,15 +59,17 @@ async def _lines(deps: Deps, run_id: str, cut: int) -> int:
 
 async def _cut(deps: Deps, run_id: str) -> int | None:
     """From where a failed run asks again: the failed step whose error came out, or its timeout; else only what the failure
-    itself gave up (waits that nobody waited for any more) is passed over."""
+    itself gave up (waits that nobody waited for any more) is passed over. A dead run: what its death gave up."""
     given_up: int | None = None
     ending = False
     for entry in reversed((await deps.store.load([run_id]))[0].entries):
-        if entry.kind == RUN and entry.status == "failed" and not ending:
+        if entry.kind == RUN and entry.status in ("failed", "dead") and not ending:
             ending = True
             if entry.payload is not None:
                 cut: int = msgspec.json.decode(entry.payload)["cut"]
                 return cut
+            if entry.status == "dead":
+                return None
         elif ending and entry.kind == RUN and entry.status == "timed_out":
             return entry.seq
         elif entry.status != "cancelled" or not ending:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -37,6 +37,8 @@ class Arrival(Struct, gc=False):
     finished_at: int | None = None
     child_id: str | None = None
     """Whose outcome it is: the command may have started another child since, after a requeue."""
+    lines: Sequence[bytes] = ()
+    """Of a result: what its body told of itself, as payloads of log entries. Journaled before it, under its step."""
     number: int | None = None
     """Its inbox row, if it came that way."""
     ack: Callable[[BaseException | None], None] | None = None

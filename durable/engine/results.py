@@ -4,19 +4,24 @@ acknowledged once it is durable (D8). It runs no user code."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import msgspec
 
-from durable.core.errors import ErrorData
-from durable.core.journal import LOG, REMOTE
+from durable.core.errors import ErrorData, RunNotFound
+from durable.core.journal import REMOTE
 from durable.core.payload import clean, encode_error
 from durable.engine.apply import log_payload
 from durable.engine.executor import Executor
 from durable.engine.residents import Arrival, Left, Resident
+from durable.engine.resume import report_of
 from durable.engine.signals import Mail
-from durable.protocol.messages import StepEvent, StepResult
-from durable.store.records import Message
+from durable.protocol.messages import StepResult
+from durable.protocol.states import Status
+from durable.store.records import Message, SendStatus
+
+log = logging.getLogger("durable.results")
 
 
 class Results:
@@ -28,29 +33,49 @@ class Results:
 
     async def take(self, result: StepResult) -> None:
         """Returns once the result is durable, or known to be superfluous. Raises if it must be sent again."""
-        result, payload = _kept(result, self._executor.deps.store.capabilities.max_payload)
+        limit = self._executor.deps.store.capabilities.max_payload
+        result, payload = _kept(result, limit)
+        lines = _lines(result, limit)
         run = self._executor.residents.get(result.run_id)
         if run is not None and not run.suspending:
             try:
-                await self._hand_over(run, result, payload)
+                await self._hand_over(run, result, payload, lines)
                 return
             except Left:
                 pass  # it left memory before this could be committed; its inbox takes it
-        await self._mail.send(
+        report = report_of(payload, lines, limit) if lines else None
+        status = await self._mail.send(
             Message(
                 run_id=result.run_id,
                 # Without an attempt two results of two attempts look alike; each gets in, one counts.
                 id=f"{result.step_id}:{result.attempt or self._executor.deps.ids.unique()}",
-                kind="result",
+                kind="result" if report is None else "report",
                 name=result.status,
-                payload=payload,
+                payload=payload if report is None else report,
                 ordinal=result.seq,
                 attempt=result.attempt or 0,
                 workspace=self._executor.settings.workspace,
             )
         )
+        if status is SendStatus.NOT_FOUND:
+            await self._refuse(result)
 
-    async def _hand_over(self, run: Resident, result: StepResult, payload: bytes) -> None:
+    async def _refuse(self, result: StepResult) -> None:
+        """A result for a run that is not here. Where it is another workspace's, the result is not ours to take, nor to
+        lose: raises RunNotFound, so that the transport delivers it again, to an engine whose run it is."""
+        run = (await self._executor.deps.store.get([result.run_id]))[0]
+        if run is None or run.status is not Status.ACTIVE:
+            return  # nobody waits for it, anywhere
+        log.warning(
+            "a result of %s is refused: its run is of workspace %r, and this engine serves %r. Give each workspace"
+            " a transport, or a namespace, of its own",
+            result.step_id,
+            run.workspace,
+            self._executor.settings.workspace,
+        )
+        raise RunNotFound(f"Run {result.run_id!r} is of another workspace.", run_id=result.run_id)
+
+    async def _hand_over(self, run: Resident, result: StepResult, payload: bytes, lines: Sequence[bytes]) -> None:
         """Straight to the run. Raises Left if it goes before the result is committed."""
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -64,8 +89,6 @@ class Results:
 
         now = self._executor.clock.now()
         found = self._executor.dispatch.awaited(result.step_id)
-        if found is not None:
-            self._write_logs(run, found[1], result.events or ())
         self._executor.arrive(
             run,
             Arrival(
@@ -78,20 +101,11 @@ class Results:
                 payload=payload,
                 started_at=None if result.started_at is None else result.started_at * 1_000,
                 finished_at=now,
+                lines=lines,
                 ack=ack,
             ),
         )
         await durable
-
-    def _write_logs(self, run: Resident, key: str, events: Sequence[StepEvent]) -> None:
-        """What the body told of itself, under its step, before its result."""
-        for event in events:
-            fields = None if event.data is None else msgspec.json.encode(event.data)
-            payload = log_payload(event.level, clean(event.message), fields)
-            index = run.logs.get(key, 0)
-            run.logs[key] = index + 1
-            arrival = Arrival(event.at * 1_000, LOG, "written", key=key, ordinal=index, payload=payload)
-            self._executor.arrive(run, arrival)
 
 
 def _kept(result: StepResult, limit: int) -> tuple[StepResult, bytes]:
@@ -104,6 +118,19 @@ def _kept(result: StepResult, limit: int) -> tuple[StepResult, bytes]:
     )
     error = ErrorData(message=message, code="payload_too_large", retryable=False)
     return msgspec.structs.replace(result, status="failed", output=msgspec.UNSET, error=error), encode_error(error)
+
+
+def _lines(result: StepResult, limit: int) -> list[bytes]:
+    """What the body told of itself, as payloads of log entries. One that no store takes costs itself alone."""
+    lines = []
+    for event in result.events or ():
+        fields = None if event.data is None else msgspec.json.encode(event.data)
+        line = log_payload(event.level, clean(event.message), fields)
+        if len(line) <= limit:
+            lines.append(line)
+        else:
+            log.warning("a log line of %s has %d bytes and is left out", result.step_id, len(line))
+    return lines
 
 
 def _payload(result: StepResult) -> bytes:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
+
+import msgspec
 
 from durable.core.errors import StoreError
 from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL
@@ -66,6 +69,28 @@ class Resume:
             self._task = None
 
 
+class _Report(msgspec.Struct):
+    """Payload of a `report`: a result, and the lines its body wrote. One row, since neither is to come alone."""
+
+    lines: list[msgspec.Raw]
+    result: msgspec.Raw
+
+
+def report_of(result: bytes, lines: Sequence[bytes], limit: int) -> bytes | None:
+    """The payload of a `report`, of the lines that fit with the result into `limit` bytes, the first ones; None if none does."""
+    room = limit - len(result) - 64
+    kept: list[msgspec.Raw] = []
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            log.warning(
+                "a result came with more lines than the store takes with it: %d are left out", len(lines) - len(kept)
+            )
+            break
+        kept.append(msgspec.Raw(line))
+    return msgspec.json.encode(_Report(kept, msgspec.Raw(result))) if kept else None
+
+
 def arrival_of(row: InboxRow) -> Arrival:
     """An inbox row as what it means to the run."""
     message = row.message
@@ -93,6 +118,12 @@ def arrival_of(row: InboxRow) -> Arrival:
             child_id=message.id.removesuffix(":outcome"),
             number=row.number,
         )
+    payload = message.payload
+    lines: list[bytes] = []
+    if message.kind == "report":
+        assert message.payload is not None
+        report = msgspec.json.decode(message.payload, type=_Report)
+        payload, lines = bytes(report.result), [bytes(line) for line in report.lines]
     return Arrival(
         row.created_at,
         REMOTE,
@@ -100,6 +131,7 @@ def arrival_of(row: InboxRow) -> Arrival:
         key=message.key,
         ordinal=message.ordinal,
         attempt=message.attempt,
-        payload=message.payload,
+        payload=payload,
+        lines=lines,
         number=row.number,
     )

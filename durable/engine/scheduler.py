@@ -61,6 +61,7 @@ class Scheduler:
     def reset(self) -> None:
         """A new incarnation starts from nothing."""
         self._next_due = None
+        self._blocked_after = ""  # those taken under the old name are blocked runs again
         self._wake.set()
 
     async def _run(self) -> None:
@@ -108,8 +109,10 @@ class Scheduler:
         room = min(executor.settings.max_running - executor.running, MAX_CLAIM)
         if self._task is None or room <= 0 or not executor.lease.safe():
             self._next_due = None
+            executor.full = room <= 0
             return False
-        routes = tuple(Route(name, version) for name, version in executor.deps.registry.routes())
+        workspace = executor.settings.workspace
+        routes = tuple(Route(name, version, workspace) for name, version in executor.deps.registry.routes())
         if not routes:
             return False
         blocked = self._blocked_after is not None
@@ -166,11 +169,11 @@ class Scheduler:
             record.inbox_read,
             record.recovery_attempts,
         )
+        self._resume.take(run, rows)  # first: a run that is buried at once is to be seen with its mail
         if record.recovery_attempts > 0:
             self._recovery.admit(run, journal)
         else:
             executor.admit(run, journal)
-        self._resume.take(run, rows)
 
     async def _release_strangers(self) -> None:
         executor = self._executor

@@ -74,8 +74,7 @@ class Settler:
                 self._commit(run)
                 return
             if not run.idle:
-                run.idle = True
-                self._executor.idle[run.run_id] = run
+                self._executor.rest(run)
             if uncommitted or run.activity != self._activity(run):
                 self.later(run)
         else:
@@ -283,7 +282,7 @@ class Settler:
         run.committing = False
         if not run.dropped and not isinstance(answer, BaseException) and answer.failure is not None:
             tell(acks, None)
-            self._refused(run, answer.failure)
+            self._refused(run, commit, answer.failure)
             return
         if run.dropped or isinstance(answer, BaseException) or answer.status is not CommitStatus.DONE:
             if not run.dropped and not isinstance(answer, BaseException):
@@ -333,7 +332,7 @@ class Settler:
         for action in actions:
             action()
 
-    def _refused(self, run: Resident, failure: Exception) -> None:
+    def _refused(self, run: Resident, commit: Commit, failure: Exception) -> None:
         """The store takes this commit never: the run fails with the reason, instead of trying for ever."""
         log.error("the store refused a commit of run %s, which fails: %s", run.run_id, failure)
         if run.refused:
@@ -341,6 +340,8 @@ class Settler:
             return
         run.refused = True
         self._forget(run)
+        # The machine has let go of what it gave up; children are told all the same. One never started hears nothing.
+        run.effects += [e for e in commit.effects if isinstance(e, PutMessage) and e.message.kind == "cancel"]
         run.suspending = False
         run.ended = False
         run.final = Final(Status.FAILED, error=encode_error(describe(failure)))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import heapq
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from msgspec import UNSET
@@ -38,7 +40,9 @@ from durable.store.records import (
     Message,
     NewRun,
     OpenWaiter,
+    PruneRequest,
     PutMessage,
+    Route,
     RunPage,
     RunQuery,
     RunRecord,
@@ -53,6 +57,10 @@ from durable.store.records import (
 _FENCED = CommitOutcome(CommitStatus.FENCED)
 _Due = tuple[int, int, str]
 """(minus priority, wake_at, run id): the order of claiming."""
+
+
+_Ended = tuple[int, str]
+"""(finished_at, run id): the order of pruning."""
 
 
 class _Lane:
@@ -84,13 +92,17 @@ class _Tables:
         self.message_ids: set[tuple[str, str]] = set()
         self.keys: dict[tuple[str, str, str], str] = {}
         self.children: dict[str, list[str]] = {}
-        self.lanes: dict[tuple[str, str], _Lane] = {}
+        self.lanes: dict[Route, _Lane] = {}
         self.owned: dict[str, dict[str, None]] = {}
         self.engines: dict[str, _Engine] = {}
         self.waiters: dict[str, dict[str, OpenWaiter]] = {}
         self.slots: dict[str, list[tuple[str, int]]] = {}
         """By holder: (key, number)."""
         self.fires: set[tuple[str, int]] = set()
+        self.fired: dict[str, list[tuple[str, int]]] = {}
+        """By run: the occurrences it was started for."""
+        self.ended: dict[tuple[str, str], list[_Ended]] = {}
+        """Finished runs by workspace and workflow, in the order in which they go."""
         self.listeners = Listeners()
 
 
@@ -187,6 +199,8 @@ class MemoryStore:
                 run.seq += 1
                 run.commit_id = commit_id
                 run.status, run.activity = Status.ACTIVE, Activity(activity)
+                if run.finished_at is not None:
+                    self._tables.ended[run.workspace, run.workflow].remove((run.finished_at, run.id))
                 run.recovery_attempts = 0
                 run.output = run.error = run.finished_at = None
                 run.updated_at = now
@@ -275,6 +289,22 @@ class MemoryStore:
         with self._tables.lock:
             return [copy.copy(self._tables.runs[child]) for child in self._tables.children.get(run_id, ())]
 
+    # ------------------------------------------------------------------ retention
+
+    async def prune(self, request: PruneRequest) -> int:
+        with self._tables.lock:
+            now = self._clock.now()
+            queues = [
+                self._going(ended, request, now)
+                for (workspace, workflow), ended in self._tables.ended.items()
+                if workspace == request.workspace
+                and (workflow not in request.but if request.workflow is None else workflow == request.workflow)
+            ]
+            going = list(islice(heapq.merge(*queues), max(request.limit, 0)))
+            for _, run_id in going:
+                self._forget(run_id)
+            return len(going)
+
     # ------------------------------------------------------------------ hints
 
     def listen(self, on_hint: Callable[[], None]) -> Callable[[], None]:
@@ -341,6 +371,7 @@ class MemoryStore:
             run.status = commit.status  # type: ignore[assignment]
             run.output, run.error, run.finished_at, run.wake_at = commit.output, commit.error, now, None
             self._disown(run)
+            insort(tables.ended.setdefault((run.workspace, run.workflow), []), (now, run.id))
         elif commit.suspend:
             self._disown(run)
             if wake_at is None or activity in PARKED:
@@ -363,6 +394,7 @@ class MemoryStore:
                 case AddFire(schedule_id, occurrence, new):
                     if (schedule_id, occurrence) not in tables.fires:
                         tables.fires.add((schedule_id, occurrence))
+                        tables.fired.setdefault(new.id, []).append((schedule_id, occurrence))
                         self._start(new, now)
                 case PutMessage(message):
                     owner = self._send(message, now).owner
@@ -401,12 +433,47 @@ class MemoryStore:
             self._due(run, now)
         return SendOutcome(SendStatus.ACCEPTED, run.owner)
 
+    # ------------------------------------------------------------------ retention
+
+    def _going(self, ended: list[_Ended], request: PruneRequest, now: int) -> Iterator[_Ended]:
+        """What goes of one workflow's finished runs, oldest first: either bound lets a first part of them go."""
+        count = 0
+        if request.older_than_us is not None:
+            count = bisect_left(ended, (now - request.older_than_us, ""))
+        if request.keep is not None:
+            count = max(count, len(ended) - request.keep)
+        return (one for one in islice(ended, count) if not self._family_active(self._tables.runs[one[1]]))
+
+    def _family_active(self, run: RunRecord) -> bool:
+        tables = self._tables
+        family = [*tables.children.get(run.id, ()), *([] if run.parent is None else [run.parent.run_id])]
+        return any(one in tables.runs and tables.runs[one].status is Status.ACTIVE for one in family)
+
+    def _forget(self, run_id: str) -> None:
+        """A finished run, with everything that hangs on it."""
+        tables = self._tables
+        run = tables.runs.pop(run_id)
+        del tables.journals[run_id]
+        tables.message_ids -= {(run_id, row.message.id) for row in tables.inboxes.pop(run_id, ())}
+        tables.fires -= set(tables.fired.pop(run_id, ()))
+        tables.waiters.pop(run_id, None)
+        tables.slots.pop(run_id, None)
+        if run.idempotency_key is not None:
+            del tables.keys[run.workspace, run.workflow, run.idempotency_key]
+        if run.parent is not None:
+            siblings = tables.children[run.parent.run_id]
+            siblings.remove(run_id)
+            if not siblings:
+                del tables.children[run.parent.run_id]
+        ended = tables.ended[run.workspace, run.workflow]
+        del ended[bisect_left(ended, (run.finished_at or 0, run_id))]
+
     # ------------------------------------------------------------------ ownership
 
     def _due(self, run: RunRecord, wake_at: int) -> None:
         """This unowned run is due then."""
         run.wake_at = wake_at
-        lane = self._tables.lanes.setdefault((run.workflow, run.version), _Lane())
+        lane = self._tables.lanes.setdefault(_route(run), _Lane())
         heapq.heappush(lane.later, (wake_at, run.id))
 
     def _disown(self, run: RunRecord) -> None:
@@ -420,7 +487,7 @@ class MemoryStore:
 
     def _claim_due(self, request: ClaimRequest, now: int) -> Claim:
         runs = self._tables.runs
-        routes = {(route.workflow, route.version) for route in request.routes}
+        routes = set(request.routes)
         orphans = self._orphans(routes, request.incarnation, now)
         candidates = [(-run.priority, run.wake_at or 0, run.id) for run in orphans]
         next_due_at: int | None = None
@@ -435,12 +502,12 @@ class MemoryStore:
             next_due_at = now
             run = runs[candidate[2]]
             if run.owner is None:
-                heapq.heappush(self._tables.lanes[run.workflow, run.version].ready, candidate)
+                heapq.heappush(self._tables.lanes[_route(run)].ready, candidate)
         taken = [self._take(runs[run_id], request.incarnation, now) for _, _, run_id in candidates[: request.limit]]
         return Claim(taken, next_due_at)
 
     def _claim_blocked(self, request: ClaimRequest, now: int) -> Claim:
-        routes = {(route.workflow, route.version) for route in request.routes}
+        routes = set(request.routes)
         self._orphans(routes, request.incarnation, now)
         blocked = sorted(
             run.id
@@ -449,7 +516,7 @@ class MemoryStore:
             and run.status is Status.ACTIVE
             and run.owner is None
             and run.id > request.after
-            and (run.workflow, run.version) in routes
+            and _route(run) in routes
         )
         runs = self._tables.runs
         taken = [self._take(runs[run_id], request.incarnation, now) for run_id in blocked[: request.limit]]
@@ -458,15 +525,15 @@ class MemoryStore:
     def _take_ready(self, lane: _Lane, limit: int, now: int) -> list[_Due]:
         """Pop up to `limit` due runs, best first. Stale entries are dropped here; a clock that went back is obeyed."""
         runs = self._tables.runs
-        while lane.later and (lane.later[0][0] <= now or not self._waits(runs[lane.later[0][1]], lane.later[0][0])):
+        while lane.later and (lane.later[0][0] <= now or not self._waits(runs.get(lane.later[0][1]), lane.later[0][0])):
             wake_at, run_id = heapq.heappop(lane.later)
-            if self._waits(runs[run_id], wake_at):
+            if self._waits(runs.get(run_id), wake_at):
                 heapq.heappush(lane.ready, (-runs[run_id].priority, wake_at, run_id))
         taken: dict[str, _Due] = {}
         while lane.ready and len(taken) < limit:
             due = heapq.heappop(lane.ready)
             _, wake_at, run_id = due
-            if not self._waits(runs[run_id], wake_at):
+            if not self._waits(runs.get(run_id), wake_at):
                 continue
             if wake_at > now:
                 heapq.heappush(lane.later, (wake_at, run_id))
@@ -475,13 +542,17 @@ class MemoryStore:
         return list(taken.values())
 
     @staticmethod
-    def _waits(run: RunRecord, wake_at: int) -> bool:
-        """Whether a lane's entry still says the truth."""
+    def _waits(run: RunRecord | None, wake_at: int) -> bool:
+        """Whether a lane's entry still says the truth; its run may be gone."""
         return (
-            run.owner is None and run.wake_at == wake_at and run.status is Status.ACTIVE and run.activity not in PARKED
+            run is not None
+            and run.owner is None
+            and run.wake_at == wake_at
+            and run.status is Status.ACTIVE
+            and run.activity not in PARKED
         )
 
-    def _orphans(self, routes: Iterable[tuple[str, str]], claimer: str, now: int) -> list[RunRecord]:
+    def _orphans(self, routes: Collection[Route], claimer: str, now: int) -> list[RunRecord]:
         """Runs of these routes whose owner is gone; that owner is marked dead. Parked ones nobody takes: they are
         merely freed, under a new epoch."""
         tables = self._tables
@@ -489,7 +560,7 @@ class MemoryStore:
         for owner, owned in tables.owned.items():
             if owner == claimer or not owned or not self._gone(owner, now):
                 continue
-            found = [run for run in map(tables.runs.__getitem__, owned) if (run.workflow, run.version) in routes]
+            found = [run for run in map(tables.runs.__getitem__, owned) if _route(run) in routes]
             if found and owner in tables.engines:
                 tables.engines[owner].dead = True
             for run in found:
@@ -558,6 +629,10 @@ def new_record(new: NewRun, now: int) -> RunRecord:
         finished_at=None,
         updated_at=now,
     )
+
+
+def _route(run: RunRecord) -> Route:
+    return Route(run.workflow, run.version, run.workspace)
 
 
 def _matches(run: RunRecord, query: RunQuery) -> bool:

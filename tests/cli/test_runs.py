@@ -259,7 +259,7 @@ def test_a_missing_store_is_told_and_not_made(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("url", "exit"), [("postgres://nowhere", 1), ("memory://", 2)])
+@pytest.mark.parametrize(("url", "exit"), [("nosuch://nowhere", 1), ("memory://", 2)])
 def test_an_impossible_store_is_told(url: str, exit: int) -> None:
     """A store that is not known, or that nobody else can see, is a sentence."""
     result = World(url).run("runs", "list")

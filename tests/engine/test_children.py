@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from durable import ChildFailed, Context, RunFailed, workflow
+from durable import ChildFailed, Context, Durable, RunCancelled, RunFailed, workflow
 from durable.core.errors import UnknownWorkflow
+from durable.core.journal import Entry
+from durable.engine.children import to_cancel
 from durable.protocol.states import Status
+from durable.store.memory import MemoryStore
 from tests.engine.world import Gate, World, eventually
 
 
@@ -290,3 +293,124 @@ async def test_a_failed_childs_error_is_data_all_the_way_up(world: World) -> Non
 
     app = await world.engine(top, middle, leaf)
     assert "the cause" in await app.start_and_wait(top, timeout=5)
+
+
+@pytest.mark.parametrize("on_close", ["cancel", "abandon"])
+async def test_what_happens_to_an_open_child_when_its_parent_dies(world: World, on_close: str) -> None:
+    """A dead parent has no machine to ask; the journal says which children end with it. A requeued one begins them anew."""
+    gate = Gate()
+
+    @workflow(name="poison-parent")
+    async def parent(ctx: Context) -> list[Any]:
+        done = await ctx.child(square, 3)
+        open_ = ctx.start_child(waits, on_parent_close=on_close)  # type: ignore[arg-type]
+        await ctx.step("poison", gate)
+        return [done, await open_.result()]
+
+    app = await world.engine(parent, waits, square, max_recovery_attempts=1)
+    handle = await app.start(parent)
+    child = await child_of(world, handle.id, 1)
+    await world.waits(child.id)
+    for round in range(1, 3):
+        await gate.reached(round)
+        await world.crash(app)
+        app = await world.engine(parent, waits, square, max_recovery_attempts=1)
+    await world.until(handle.id, lambda r: r.status is Status.DEAD)
+    if on_close == "abandon":
+        assert "child waits cancelled" not in await world.statuses(handle.id)
+    else:
+        record = await world.until(child.id, lambda r: r.status is not Status.ACTIVE)
+        assert record.status is Status.CANCELLED
+        assert (await world.statuses(handle.id))[-2:] == ["child waits cancelled", "run dead"]
+    gate.open()
+    await app.requeue(handle.id)
+    newest = child if on_close == "abandon" else await child_of(world, handle.id, 2)
+    assert (newest.id == child.id) is (on_close == "abandon")
+    await app.run(newest.id).signal("go", "went")
+    assert await app.run(handle.id).result(5) == [9, "went"]
+    assert len(await (await world.store()).children(handle.id)) == (2 if on_close == "abandon" else 3)
+    await world.sound(handle.id)
+
+
+async def test_a_dead_parent_does_not_give_up_a_child_that_has_ended(world: World) -> None:
+    """The child's outcome lies unread in the dead parent's inbox: a requeue goes on with it, and starts no other."""
+    gate = Gate()
+
+    @workflow(name="poison-parent")
+    async def parent(ctx: Context) -> Any:
+        child = ctx.start_child(waits)
+        await ctx.step("poison", gate)
+        return await child.result()
+
+    app = await world.engine(parent, waits, max_recovery_attempts=1)
+    handle = await app.start(parent)
+    child = await child_of(world, handle.id)
+    await world.waits(child.id)
+    await gate.reached()
+    await world.crash(app)
+    app = await world.engine(parent, waits, max_recovery_attempts=1)
+    await gate.reached(2)
+    await world.crash(app)
+    only = await world.engine(waits)
+    await only.run(child.id).signal("go", "went")
+    assert await only.run(child.id).result(5) == "went"
+    app = await world.engine(parent, waits, max_recovery_attempts=1)
+    await world.until(handle.id, lambda r: r.status is Status.DEAD)
+    gate.open()
+    await app.requeue(handle.id)
+    assert await app.run(handle.id).result(5) == "went"
+    assert [c.id for c in await (await world.store()).children(handle.id)] == [child.id]
+
+
+async def test_a_parent_forced_to_fail_in_its_replay_ends_its_children(world: World) -> None:
+    """New code does what no workflow may, before the place where the child was started: the child ends with its parent."""
+
+    @workflow(name="mended")
+    async def old(ctx: Context) -> None:
+        await ctx.step("first", lambda: 1)
+        await ctx.child(waits)
+
+    @workflow(name="mended")
+    async def new(ctx: Context) -> None:
+        await ctx.step("first", lambda: 1)
+        await asyncio.to_thread(print)
+
+    app = await world.engine(old, waits)
+    handle = await app.start(old)
+    child = await child_of(world, handle.id)
+    await world.waits(child.id)
+    await app.close()
+    app = await world.engine(new, waits)
+    await app.run(handle.id).cancel()
+    await world.until(handle.id, lambda r: r.status is Status.FAILED)
+    record = await world.until(child.id, lambda r: r.status is not Status.ACTIVE)
+    assert record.status is Status.CANCELLED
+    await world.sound(handle.id)
+
+
+def test_journals_written_before_still_replay() -> None:
+    """A `started` entry that says nothing of its parent's end leaves its child alone when the parent dies."""
+    old = b'{"run_id":"r.child.0","workflow":"waits","version":"1"}'
+    begun = Entry(2, 2, "child", "started", "waits", 0, "waits", payload=old)
+    new = Entry(3, 3, "child", "started", "other", 1, "other", payload=old[:-1] + b',"on_parent_close":"cancel"}')
+    assert to_cancel([begun, new]) == {"other": (new, "r.child.0")}
+    assert to_cancel([begun, new, Entry(4, 4, "child", "completed", "other", 1)]) == {}
+
+
+async def test_a_parent_whose_last_commit_the_store_refuses_ends_its_children() -> None:
+    """The commit that gave the child up is never stored; the one that fails the parent in its place tells the child."""
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> None:
+        ctx.start_child(waits)
+        await ctx.sleep(0.01)
+        ctx.log("x" * 20_000)
+        raise ValueError("gives up")
+
+    async with Durable(MemoryStore(max_payload=10_000)) as app:
+        app.register(parent, waits)
+        handle = await app.start(parent)
+        with pytest.raises(RunFailed, match=r"20,0\d\d bytes"):
+            await handle.result(5)
+        with pytest.raises(RunCancelled):
+            await app.run(f"{handle.id}.child.0").result(5)

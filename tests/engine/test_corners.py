@@ -11,7 +11,7 @@ from durable import Context, Durable, RunTimeout, StartRequest, workflow
 from durable.core.errors import EngineStopped, StoreUnavailable
 from durable.protocol.states import Activity, Status
 from durable.store.memory import MemoryStore
-from tests.engine.world import Gate, World
+from tests.engine.world import SHORT, Gate, World, all_results, eventually
 
 
 async def test_starting_many_at_once_keeps_the_bound(world: World) -> None:
@@ -198,3 +198,56 @@ async def test_a_close_that_is_cancelled_leaves_no_lease_behind(world: World) ->
     gate.open()
     other = await world.engine(held)
     assert await other.run(handle.id).result(10) == 2
+
+
+async def test_workspaces_on_one_store_do_not_run_each_others_runs(world: World) -> None:
+    """Two applications with a workflow of the same name: due runs, and those of a dead engine, stay in their workspace."""
+
+    def app_of(name: str) -> Any:
+        @workflow("same")
+        async def same(ctx: Context, hold: bool) -> str:
+            if hold:
+                await ctx.step("hold", gate)
+            return name
+
+        return same
+
+    gate = Gate()
+    one = await world.engine(app_of("one"), workspace="one", lease=SHORT)
+    two = await world.engine(app_of("two"), workspace="two", lease=SHORT)
+    due = [await app.start("same", False, delay=0.01) for _ in range(5) for app in (one, two)]
+    assert await all_results(due) == ["one", "two"] * 5
+    orphan = await one.start("same", True)
+    await gate.reached()
+    await world.crash(one)
+    gate.open()
+    # What the other engine claims after this it has asked for with the orphan there to be taken.
+    assert await (await two.start("same", False, delay=0.01)).result(5) == "two"
+    record = await world.record(orphan.id)
+    assert (record.epoch, record.recovery_attempts) == (1, 0)
+    one = await world.engine(app_of("one"), workspace="one")
+    assert await one.run(orphan.id).result(5) == "one"
+
+
+async def test_a_full_engine_claims_when_a_run_comes_to_rest(world: World) -> None:
+    """At `max_running` work is left in the store; a run that goes idle makes room at once, poll or not."""
+    gate = Gate()
+
+    @workflow("rests")
+    async def rests(ctx: Context) -> object:
+        await ctx.step("body", gate)
+        return await ctx.wait_for_signal("never")
+
+    @workflow("next")
+    async def following(ctx: Context) -> int:
+        number: int = await ctx.step("body", lambda: 7)
+        return number
+
+    app = await world.engine(rests, following, max_running=1, poll_every=3600, hot_for=3600)
+    first = await app.start(rests)
+    await gate.reached()
+    second = await app.start(following)
+    await eventually(lambda: app.engine._executor.full)
+    gate.open()
+    assert await second.result(5) == 7
+    await world.waits(first.id)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from durable import Context, current_step, durable_step, workflow
+from durable import Context, RetryPolicy, current_step, durable_step, workflow
+from durable.core.errors import ErrorData
+from durable.engine.resume import arrival_of, report_of
+from durable.protocol.messages import StepEvent, StepResult
+from durable.store.records import InboxRow, Message
+from tests.engine.broker import Broker
 from tests.engine.world import World
 
 
@@ -139,3 +144,57 @@ async def test_R6_a_remote_steps_lines_reach_the_journal(world: World) -> None:
     handle = await app.start(told)
     await handle.result(5)
     assert await lines(world, handle.id) == [("tell", "working")]
+
+
+async def test_R6_lines_of_a_worker_reach_a_run_that_has_left_memory(world: World) -> None:
+    """A result that comes through the inbox brings its lines, once however often it is delivered, before the result."""
+
+    @workflow(name="far-lines")
+    async def far(ctx: Context) -> object:
+        answer = await ctx.remote("far", None, retries=RetryPolicy(max_attempts=2, initial_delay=0.0, jitter=0.0))
+        await ctx.wait_for_signal("done")
+        return answer
+
+    broker = Broker()
+    app = await world.engine(far, transport=broker.end())
+    handle = await app.start(far)
+    for attempt, status in ((1, "failed"), (2, "completed")):
+        task = await broker.sent(attempt)
+        await world.until_journal(handle.id, lambda found, n=attempt: found.count("remote far published") == n)
+        await app.close()
+        idle = await world.engine(transport=broker.end())  # serves nothing, and takes results for those who do
+        result = StepResult(
+            run_id=task.run_id,
+            seq=task.seq,
+            step_id=task.step_id,
+            status=status,  # type: ignore[arg-type]
+            output=msgspec.Raw(b"7") if status == "completed" else msgspec.UNSET,
+            error=ErrorData(message="again") if status == "failed" else None,
+            events=[StepEvent(at=1, level="info", message=f"{attempt} {n}", data={"n": n}) for n in range(2)],
+            attempt=attempt,
+        )
+        for _ in range(2):
+            await broker.ends[-1].results(result)  # type: ignore[misc]
+        await idle.close()
+        app = await world.engine(far, transport=broker.end())
+    await app.run(handle.id).signal("done")
+    assert await app.run(handle.id).result(5) == 7
+    assert await lines(world, handle.id) == [("far", text) for text in ("1 0", "1 1", "2 0", "2 1")]
+    statuses = [s for s in await world.statuses(handle.id) if s.split()[-1] in ("written", "retrying", "completed")]
+    assert statuses[:6] == ["log far written"] * 2 + ["remote far retrying"] + ["log far written"] * 2 + [
+        "remote far completed"
+    ]
+    await world.sound(handle.id)
+
+
+def test_lines_that_do_not_fit_beside_their_result_are_left_out() -> None:
+    """A report keeps within what a store takes: the first lines that fit, and never at the cost of the result."""
+    result, lines = b"1" * 100, [b'"%d"' % n for n in range(10)]
+    for limit in range(100, 250):
+        report = report_of(result, lines, limit)
+        assert report is None or len(report) <= limit
+    whole = report_of(result, lines, 1000)
+    assert whole is not None
+    row = InboxRow(1, 0, Message("r", "m", "report", "completed", whole, ordinal=0, attempt=1))
+    arrival = arrival_of(row)
+    assert (arrival.payload, arrival.lines) == (result, lines)

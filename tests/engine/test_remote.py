@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
+import msgspec
 import pytest
 
 from durable import Context, RetryPolicy, StepFailed, StepTimeout, current_step, durable_step, workflow
-from durable.core.errors import ErrorData, PayloadError
+from durable.core.errors import ErrorData, PayloadError, RunNotFound
+from durable.protocol.messages import StepResult
 from durable.protocol.states import Activity, Status
 from durable.transports.event_emitter import EventEmitterTransport
 from tests.engine.broker import Broker
-from tests.engine.world import Gate, World, eventually
+from tests.engine.world import Gate, World, all_results, eventually
 
 ONCE = RetryPolicy(max_attempts=1)
 QUICK = RetryPolicy(max_attempts=3, initial_delay=0.01, jitter=0.0)
@@ -421,16 +422,36 @@ async def test_a_remote_step_knows_itself_and_logs(world: World) -> None:
 
 
 async def test_a_result_for_another_workspaces_run_is_refused(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """A result names a run; an engine of another workspace does not write to it."""
-    caplog.set_level(logging.ERROR)
+    """An engine of another workspace does not write to a run, says so, and has the result delivered again, to its own."""
     broker = Broker()
     app = await world.engine(far, transport=broker.end())
     handle = await app.start(far)
     task = await broker.sent()
     await world.until_journal(handle.id, lambda lines: "remote far published" in lines)
     await world.engine(far, transport=broker.end(), workspace="stranger")
-    await broker.answer(task, "forged", through=broker.ends[1])
-    await asyncio.sleep(0.03)
+    result = StepResult(
+        run_id=task.run_id,
+        seq=task.seq,
+        step_id=task.step_id,
+        status="completed",
+        output=msgspec.Raw(b'"forged"'),
+        attempt=1,
+    )
+    astray = broker.ends[1].results
+    assert astray is not None
+    with pytest.raises(RunNotFound, match="another workspace"):
+        await astray(result)
+    assert "its run is of workspace 'default', and this engine serves 'stranger'" in caplog.text
     assert (await world.record(handle.id)).inbox_last == 0
     await broker.answer(task, "true", through=broker.ends[0])
     assert await handle.result(5) == "true"
+    assert await astray(result) is None, "too late: superfluous, and not sent again for ever"
+    assert await astray(msgspec.structs.replace(result, run_id="nobody")) is None
+
+
+async def test_workspaces_share_an_in_process_transport(world: World) -> None:
+    """Results go to the engines in turn; one that meets a stranger hands it on, so none is lost."""
+    emitter = EventEmitterTransport()
+    apps = [await world.engine(shop, charge, transport=emitter, workspace=name) for name in ("one", "two")]
+    handles = [await app.start(shop, n) for n in range(6) for app in apps]
+    assert await all_results(handles) == [n + 1 for n in range(6) for _ in apps]

@@ -169,9 +169,7 @@ class PostgresBuilder(Clocked):
     async def _sending(self, message: Message) -> AsyncIterator[None]:
         with self.raw() as cx:
             cx.execute("BEGIN")
-            cx.execute(
-                "SELECT * FROM durable.send_messages(%s::jsonb)", [msgspec.json.encode([message]).decode()]
-            )
+            cx.execute("SELECT * FROM durable.send_messages(%s::jsonb)", [msgspec.json.encode([message]).decode()])
             try:
                 yield
             finally:

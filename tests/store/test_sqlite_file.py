@@ -25,8 +25,9 @@ from durable.core.errors import (
     WeakDurability,
 )
 from durable.protocol.states import Status
+from durable.protocol.version import SCHEMA_VERSION
 from durable.store.records import CommitStatus, RunQuery, StartRun
-from durable.store.sqlite import SqliteStore, connection
+from durable.store.sqlite import SqliteStore, connection, schema
 from durable.testing.suites.store.builder import LEASE, begin, claimed_ids, commit, done, entry, new, read
 
 
@@ -121,12 +122,62 @@ async def test_S37_a_newer_schema_is_refused(path: Path) -> None:
     async with opened(path):
         pass
     for name in ("schema_version", "min_engine_version"):
-        change(path, f"UPDATE meta SET value = '99' WHERE name = '{name}'")
+        change(path, f"UPDATE meta SET value = value + 97 WHERE name = '{name}'")
         with pytest.raises(StoreTooNew, match="upgrade durable"):
             await SqliteStore(path).open()
-        change(path, f"UPDATE meta SET value = '1' WHERE name = '{name}'")
+        change(path, f"UPDATE meta SET value = value - 97 WHERE name = '{name}'")
     async with opened(path):
         pass
+
+
+def indexes(path: Path) -> dict[str, str]:
+    cx = sqlite3.connect(path)
+    found = dict(cx.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL").fetchall())
+    cx.close()
+    return found
+
+
+async def test_S37_an_older_file_is_migrated_in_place(path: Path, tmp_path: Path) -> None:
+    """A file of version 1, with a run in it, has the tables of today once it is opened, by several at once too; an
+    engine that had it open goes on."""
+    cx = sqlite3.connect(path)
+    cx.executescript((Path(__file__).parent / "sqlite_version_1.sql").read_text())
+    cx.close()
+    older = sqlite3.connect(path)
+    due = "SELECT id FROM runs WHERE workflow = 'checkout' AND version = '1' AND owner IS NULL"
+    assert older.execute(due).fetchall() == [("r",)]
+    async with opened(path) as store, opened(path), opened(path):
+        assert older.execute(due).fetchall() == [("r",)]
+        older.close()
+        assert store.beat("a", LEASE).alive
+        assert await claimed_ids(store) == ["r"]
+    async with opened(tmp_path / "fresh.db"):
+        pass
+    assert indexes(path) == indexes(tmp_path / "fresh.db")
+    cx = sqlite3.connect(path)
+    meta = dict(cx.execute("SELECT name, value FROM meta").fetchall())
+    cx.close()
+    assert (meta["schema_version"], meta["min_engine_version"]) == (str(SCHEMA_VERSION), "1")
+
+
+async def test_S37_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All or none: after an error half way the file is of its old version still, and opens when the error is gone."""
+    cx = sqlite3.connect(path)
+    cx.executescript((Path(__file__).parent / "sqlite_version_1.sql").read_text())
+    cx.close()
+    before = indexes(path)
+    with monkeypatch.context() as broken:
+        broken.setattr(schema, "_MIGRATIONS", ((2, ("DROP INDEX runs_due", "CREATE INDEX broken ON nothing (x)")),))
+        with pytest.raises(StoreError, match="nothing"):
+            await SqliteStore(path).open()
+    assert indexes(path) == before
+    async with opened(path):
+        pass
+
+
+def test_migrations_lead_to_the_version_of_this_program() -> None:
+    """The table is in order, without a gap, up to SCHEMA_VERSION."""
+    assert [version for version, _ in schema._MIGRATIONS] == list(range(2, SCHEMA_VERSION + 1))
 
 
 async def test_S40_a_restored_copy_is_noticed(path: Path) -> None:

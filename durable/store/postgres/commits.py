@@ -14,12 +14,11 @@ from durable.core.errors import StoreError
 from durable.core.journal import Entry
 from durable.protocol.states import Status
 from durable.store.postgres import journal, runs
-from durable.store.postgres.connection import Connection, Database, ask, is_culprit, translate
+from durable.store.postgres.connection import Connection, Database, ask, translate
 from durable.store.postgres.packing import (
     NO_BIGINTS,
     NO_BLOBS,
     NO_BOOLS,
-    NO_INTS,
     NO_TEXTS,
     Packed,
     bigints,
@@ -65,9 +64,7 @@ def _failure(error: Exception) -> Exception:
     return translate(error)
 
 
-async def commit_with(
-    db: Database, schema: str, work: Callable[[Any], Awaitable[None]], one: Commit
-) -> CommitOutcome:
+async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable[None]], one: Commit) -> CommitOutcome:
     """The fence first, so that the author's work begins only where it counts; then both are committed at once."""
     query, parameters = _statement(schema, [one])
     async with db.lend() as connection:
@@ -179,7 +176,12 @@ def _effects(batch: Sequence[Commit]) -> str | None:
             if isinstance(waiter, CloseWaiter):
                 kinds["closed"].append({"of": one.run_id, "id": waiter.id})
             else:
-                opened = {"id": waiter.id, "event": waiter.event, "match": waiter.match, "expires_at": waiter.expires_at}
+                opened = {
+                    "id": waiter.id,
+                    "event": waiter.event,
+                    "match": waiter.match,
+                    "expires_at": waiter.expires_at,
+                }
                 kinds["opened"].append({"of": one.run_id, **opened})
     return runs.json_text(kinds)
 

@@ -20,7 +20,9 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,11 +47,13 @@ PORT = 5432
 """Only a part of the socket's name."""
 LONGEST_SOCKET = 103
 """Bytes in a socket's path: macOS has one byte less than this and its end, Linux four more."""
+ELSEWHERE = "durable-pg-"
 LONGEST_LOG = 10_000_000
 """Bytes; a longer log is put aside at the next start, once."""
 LINUX = sys.platform.startswith("linux")
 LOOK_EVERY = 0.02
 SAY_EVERY = 5.0
+DYING_S = 5.0
 ORPHANS_S = 60.0
 """A killed server's children may live a little longer, and Postgres will not start beside them."""
 FAST_S = 60.0
@@ -89,7 +93,6 @@ class EmbeddedPostgres:
                 running = self.pid
                 if running is None or not self._until_ready(running):
                     self._launch()
-                self._must_be_reachable()
                 return self.url
             except BaseException:
                 self._leave()
@@ -118,17 +121,16 @@ class EmbeddedPostgres:
     @property
     def pid(self) -> int | None:
         """Of the server's first process; None if none runs on the folder."""
-        found = self._found()
-        return found[0] if found and _is_server(found[0], self._cluster) is not False else None
+        pid = self._recorded()
+        return pid if pid is not None and _is_server(pid, self._cluster) is not False else None
 
     @property
     def url(self) -> str:
         """`postgresql://…`; the same after every start. Raises StoreError if no server runs on the folder."""
-        found = self._found()
-        if found is None:
+        if self._recorded() is None:
             raise StoreError(f"No Postgres runs on {self.data}. start() starts one.")
         # As a parameter, not as the host, since drivers disagree on how a path is written there.
-        return f"postgresql://{NAME}@/{NAME}?host={quote(str(found[1]), safe='/')}&port={PORT}"
+        return f"postgresql://{NAME}@/{NAME}?host={quote(str(self._socket_in_use()), safe='/')}&port={PORT}"
 
     # ------------------------------------------------------------------ starting
 
@@ -153,24 +155,24 @@ class EmbeddedPostgres:
         folder = reachable(found, runs_as)
         if major is None:
             self._initialise(folder, found, runs_as)
-        socket = self._socket(runs_as.owner)
+        place = self._socket(runs_as.owner)
         if self._log.exists() and self._log.stat().st_size > LONGEST_LOG:
             self._log.replace(self._log.with_suffix(".log.1"))
         self._log.touch(mode=0o600)
-        self._hand_over(runs_as, self._cluster, socket)
-        self._drop_stale_pid()
+        self._hand_over(runs_as, self._cluster, place)
+        self._drop_stale_pid(place)
         deadline = time.monotonic() + ORPHANS_S
         while True:
             try:
-                self._launch_once(folder, runs_as, socket)
+                self._launch_once(folder, runs_as, place)
                 return
             except _Orphans as error:
                 if time.monotonic() > deadline:
                     raise StoreError(str(error)) from None
                 time.sleep(0.2)
 
-    def _launch_once(self, folder: Path, runs_as: Account, socket: Path) -> None:
-        settings = {"listen_addresses": "", "unix_socket_directories": str(socket), **self._settings}
+    def _launch_once(self, folder: Path, runs_as: Account, place: Path) -> None:
+        settings = {"listen_addresses": "", "unix_socket_directories": str(place), **self._settings}
         arguments = ["-D", str(self._cluster), "-p", str(PORT)]
         for name, value in settings.items():
             arguments += ["-c", f"{name}={value}"]
@@ -237,11 +239,11 @@ class EmbeddedPostgres:
             )
 
     def _until_ready(self, pid: int) -> bool:
-        """Wait while it lives; False if it ends before it is ready."""
+        """Wait while it lives; False if it ends before it answers: it could not start, or was killed a moment ago."""
         began = said = time.monotonic()
         while True:
             lines = self._pid_file()
-            if len(lines) > 7 and lines[0].strip() == str(pid) and lines[7].strip() == "ready":
+            if len(lines) > 7 and lines[0].strip() == str(pid) and lines[7].strip() == "ready" and self._answers(pid):
                 return True
             if not _lives(pid):
                 return False
@@ -250,13 +252,24 @@ class EmbeddedPostgres:
                 logger.info("Postgres on %s is starting up; %.0f s so far.", self.data, said - began)
             time.sleep(LOOK_EVERY)
 
-    def _must_be_reachable(self) -> None:
-        found = self._found()
-        if found is not None and not (found[1] / f".s.PGSQL.{PORT}").exists():
+    def _answers(self, pid: int) -> bool:
+        """A ready server answers the question whether it speaks TLS, whatever else it would refuse."""
+        path = self._socket_in_use() / f".s.PGSQL.{PORT}"
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(SAY_EVERY)
+                connection.connect(str(path))
+                connection.sendall(struct.pack("!ii", 8, 80877103))
+                return connection.recv(1) != b""
+        except FileNotFoundError:
+            if not _lives(pid):
+                return False
             raise StoreError(
-                f"Postgres runs on {self.data} (pid {found[0]}), and its socket in {found[1]} is gone; was the folder moved "
-                f"meanwhile? End that process (kill -INT {found[0]}) and start again."
-            )
+                f"Postgres runs on {self.data} (pid {pid}), and its socket {path} is gone; was the folder moved meanwhile? "
+                f"End that process (kill -INT {pid}) and start again."
+            ) from None
+        except OSError:
+            return False
 
     def _major(self) -> int | None:
         try:
@@ -269,14 +282,13 @@ class EmbeddedPostgres:
     def _socket(self, owner: int) -> Path:
         """A folder short enough for a socket in it, and closed to others."""
         folder = self.data / "socket"
-        # A comma would be read as two folders, by the server and by its clients.
         if _fits(folder):
             folder.mkdir(mode=0o700, exist_ok=True)
             return folder
         digest = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:12]
         bases = [Path(tempfile.gettempdir()), Path("/tmp")]
-        base = next((base for base in bases if _fits(base / f"durable-pg-{digest}-12345678")), bases[-1])
-        folder = base / f"durable-pg-{digest}"
+        base = next((base for base in bases if _fits(base / f"{ELSEWHERE}{digest}-12345678")), bases[-1])
+        folder = base / f"{ELSEWHERE}{digest}"
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         if not _is_private(folder, {owner, os.geteuid()}):
@@ -298,11 +310,11 @@ class EmbeddedPostgres:
 
     def _halt(self, mode: Literal["fast", "immediate"]) -> None:
         pid = self.pid
-        found = self._found()
+        used = self._socket_in_use()
         if pid is not None:
             self._end(pid, mode)
-        if found is not None and found[1].parent != self.data and found[1].name.startswith("durable-pg-"):
-            shutil.rmtree(found[1], ignore_errors=True)
+        if used.parent != self.data and used.name.startswith(ELSEWHERE):
+            shutil.rmtree(used, ignore_errors=True)
 
     def _end(self, pid: int, mode: Literal["fast", "immediate"]) -> None:
         steps = [(signal.SIGINT, FAST_S)] if mode == "fast" else []
@@ -334,21 +346,29 @@ class EmbeddedPostgres:
         except OSError:
             return []
 
-    def _found(self) -> tuple[int, Path] | None:
-        """Pid and socket folder of the server that runs, or of one that was killed."""
+    def _recorded(self) -> int | None:
+        """The pid of the server that runs, or of one that was killed."""
         lines = self._pid_file()
-        if not lines or not lines[0].strip().isdigit():
-            return None
-        socket = lines[4].strip() if len(lines) > 4 else ""
-        return int(lines[0]), Path(socket or self.data / "socket")
+        return int(lines[0]) if lines and lines[0].strip().isdigit() else None
 
-    def _drop_stale_pid(self) -> None:
+    def _socket_in_use(self) -> Path:
+        lines = self._pid_file()
+        return Path((lines[4].strip() if len(lines) > 4 else "") or self.data / "socket")
+
+    def _drop_stale_pid(self, place: Path) -> None:
         """Postgres takes whatever process has a dead server's pid for that server, be it a zombie. We look more closely, and
-        nobody else starts one here meanwhile. Where we cannot tell, or the pid is free, the file is left to Postgres."""
-        found = self._found()
-        if found and _exists(found[0]) and _is_server(found[0], self._cluster) is False:
-            logger.info("The pid %d in postmaster.pid is not this server's any more; the file is removed.", found[0])
-            (self._cluster / "postmaster.pid").unlink()
+        nobody else starts one here meanwhile. Where we cannot tell, or the pid is free, the files are left to Postgres; its
+        look at the shared memory stands in any case."""
+        pid = self._recorded()
+        deadline = time.monotonic() + DYING_S
+        while pid is not None and _lives(pid) and _command(pid) == "" and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY)  # killed a moment ago
+        if pid is None or not _exists(pid):
+            return
+        if _is_server(pid, self._cluster) is False:
+            logger.info("The pid %d in postmaster.pid is not this server's any more; the file is removed.", pid)
+            for file in (self._cluster / "postmaster.pid", place / f".s.PGSQL.{PORT}.lock"):
+                file.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ who uses it
 
@@ -394,8 +414,8 @@ class _Orphans(StoreError):
 
 
 def _fits(folder: Path) -> bool:
-    socket = os.fsencode(folder / f".s.PGSQL.{PORT}")
-    return len(socket) <= LONGEST_SOCKET and not re.search(rb"[,\"\s]", socket)
+    path = os.fsencode(folder / f".s.PGSQL.{PORT}")
+    return len(path) <= LONGEST_SOCKET and not re.search(rb"[,\"\s]", path)  # a list of folders is split at these
 
 
 def _is_private(folder: Path, owners: set[int]) -> bool:

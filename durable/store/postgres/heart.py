@@ -34,16 +34,25 @@ class Heart:
         self._mutex = threading.Lock()
         self._connection: psycopg.Connection[Row] | None = None
         self._held: set[str] = set()
+        self._locked: set[str] = set()
+        """Whose lock has been asked for on this connection."""
+        self._incarnations: frozenset[str] = frozenset()
         self._watcher: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
         self._closed = False
+
+    @property
+    def incarnations(self) -> frozenset[str]:
+        """The engines that beat here."""
+        return self._incarnations
 
     def beat(self, incarnation: str, lease_us: int) -> Beat:
         """From any thread. Raises StoreError."""
         with self._mutex:
             if self._closed:
                 raise StoreError(f"{self._address} is not open; await store.open() first")
-            self._held.add(incarnation)
+            if incarnation not in self._held:
+                self._hold(incarnation)
             try:
                 fresh = self._connection is None
                 connection = self._connect()
@@ -58,7 +67,7 @@ class Heart:
                 raise translate(error, str(self._address)) from error
             assert row is not None
             if not row[1]:
-                self._held.discard(incarnation)
+                self._hold(incarnation, False)
             return Beat(row[0], row[1])
 
     def forget(self, incarnation: str) -> None:
@@ -66,7 +75,7 @@ class Heart:
         with self._mutex:
             if incarnation not in self._held:
                 return
-            self._held.discard(incarnation)
+            self._hold(incarnation, False)
             self._locked.discard(incarnation)
             if self._connection is not None and self._presence:
                 try:
@@ -89,7 +98,7 @@ class Heart:
     def _connect(self) -> psycopg.Connection[Row]:
         if self._connection is None:
             self._connection = connection = self._address.connect_now()
-            self._locked: set[str] = set()
+            self._locked = set()
             if self._presence:
                 for incarnation in self._held:
                     self._lock(connection, incarnation)
@@ -103,6 +112,10 @@ class Heart:
         # hold it longer, and then presence is simply not ours for now.
         connection.execute(f"SELECT pg_try_advisory_lock({self._schema}.presence_key(%s))", [incarnation])
         self._locked.add(incarnation)
+
+    def _hold(self, incarnation: str, here: bool = True) -> None:
+        (self._held.add if here else self._held.discard)(incarnation)
+        self._incarnations = frozenset(self._held)
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

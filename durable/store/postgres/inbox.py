@@ -23,9 +23,7 @@ async def send(db: Database, schema: str, messages: Sequence[Message]) -> list[S
 
 
 async def unread(db: Database, schema: str, incarnation: str) -> list[str]:
-    rows = await db.all(
-        f"SELECT id FROM {schema}.runs WHERE owner = %s AND inbox_last > inbox_read", [incarnation]
-    )
+    rows = await db.all(f"SELECT id FROM {schema}.runs WHERE owner = %s AND inbox_last > inbox_read", [incarnation])
     return [row[0] for row in rows]
 
 

@@ -24,7 +24,9 @@ from durable.store.postgres.packing import (
 )
 from durable.store.records import Commit, Journal
 
-COLUMNS = "seq, at, kind, status, key, ordinal, name, attempt, fingerprint, payload, enqueued_at, started_at, finished_at"
+COLUMNS = (
+    "seq, at, kind, status, key, ordinal, name, attempt, fingerprint, payload, enqueued_at, started_at, finished_at"
+)
 PARAMETERS = 14
 
 
@@ -85,7 +87,7 @@ async def load(db: Database, schema: str, run_ids: Sequence[str]) -> list[Journa
         " GROUP BY run_id",
         [texts(run_ids)],
     )
-    lines: dict[str, int] = {run_id: count for run_id, count in logs}
+    lines: dict[str, int] = dict(logs)
     entries: dict[str, list[Entry]] = {run_id: [] for run_id in run_ids}
     for row in rows:
         entries[row[0]].append(Entry(*row[1:]))

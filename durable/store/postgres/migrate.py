@@ -16,7 +16,9 @@ LOCK_TIMEOUT_S = 10
 
 def known() -> list[tuple[int, str]]:
     """(version, SQL) of every migration this program has, in order."""
-    files = [entry for entry in resources.files(__package__).joinpath("migrations").iterdir() if entry.name.endswith(".sql")]
+    files = [
+        entry for entry in resources.files(__package__).joinpath("migrations").iterdir() if entry.name.endswith(".sql")
+    ]
     return sorted((int(entry.name.split("_")[0]), entry.read_text()) for entry in files)
 
 
@@ -27,7 +29,9 @@ def check_schema(name: str) -> str:
     return name
 
 
-async def migrate(connection: Connection, schema: str, place: str, migrations: list[tuple[int, str]] | None = None) -> None:
+async def migrate(
+    connection: Connection, schema: str, place: str, migrations: list[tuple[int, str]] | None = None
+) -> None:
     """Bring the schema to this program's version. Raises StoreTooNew, StoreUnavailable when another holds the lock."""
     steps = known() if migrations is None else migrations
     newest = steps[-1][0]
@@ -53,7 +57,9 @@ async def migrate(connection: Connection, schema: str, place: str, migrations: l
             for version, text in steps:
                 if version > (found or 0):
                     await connection.execute(text.replace("@schema@", schema), prepare=False)
-            await connection.execute(f"UPDATE {schema}.meta SET value = %s WHERE name = 'schema_version'", [str(newest)])
+            await connection.execute(
+                f"UPDATE {schema}.meta SET value = %s WHERE name = 'schema_version'", [str(newest)]
+            )
     except psycopg.errors.LockNotAvailable:
         raise StoreUnavailable(
             f"{place}: another process has been changing the tables for more than {LOCK_TIMEOUT_S} s; try again, or look"

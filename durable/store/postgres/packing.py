@@ -62,7 +62,9 @@ class _Elements(dict[str | None, bytes]):
         else:
             data = text.encode()
             if b"\0" in data:
-                raise UnicodeEncodeError("utf-8", text, text.index("\0"), text.index("\0") + 1, "NUL is not allowed in text")
+                raise UnicodeEncodeError(
+                    "utf-8", text, text.index("\0"), text.index("\0") + 1, "NUL is not allowed in text"
+                )
             element = _length(len(data)) + data
             if len(data) > _CACHED_TEXT_MAX:
                 return element

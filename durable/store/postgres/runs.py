@@ -111,9 +111,7 @@ async def get(db: Database, schema: str, run_ids: Sequence[str]) -> list[RunReco
 
 
 async def children(db: Database, schema: str, run_id: str) -> list[RunRecord]:
-    rows = await db.all(
-        f"SELECT {_COLUMNS} FROM {schema}.runs WHERE parent_run_id = %s ORDER BY number", [run_id]
-    )
+    rows = await db.all(f"SELECT {_COLUMNS} FROM {schema}.runs WHERE parent_run_id = %s ORDER BY number", [run_id])
     return [record(row) for row in rows]
 
 

@@ -8,7 +8,7 @@ part of a commit.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 
@@ -19,8 +19,10 @@ from durable.store.interface import Capabilities
 from durable.store.postgres import claims, commits, inbox, journal, retention, runs
 from durable.store.postgres.connection import Address, Database, ask, translate
 from durable.store.postgres.heart import Heart
+from durable.store.postgres.hints import Hints
 from durable.store.postgres.migrate import check_schema, migrate
 from durable.store.records import (
+    AddFire,
     Beat,
     Claim,
     ClaimRequest,
@@ -38,7 +40,10 @@ from durable.store.records import (
     SendOutcome,
     SendStatus,
     StartOutcome,
+    StartRun,
 )
+
+T = TypeVar("T")
 
 
 class PostgresStore:
@@ -64,6 +69,7 @@ class PostgresStore:
         self._allow_weak = allow_weak_durability
         self._db = Database(self._address, pool_max)
         self._heart: Heart | None = None
+        self._hints = Hints(self._address, self._db, self._schema, notifications=notifications)
         self._durable = True
         self._max_payload = max_payload
 
@@ -104,7 +110,11 @@ class PostgresStore:
         fsync, synchronous_commit, standby = rows[0]
         if standby:
             raise StoreError(f"{self._address} is a standby; give the address of the primary")
-        weak = [f"{name} = off" for name, value in (("fsync", fsync), ("synchronous_commit", synchronous_commit)) if value == "off"]
+        weak = [
+            f"{name} = off"
+            for name, value in (("fsync", fsync), ("synchronous_commit", synchronous_commit))
+            if value == "off"
+        ]
         self._durable = not weak
         if weak and not self._allow_weak:
             raise WeakDurability(
@@ -114,6 +124,7 @@ class PostgresStore:
 
     async def close(self) -> None:
         heart, self._heart = self._heart, None
+        await self._hints.close()
         await self._db.close()
         if heart is not None:
             heart.close()
@@ -123,7 +134,11 @@ class PostgresStore:
     async def start(self, runs_: Sequence[NewRun]) -> list[StartOutcome]:
         for new in runs_:
             check_run(new, self._max_payload)
-        return await self._guard(runs.start(self._db, self._schema, runs_))
+        outcomes = await self._guard(runs.start(self._db, self._schema, runs_))
+        self._hints.here()
+        if any(run.owner is None for run in runs_):
+            self._hints.abroad()
+        return outcomes
 
     async def get(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
         return await self._guard(runs.get(self._db, self._schema, run_ids))
@@ -139,7 +154,9 @@ class PostgresStore:
             return []
         refused = {one.run_id: failure for one in batch if (failure := refusal(one, self._max_payload)) is not None}
         if not refused:
-            return await commits.commit(self._db, self._schema, batch)
+            outcomes = await commits.commit(self._db, self._schema, batch)
+            self._hint_of(batch, outcomes)
+            return outcomes
         rest = [one for one in batch if one.run_id not in refused]
         answers = {one.run_id: answer for one, answer in zip(rest, await self.commit(rest), strict=True)}
         for run_id, failure in refused.items():
@@ -150,10 +167,26 @@ class PostgresStore:
         failure = refusal(commit, self._max_payload)
         if failure is not None:
             return CommitOutcome(CommitStatus.FENCED, failure=failure)
-        return await commits.commit_with(self._db, self._schema, work, commit)
+        outcome = await commits.commit_with(self._db, self._schema, work, commit)
+        self._hint_of([commit], [outcome])
+        return outcome
+
+    def _hint_of(self, batch: Sequence[Commit], outcomes: Sequence[CommitOutcome]) -> None:
+        """Runs that were started, and mail for runs that others own, are news to others."""
+        self._hints.here()
+        if not any(one.effects for one in batch):
+            return
+        mine = self._heart.incarnations if self._heart is not None else frozenset()
+        for one, outcome in zip(batch, outcomes, strict=True):
+            if not mine.issuperset(outcome.wake) or any(isinstance(e, (StartRun, AddFire)) for e in one.effects):
+                self._hints.abroad()
+                return
 
     async def requeue(self, run_id: str, *, commit_id: str, entry: Entry, activity: str) -> RunRecord | None:
-        return await self._guard(commits.requeue(self._db, self._schema, run_id, commit_id, entry, activity))
+        run = await self._guard(commits.requeue(self._db, self._schema, run_id, commit_id, entry, activity))
+        self._hints.here()
+        self._hints.abroad()
+        return run
 
     # ------------------------------------------------------------------ claims
 
@@ -166,12 +199,16 @@ class PostgresStore:
         await self._guard(claims.leave(self._db, self._schema, incarnation))
         if self._heart is not None:
             self._heart.forget(incarnation)
+        self._hints.here()
+        self._hints.abroad()
 
     async def claim(self, request: ClaimRequest) -> Claim:
         return await self._guard(claims.claim(self._db, self._schema, request))
 
     async def release(self, runs_: Sequence[tuple[str, int]]) -> None:
-        await self._guard(claims.release(self._db, self._schema, runs_))
+        if await self._guard(claims.release(self._db, self._schema, runs_)):
+            self._hints.here()
+            self._hints.abroad()
 
     async def owned(self, incarnation: str) -> list[tuple[str, int]]:
         return await self._guard(claims.owned(self._db, self._schema, incarnation))
@@ -181,7 +218,11 @@ class PostgresStore:
     async def send(self, messages: Sequence[Message]) -> list[SendOutcome]:
         for message in messages:
             check_message(message, self._max_payload)
-        return await self._guard(inbox.send(self._db, self._schema, messages))
+        outcomes = await self._guard(inbox.send(self._db, self._schema, messages))
+        if any(outcome.status is SendStatus.ACCEPTED for outcome in outcomes):
+            self._hints.here()
+            self._hints.abroad()
+        return outcomes
 
     async def unread(self, incarnation: str) -> list[str]:
         return await self._guard(inbox.unread(self._db, self._schema, incarnation))
@@ -208,9 +249,9 @@ class PostgresStore:
     # ------------------------------------------------------------------ hints
 
     def listen(self, on_hint: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None
+        return self._hints.listen(on_hint)
 
-    async def _guard(self, call: Awaitable[Any]) -> Any:
+    async def _guard(self, call: Awaitable[T]) -> T:
         """The driver's errors leave as ours."""
         try:
             return await call

@@ -10,15 +10,23 @@ from typing import Any
 
 from msgspec import Struct
 
-from durable.store.records import Beat, Claim, ClaimedRun, ClaimRequest, RunRecord
+from durable.store.records import Beat, Claim, ClaimedRun, ClaimRequest, Route, RunRecord
 from durable.store.sqlite import runs
 from durable.store.sqlite.connection import atomic
 from durable.store.sqlite.schema import DUE
 from durable.store.sqlite.statements import execute_values, fetch_packed, listed
 
 _NOTHING = Claim([], None)
-_ROUTES = "(workflow, version) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"
+_ROUTES = (
+    "(workspace, workflow, version) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),"
+    " json_extract(value, '$[2]') FROM json_each(?))"
+)
 _UNPARKED = "activity NOT IN ('paused', 'blocked')"
+
+
+def _listed(routes: Sequence[Route]) -> str:
+    """A parameter for `_ROUTES`, in the order of the due index."""
+    return listed([(route.workspace, route.workflow, route.version) for route in routes])
 
 
 class Taken(Struct, frozen=True):
@@ -68,7 +76,7 @@ def claim(
     cx: sqlite3.Connection, request: ClaimRequest, now: int, vanished: Callable[[Sequence[str]], Sequence[str]]
 ) -> Taken:
     """`vanished` says which of these incarnations, leases still running, are known to be gone."""
-    routes = listed([(route.workflow, route.version) for route in request.routes])
+    routes = _listed(request.routes)
     with atomic(cx):
         gone = _gone_owners(cx, request.incarnation, now, vanished)
         if gone is None:
@@ -77,7 +85,7 @@ def claim(
         if request.blocked:
             return Taken(_claim_blocked(cx, request, routes, now), dead)
         orphans = _orphans(cx, gone, routes, request.limit)
-        due, next_due_at = _due(cx, request, now)
+        due, next_due_at = _due(cx, request, routes, now)
         candidates = sorted(orphans + due)
         if len(candidates) > request.limit:
             next_due_at = now
@@ -151,23 +159,27 @@ def _orphans(cx: sqlite3.Connection, gone: Sequence[str], routes: str, limit: in
     return [(-priority, wake_at or 0, number, activity == "executing") for number, priority, wake_at, activity in rows]
 
 
-def _due(cx: sqlite3.Connection, request: ClaimRequest, now: int) -> tuple[list[_Candidate], int | None]:
+def _due(cx: sqlite3.Connection, request: ClaimRequest, routes: str, now: int) -> tuple[list[_Candidate], int | None]:
     """The best due runs of each lane (route and priority), and when the next falls due. Each lane is one seek in the
     due index, so neither a long backlog nor many sleepers are ever walked through."""
     if not request.routes:
         return [], None
-    lane = f"x.workflow = lanes.workflow AND x.version = lanes.version AND x.{DUE.replace(' AND ', ' AND x.')}"
+    lane = (
+        "x.workspace = lanes.workspace AND x.workflow = lanes.workflow AND x.version = lanes.version"
+        f" AND x.{DUE.replace(' AND ', ' AND x.')}"
+    )
     text = f"""
         WITH RECURSIVE
         routes AS (
-          SELECT DISTINCT json_extract(value, '$[0]') AS workflow, json_extract(value, '$[1]') AS version
+          SELECT DISTINCT json_extract(value, '$[0]') AS workspace, json_extract(value, '$[1]') AS workflow,
+            json_extract(value, '$[2]') AS version
           FROM json_each(:routes)),
-        lanes(workflow, version, priority) AS (
-          SELECT workflow, version, (
+        lanes(workspace, workflow, version, priority) AS (
+          SELECT workspace, workflow, version, (
             SELECT max(x.priority) FROM runs x WHERE {lane.replace("lanes.", "routes.")})
           FROM routes
           UNION ALL
-          SELECT workflow, version, (
+          SELECT workspace, workflow, version, (
             SELECT max(x.priority) FROM runs x WHERE {lane} AND x.priority < lanes.priority)
           FROM lanes WHERE priority IS NOT NULL)
         SELECT
@@ -181,7 +193,6 @@ def _due(cx: sqlite3.Connection, request: ClaimRequest, now: int) -> tuple[list[
           (SELECT min((
              SELECT min(x.wake_at) FROM runs x
              WHERE {lane} AND x.priority = lanes.priority AND x.wake_at > :now)) FROM lanes)"""
-    routes = listed([(route.workflow, route.version) for route in request.routes])
     found, next_due_at = cx.execute(text, {"routes": routes, "now": now, "most": request.limit + 1}).fetchone()
     return [(priority, wake_at, number, False) for priority, wake_at, number in json.loads(found)], next_due_at
 

@@ -27,6 +27,8 @@ except ImportError:  # pragma: no cover - Windows
 DUE = "owner IS NULL AND status = 'active' AND activity NOT IN ('paused', 'blocked')"
 """Word for word the condition of the due index, or SQLite does not use it."""
 
+_DUE_INDEX = f"CREATE INDEX runs_due ON runs (workspace, workflow, version, priority DESC, wake_at) WHERE {DUE}"
+
 _TABLES = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
@@ -65,10 +67,11 @@ CREATE TABLE runs (
     status <> 'active' OR owner IS NOT NULL OR wake_at IS NOT NULL OR activity IN ('paused', 'blocked'))
 );
 CREATE UNIQUE INDEX runs_key ON runs (workspace, workflow, idempotency_key) WHERE idempotency_key IS NOT NULL;
-CREATE INDEX runs_due ON runs (workflow, version, priority DESC, wake_at) WHERE {DUE};
+{_DUE_INDEX};
 CREATE INDEX runs_owned ON runs (owner) WHERE owner IS NOT NULL;
 CREATE INDEX runs_blocked ON runs (id) WHERE activity = 'blocked' AND status = 'active';
 CREATE INDEX runs_children ON runs (parent_run_id) WHERE parent_run_id IS NOT NULL;
+CREATE INDEX runs_finished ON runs (workspace, workflow, finished_at, id) WHERE finished_at IS NOT NULL;
 
 CREATE TABLE big_inputs (run_id TEXT PRIMARY KEY, input BLOB NOT NULL) WITHOUT ROWID;
 
@@ -131,19 +134,31 @@ CREATE TABLE schedule_fires (
   run_id TEXT NOT NULL,
   PRIMARY KEY (schedule_id, occurrence)
 ) WITHOUT ROWID;
+CREATE INDEX schedule_fires_run ON schedule_fires (run_id);
 
 CREATE TABLE engines (incarnation TEXT PRIMARY KEY, expires_at INTEGER NOT NULL, dead INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 
+_MIGRATIONS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    # Engines claim for their workspace alone.
+    (2, ("DROP INDEX IF EXISTS runs_due", _DUE_INDEX)),
+)
+"""In order: the version that is reached, and the statements that lead to it from the one before. Only additions and indexes,
+so that an older program which has the file open goes on working; where it could not, MIN_ENGINE_VERSION rises too."""
+
+MIN_ENGINE_VERSION = 1
+"""The oldest version of the tables whose programs work with these."""
+
+
 def prepare(cx: sqlite3.Connection, path: Path | None, accept_restore: bool, clock: Clock) -> None:
-    """Create or check the tables and raise the generation. Raises StoreTooNew, StoreRestored."""
+    """Create, check or migrate the tables and raise the generation, all or none. Raises StoreTooNew, StoreRestored."""
     with atomic(cx):
         if not fetch_value(cx, "SELECT 1 FROM sqlite_schema WHERE name = 'meta'"):
             _create(cx)
             fresh = True
         else:
-            _check_version(cx)
+            _migrate(cx, _checked_version(cx))
             fresh = False
         generation = int(fetch_value(cx, "SELECT value FROM meta WHERE name = 'generation'"))
         seen = 0 if fresh or path is None else _generation_seen(path)
@@ -167,11 +182,20 @@ def _create(cx: sqlite3.Connection) -> None:
             cx.execute(statement)
     cx.execute(
         "INSERT INTO meta VALUES ('schema_version', ?), ('min_engine_version', ?), ('store_id', ?), ('generation', '0')",
-        (str(SCHEMA_VERSION), str(SCHEMA_VERSION), uuid.uuid4().hex),
+        (str(SCHEMA_VERSION), str(MIN_ENGINE_VERSION), uuid.uuid4().hex),
     )
 
 
-def _check_version(cx: sqlite3.Connection) -> None:
+def _migrate(cx: sqlite3.Connection, found: int) -> None:
+    for version, statements in _MIGRATIONS:
+        if version > found:
+            for statement in statements:
+                cx.execute(statement)
+            cx.execute("UPDATE meta SET value = ? WHERE name = 'schema_version'", (str(version),))
+
+
+def _checked_version(cx: sqlite3.Connection) -> int:
+    """The version of the tables there are. Raises StoreTooNew."""
     found = int(fetch_value(cx, "SELECT value FROM meta WHERE name = 'schema_version'"))
     if found > SCHEMA_VERSION:
         raise StoreTooNew(
@@ -184,6 +208,7 @@ def _check_version(cx: sqlite3.Connection) -> None:
             f"this file asks for engines that know tables of version {needed}, and this one knows {SCHEMA_VERSION}:"
             " upgrade durable here"
         )
+    return found
 
 
 def _sidecar(path: Path) -> Path:

@@ -27,6 +27,7 @@ from durable.store.records import (
     Journal,
     Message,
     NewRun,
+    PruneRequest,
     RunPage,
     RunQuery,
     RunRecord,
@@ -35,7 +36,7 @@ from durable.store.records import (
     StartOutcome,
     StartStatus,
 )
-from durable.store.sqlite import claims, commits, inbox, journal, runs, schema
+from durable.store.sqlite import claims, commits, inbox, journal, retention, runs, schema
 from durable.store.sqlite.connection import Location, connect, translated
 from durable.store.sqlite.lending import Lender
 from durable.store.sqlite.presence import Presence
@@ -291,6 +292,12 @@ class SqliteStore:
 
     async def children(self, run_id: str) -> list[RunRecord]:
         return await self._reader.call(lambda cx: runs.children(cx, run_id))
+
+    # ------------------------------------------------------------------ retention
+
+    async def prune(self, request: PruneRequest) -> int:
+        # Alone: whoever shared the transaction would wait for all these deletions.
+        return await self._writer.call(lambda cx: retention.prune(cx, request, self._clock.now()), alone=True)
 
     # ------------------------------------------------------------------ hints
 

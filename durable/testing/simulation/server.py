@@ -27,6 +27,7 @@ from durable.store.records import (
     Journal,
     Message,
     NewRun,
+    PruneRequest,
     RunPage,
     RunQuery,
     RunRecord,
@@ -361,6 +362,9 @@ class Connection:
 
     async def children(self, run_id: str) -> list[RunRecord]:
         return await self._call("children", lambda: self.server.base.children(run_id))
+
+    async def prune(self, request: PruneRequest) -> int:
+        return await self._call("prune", lambda: self.server.base.prune(request), effect=True)
 
     def listen(self, on_hint: Callable[[], None]) -> Callable[[], None]:
         pair = (self, on_hint)

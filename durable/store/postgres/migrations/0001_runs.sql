@@ -449,6 +449,28 @@ BEGIN
   alive := FOUND;
 END $$;
 
+-- The lanes of these routes that have due or waiting runs: a lane is a route and a priority, each found by one seek in the
+-- due index, so that neither a long backlog nor many sleepers are ever walked through.
+CREATE FUNCTION @schema@.lanes(p_workspaces text[], p_workflows text[], p_versions text[])
+RETURNS TABLE (workspace text, workflow text, version text, priority integer) LANGUAGE sql STABLE
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET enable_bitmapscan = off
+AS $$
+  WITH RECURSIVE lanes AS (
+    SELECT w.workspace, w.workflow, w.version, (
+      SELECT max(x.priority) FROM @schema@.runs x
+      WHERE x.workspace = w.workspace AND x.workflow = w.workflow AND x.version = w.version
+        AND x.owner IS NULL AND x.status = 'active' AND x.activity NOT IN ('paused', 'blocked')) AS priority
+    FROM (SELECT DISTINCT * FROM unnest(p_workspaces, p_workflows, p_versions)) w(workspace, workflow, version)
+    UNION ALL
+    SELECT l.workspace, l.workflow, l.version, (
+      SELECT max(x.priority) FROM @schema@.runs x
+      WHERE x.workspace = l.workspace AND x.workflow = l.workflow AND x.version = l.version
+        AND x.owner IS NULL AND x.status = 'active' AND x.activity NOT IN ('paused', 'blocked')
+        AND x.priority < l.priority)
+    FROM lanes l WHERE l.priority IS NOT NULL)
+  SELECT l.workspace, l.workflow, l.version, l.priority FROM lanes l WHERE l.priority IS NOT NULL
+$$;
+
 -- Take due runs and runs of engines that are gone. Returns their ids in order of claiming, which of them had crashed, and
 -- when the next falls due.
 CREATE FUNCTION @schema@.claim_runs(
@@ -460,7 +482,6 @@ AS $$
 DECLARE
   v_now bigint := @schema@.now_us();
   v_next bigint;
-  v_more boolean;
   v_gone text[];
 BEGIN
   ids := '{}';
@@ -473,7 +494,7 @@ BEGIN
   FROM @schema@.bury(p_incarnation, p_workspaces, p_workflows, p_versions, p_confirm_us, v_now) b;
 
   IF p_blocked THEN
-    SELECT coalesce(array_agg(f.id ORDER BY f.id), '{}') INTO ids FROM (
+    SELECT coalesce(array_agg(f.id ORDER BY f.id), '{}'), coalesce(array_agg(false), '{}') INTO ids, crashed FROM (
       SELECT r.id FROM @schema@.runs r
       WHERE r.activity = 'blocked' AND r.status = 'active' AND r.owner IS NULL AND r.id > p_after
         AND EXISTS (SELECT 1 FROM unnest(p_workspaces, p_workflows, p_versions) w(workspace, workflow, version)
@@ -481,29 +502,13 @@ BEGIN
       ORDER BY r.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) f;
     next_due_at := NULL;
   ELSE
-    WITH RECURSIVE
-    routes AS (
-      SELECT DISTINCT workspace, workflow, version
-      FROM unnest(p_workspaces, p_workflows, p_versions) w(workspace, workflow, version)),
-    -- A lane is a route and a priority. Each is one seek in the due index: no backlog and no sleepers are walked through.
-    lanes AS (
-      SELECT w.workspace, w.workflow, w.version, (
-        SELECT max(x.priority) FROM @schema@.runs x
-        WHERE x.workspace = w.workspace AND x.workflow = w.workflow AND x.version = w.version
-          AND x.owner IS NULL AND x.status = 'active' AND x.activity NOT IN ('paused', 'blocked')) AS priority
-      FROM routes w
-      UNION ALL
-      SELECT l.workspace, l.workflow, l.version, (
-        SELECT max(x.priority) FROM @schema@.runs x
-        WHERE x.workspace = l.workspace AND x.workflow = l.workflow AND x.version = l.version
-          AND x.owner IS NULL AND x.status = 'active' AND x.activity NOT IN ('paused', 'blocked')
-          AND x.priority < l.priority)
-      FROM lanes l WHERE l.priority IS NOT NULL),
+    WITH lanes AS MATERIALIZED (SELECT * FROM @schema@.lanes(p_workspaces, p_workflows, p_versions)),
     orphans AS (
       SELECT r.id, r.priority, r.wake_at, r.number, r.activity = 'executing' AS crashed
-      FROM @schema@.runs r JOIN routes w ON r.workspace = w.workspace AND r.workflow = w.workflow AND r.version = w.version
+      FROM @schema@.runs r JOIN (SELECT DISTINCT * FROM unnest(p_workspaces, p_workflows, p_versions)) w(
+        workspace, workflow, version) ON r.workspace = w.workspace AND r.workflow = w.workflow AND r.version = w.version
       WHERE r.owner = ANY (v_gone) AND r.activity NOT IN ('paused', 'blocked')
-      ORDER BY r.priority DESC, r.wake_at NULLS FIRST LIMIT p_limit + 1 FOR NO KEY UPDATE OF r SKIP LOCKED),
+      ORDER BY r.priority DESC, r.wake_at NULLS FIRST LIMIT p_limit FOR NO KEY UPDATE OF r SKIP LOCKED),
     due AS (
       SELECT d.id, d.priority, d.wake_at, d.number, false AS crashed
       FROM lanes l CROSS JOIN LATERAL (
@@ -511,21 +516,30 @@ BEGIN
         WHERE x.workspace = l.workspace AND x.workflow = l.workflow AND x.version = l.version
           AND x.owner IS NULL AND x.status = 'active' AND x.activity NOT IN ('paused', 'blocked')
           AND x.priority = l.priority AND x.wake_at <= v_now
-        ORDER BY x.wake_at, x.number LIMIT p_limit + 1 FOR NO KEY UPDATE SKIP LOCKED) d),
+        ORDER BY x.wake_at, x.number LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) d),
     found AS (
       SELECT c.*, row_number() OVER (ORDER BY c.priority DESC, c.wake_at NULLS FIRST, c.number) AS place
       FROM (SELECT * FROM orphans UNION ALL SELECT * FROM due) c)
     SELECT
       coalesce(array_agg(f.id ORDER BY f.place) FILTER (WHERE f.place <= p_limit), '{}'),
       coalesce(array_agg(f.crashed ORDER BY f.place) FILTER (WHERE f.place <= p_limit), '{}'),
-      count(*) > p_limit,
       (SELECT min((
          SELECT min(x.wake_at) FROM @schema@.runs x
          WHERE x.workspace = l.workspace AND x.workflow = l.workflow AND x.version = l.version
            AND x.owner IS NULL AND x.status = 'active' AND x.activity NOT IN ('paused', 'blocked')
            AND x.priority = l.priority AND x.wake_at > v_now)) FROM lanes l)
-    INTO ids, crashed, v_more, v_next FROM found f;
-    next_due_at := CASE WHEN v_more THEN v_now ELSE least(next_due_at, v_next) END;
+    INTO ids, crashed, v_next FROM found f;
+    next_due_at := least(next_due_at, v_next);
+    IF cardinality(ids) = p_limit AND EXISTS (
+      SELECT 1 FROM @schema@.lanes(p_workspaces, p_workflows, p_versions) l CROSS JOIN LATERAL (
+        SELECT x.id FROM @schema@.runs x
+        WHERE x.workspace = l.workspace AND x.workflow = l.workflow AND x.version = l.version
+          AND x.owner IS NULL AND x.status = 'active' AND x.activity NOT IN ('paused', 'blocked')
+          AND x.priority = l.priority AND x.wake_at <= v_now
+        ORDER BY x.wake_at LIMIT p_limit + 1) d
+      WHERE d.id <> ALL (ids)) THEN
+      next_due_at := v_now;  -- the limit has cut the list
+    END IF;
   END IF;
 
   IF cardinality(ids) > 0 THEN

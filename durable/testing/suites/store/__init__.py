@@ -19,10 +19,11 @@ from durable.testing.suites.store.commits import CommitTests
 from durable.testing.suites.store.effects import EffectTests
 from durable.testing.suites.store.inbox import InboxTests
 from durable.testing.suites.store.journal import JournalTests
+from durable.testing.suites.store.retention import RetentionTests
 from durable.testing.suites.store.runs import RunTests
 
 __all__ = ["StoreBuilder", "StoreSuite"]
 
 
-class StoreSuite(RunTests, CommitTests, EffectTests, ClaimTests, InboxTests, JournalTests):
+class StoreSuite(RunTests, CommitTests, EffectTests, ClaimTests, InboxTests, JournalTests, RetentionTests):
     """The whole contract."""

@@ -7,7 +7,7 @@ import asyncio
 from durable.core.clock import SECOND
 from durable.protocol.states import Activity, Status
 from durable.store.interface import Store
-from durable.store.records import Claim, ClaimRequest, Commit, CommitStatus, Route
+from durable.store.records import Claim, ClaimRequest, Commit, CommitStatus, Parent, Route, StartRun
 from durable.testing.suites.store.builder import (
     FAR,
     LEASE,
@@ -19,6 +19,7 @@ from durable.testing.suites.store.builder import (
     claimed_ids,
     commit,
     done,
+    entry,
     fenced,
     new,
     read,
@@ -57,6 +58,48 @@ class ClaimTests(Tests):
         answer = await store.claim(ClaimRequest("a", (Route("checkout", "2"), Route("refund", "1")), 10))
         assert sorted(claimed.run.id for claimed in answer.runs) == ["r2", "r3"]
         assert await claimed_ids(store) == ["r1"]
+
+    async def test_other_workspaces_runs_are_left_alone(self, store: Store, builder: StoreBuilder) -> None:
+        """Same workflow, same version, another workspace: due, orphaned and blocked runs are neither claimed nor counted."""
+        now = builder.now()
+        theirs, there = {"workspace": "theirs"}, Route("checkout", "1", "theirs")
+        await begin(store, new("due", **theirs), new("sleeping", wake_at=now + 10, **theirs))
+        await begin(store, new("orphan", owner="gone", **theirs), new("parked", owner="gone", **theirs))
+        await done(store, commit("parked", activity=Activity.PAUSED))
+        await begin(store, new("blocked", owner="b", **theirs))
+        await done(store, suspend("blocked", None, activity=Activity.BLOCKED))
+        before = await store.get(["due", "sleeping", "orphan", "parked", "blocked"])
+        assert await store.claim(ClaimRequest("a", (ROUTE,), 10)) == Claim([], None)
+        assert await claimed_ids(store, blocked=True) == []
+        assert await store.get(["due", "sleeping", "orphan", "parked", "blocked"]) == before
+        await begin(store, new("mine"))
+        assert await claimed_ids(store) == ["mine"]
+        answer = await store.claim(ClaimRequest("a", (ROUTE, there), 10))
+        assert sorted(claimed.run.id for claimed in answer.runs) == ["due", "orphan"]
+        assert {claimed.run.workspace for claimed in answer.runs} == {"theirs"}
+        assert answer.next_due_at == now + 10
+        [taken] = (await store.claim(ClaimRequest("a", (there,), 10, blocked=True))).runs
+        assert taken.run.id == "blocked"
+
+    async def test_a_dead_engine_of_another_workspace_is_left_to_its_own(
+        self, store: Store, builder: StoreBuilder
+    ) -> None:
+        """An expired engine is declared dead by who claims from it, and nobody of another workspace does."""
+        await begin(store, new(owner="a", workspace="theirs"))
+        builder.advance(LEASE / SECOND)
+        store.beat("b", LEASE)
+        assert await claimed_ids(store, "b") == []
+        assert store.beat("a", LEASE).alive
+
+    async def test_a_reopened_run_stays_in_its_workspace(self, store: Store) -> None:
+        """After a requeue, and for a child started with a commit, only engines of that workspace get it."""
+        await begin(store, new(owner="a", workspace="theirs"))
+        child = new("child", workspace="theirs", parent=Parent("r", "c", 0))
+        await done(store, commit("r", status=Status.FAILED, error=b"{}", effects=(StartRun(child),)))
+        await store.requeue("r", commit_id="again", entry=entry(0), activity=Activity.QUEUED.value)
+        assert await claimed_ids(store) == []
+        answer = await store.claim(ClaimRequest("a", (Route("checkout", "1", "theirs"),), 10))
+        assert sorted(claimed.run.id for claimed in answer.runs) == ["child", "r"]
 
     async def test_higher_priority_first_then_older(self, store: Store, builder: StoreBuilder) -> None:
         """Priority descending, then wake time, over all routes, and the limit cuts the end of that order."""
