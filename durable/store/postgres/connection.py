@@ -194,6 +194,9 @@ class Database:
         try:
             yield connection
         except psycopg.Error:
+            if connection.closed:
+                # It may have ended long ago, with all the others: one call hears of it, not one for each of them.
+                self._trusted_from = loop.time()
             raise
         except BaseException:
             # Cancelled, or worse: nobody knows what is still under way on this connection.

@@ -129,7 +129,9 @@ class Heart:
         link = socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM)
 
         def cut() -> None:
-            log.warning("%s has not answered a heartbeat for %.1f s; trying another connection", self._address, patience)
+            log.warning(
+                "%s has not answered a heartbeat for %.1f s; trying another connection", self._address, patience
+            )
             with suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
             self._on_silence(patience)
