@@ -114,7 +114,9 @@ async def main() -> None:
     """Serve until SIGTERM."""
     global LEDGER
     store, LEDGER, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s:%(name)s:%(process)d:%(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s:%(name)s:%(process)d:%(message)s"
+    )
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     clock = WrongClock(settings.pop("skew", 0.0))

@@ -49,10 +49,10 @@ class Frontend:
         self._prepared: dict[bytes, str] = {}
         self._round = Round()
 
-    def feed(self, data: bytes) -> list[tuple[bytes, Round | None | bytes]]:
+    def feed(self, data: bytes) -> list[tuple[bytes, Round | bytes | None]]:
         """Messages in order: the bytes, and what they end: a round, nothing, or (b"N") a plea for encryption."""
         data = self._rest + data
-        found: list[tuple[bytes, Round | None | bytes]] = []
+        found: list[tuple[bytes, Round | bytes | None]] = []
         at = 0
         while True:
             head = 0 if not self._started else 1
@@ -67,7 +67,7 @@ class Frontend:
         self._rest = data[at:]
         return found
 
-    def _startup(self, message: bytes) -> Round | None | bytes:
+    def _startup(self, message: bytes) -> Round | bytes | None:
         code = struct.unpack_from("!i", message, 4)[0]
         if code in (SSL, GSS):
             return b"N"

@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from durable import Durable, RunHandle
 from durable.core.definition import workflow_of
@@ -33,6 +33,7 @@ GRACE = 2.0
 MANY = 200
 """Runs read at once."""
 
+T = TypeVar("T")
 Fact = Callable[[RunRecord], object]
 
 
@@ -45,6 +46,17 @@ def share(times: Sequence[float], part: float) -> float:
     """The time that this part of them stays within: `share(times, 0.99)` is p99."""
     ordered = sorted(times)
     return ordered[min(len(ordered) - 1, int(len(ordered) * part))]
+
+
+async def patiently(read: Callable[[], Awaitable[T]], timeout: float = 20) -> T:
+    """What it reads, once the store is there; a connection that ended while it lay idle is heard of only when it is used."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return await read()
+        except StoreError:
+            assert time.monotonic() < deadline, "the store never came back"
+            await asyncio.sleep(0.02)
 
 
 class Node:
@@ -133,7 +145,13 @@ class Site:
     # ------------------------------------------------------------------ the caller
 
     async def start(
-        self, workflow: Any, input: Any = None, *, key: str | None = None, app: Durable | None = None, patience: float = 30
+        self,
+        workflow: Any,
+        input: Any = None,
+        *,
+        key: str | None = None,
+        app: Durable | None = None,
+        patience: float = 30,
     ) -> RunHandle[Any] | None:
         """Start a run under a key, and write down what came of it. None: nobody knows."""
         key = key or f"key-{len(self.history)}"
@@ -211,7 +229,9 @@ class Site:
             on = {run_id for run_id, r in records.items() if over(r) or r.seq > before[run_id].seq}
             times += [now] * len(on)
             left = [handle for handle in left if handle.id not in on]
-            assert now < timeout, f"{len(left)} runs never went on, {[records.get(h.id) for h in left[:2]]}\n{self.said()}"
+            assert now < timeout, (
+                f"{len(left)} runs never went on, {[records.get(h.id) for h in left[:2]]}\n{self.said()}"
+            )
             await asyncio.sleep(0.02)
         return times
 
@@ -232,7 +252,7 @@ class Site:
         runs = await self._stored(sorted(ids))
         for run_id, stored in runs.items():
             if over(stored.run):
-                told = await self.app.engine.wait(run_id, 5)
+                told = await patiently(lambda run_id=run_id: self.app.engine.wait(run_id, 5))
                 detail = json.dumps([told.status.value, json.loads(told.output or b"null")])
                 self.history.append(Call(len(self.history), "wait", 0, outcome="ok", run_id=run_id, detail=detail))
         return Records(
@@ -253,7 +273,7 @@ class Site:
         ids: set[str] = set()
         cursor: str | None = None
         while True:
-            page = await self.app.find(cursor=cursor, limit=MANY)
+            page = await patiently(lambda cursor=cursor: self.app.find(cursor=cursor, limit=MANY))
             ids |= {record.id for record in page.runs}
             cursor = page.cursor
             if cursor is None:
@@ -264,9 +284,9 @@ class Site:
         found: dict[str, Stored] = {}
         for begin in range(0, len(ids), MANY):
             some = ids[begin : begin + MANY]
-            records = await store.get(some)
-            journals = await store.load(some)  # all of it: nothing here writes logs
-            inboxes = await store.inbox([(run_id, 0) for run_id in some])
+            records = await patiently(lambda some=some: store.get(some))
+            journals = await patiently(lambda some=some: store.load(some))  # all of it: nothing here writes logs
+            inboxes = await patiently(lambda some=some: store.inbox([(run_id, 0) for run_id in some]))
             for run_id, record, journal, inbox in zip(some, records, journals, inboxes, strict=True):
                 if record is not None:
                     found[run_id] = Stored(record, journal.entries, inbox)
@@ -278,7 +298,9 @@ class Site:
         bodies = []
         for run_id, step_id, key, attempt, pid, value in map(json.loads, lines):
             outcome = "" if value is None else "completed"
-            bodies.append(Body(run_id, key, step_id, attempt, str(pid), 0.0, sys.maxsize, False, value, outcome=outcome))
+            bodies.append(
+                Body(run_id, key, step_id, attempt, str(pid), 0.0, sys.maxsize, False, value, outcome=outcome)
+            )
         return bodies
 
     def complaints(self) -> list[str]:
@@ -310,4 +332,3 @@ def leftovers(url: str) -> list[str]:
 def owners(records: Sequence[RunRecord]) -> Counter[str]:
     """How many runs each incarnation has."""
     return Counter(record.owner for record in records if record.owner is not None)
-

@@ -17,7 +17,7 @@ from durable.core.journal import Entry
 from durable.protocol.states import Activity, Status
 from durable.testing.simulation.world import Call, Stored
 from tests.chaos.checker import RULES, Records, check
-from tests.chaos.node import collect, family, load
+from tests.chaos.node import collect, family
 from tests.chaos.site import Site, over
 
 Plant = Callable[[Records], Any]

@@ -6,7 +6,6 @@ Three records that know nothing of each other: what the callers were told, the l
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess

@@ -19,11 +19,10 @@ import psycopg
 import pytest
 
 from durable import Durable, RunHandle
-from durable.core.errors import StoreError
 from durable.store.postgres.embedded import EmbeddedPostgres
 from tests.chaos.node import bulky, waits
 from tests.chaos.proxy import Proxy, executes
-from tests.chaos.site import GRACE, LEASE, Node, Site, over, owners, share
+from tests.chaos.site import GRACE, LEASE, Node, Site, over, owners, patiently, share
 from tests.chaos.traffic import Traffic
 from tests.conftest import Budget
 from tests.postgres_server import SETTINGS, fresh_database
@@ -101,7 +100,9 @@ def named(site: Site, name: str) -> str:
     return f"{site.url}{'&' if '?' in site.url else '?'}application_name={name}"
 
 
-async def orphans_of(site: Site, node: Node, handles: list[RunHandle[Any]]) -> tuple[list[RunHandle[Any]], dict[str, Any]]:
+async def orphans_of(
+    site: Site, node: Node, handles: list[RunHandle[Any]]
+) -> tuple[list[RunHandle[Any]], dict[str, Any]]:
     before = {record.id: record for record in await site.records(handles)}
     return [handle for handle in handles if before[handle.id].owner == node.incarnation], before
 
@@ -172,7 +173,9 @@ async def test_a_stopped_engine_holds_no_lock_and_is_refused_when_it_wakes(site:
 async def test_a_stopped_engine_holds_no_lock_while_a_large_answer_is_on_its_way(site: Site, budget: Budget) -> None:
     """Stopped while it reads what it has claimed, megabytes that it does not take: still nothing is held for it."""
     draw = Random(budget.start)
-    handles = [handle for handle in await asyncio.gather(*(site.start(bulky, "x" * 300_000) for _ in range(100))) if handle]
+    handles = [
+        handle for handle in await asyncio.gather(*(site.start(bulky, "x" * 300_000) for _ in range(100))) if handle
+    ]
     for _ in range(3):
         sleeper = await site.node(via=named(site, "sleeper"), lease=1.0)
         await asyncio.sleep(0.05 * draw.random())
@@ -231,7 +234,7 @@ async def test_the_server_falls_and_rises(site: Site, server: EmbeddedPostgres, 
             await asyncio.to_thread(server.stop, "immediate")
             await asyncio.to_thread(server.start)
             risen = time.monotonic()
-            before = {record.id: record for record in await eventually(lambda: site.records(handles))}
+            before = {record.id: record for record in await patiently(lambda handles=handles: site.records(handles))}
             times = await site.progress(handles, before, risen)
             assert share(times, 0.99) < LEASE + GRACE
             await site.until(handles, over, "all are done")
@@ -329,11 +332,14 @@ async def test_processes_that_die_holding_the_migration_lock(server: EmbeddedPos
     with fresh_database(server.url) as url, Proxy(url) as proxy:
         site = Site(url, tmp_path)
         proxy.latency = 0.05
+        held = (
+            "SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid)"
+            " WHERE locktype = 'advisory' AND granted AND application_name = 'dying'"
+        )
         try:
             for _ in range(2):
                 dying = site.launch(via=proxy.named("dying"))
-                held = "SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
-                await until(lambda: ask(site, held + " AND application_name = 'dying'"), "it holds the lock")
+                await until(lambda: ask(site, held), "it holds the lock")
                 dying.send(signal.SIGKILL)
                 await dying.ended()
             began = time.monotonic()
@@ -393,14 +399,3 @@ async def until(fact: Any, claim: str, timeout: float = 20) -> None:
     while not fact():
         assert time.monotonic() < deadline, f"never came true: {claim}"
         await asyncio.sleep(0.01)
-
-
-async def eventually(read: Any, timeout: float = 20) -> Any:
-    """What it reads, once the store is there."""
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            return await read()
-        except StoreError:
-            assert time.monotonic() < deadline, "the store never came back"
-            await asyncio.sleep(0.02)

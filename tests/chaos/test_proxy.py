@@ -140,13 +140,18 @@ def test_cut_after_within_a_pipeline(proxy: Proxy, postgres_url: str) -> None:
     """Rounds that stand before the doomed one are answered; it has happened all the same."""
     with connect(proxy) as client:
         proxy.cut_after(executes("insert", "things"), times=1)
-        with pytest.raises(psycopg.OperationalError):
+        first = client.cursor()
+
+        def pipelined() -> None:
             with client.pipeline() as pipeline:
-                first = client.execute("SELECT 7")
+                first.execute("SELECT 7")
                 pipeline.sync()
                 client.execute("INSERT INTO things VALUES (1)")
                 pipeline.sync()
                 client.execute("SELECT 8")
+
+        with pytest.raises(psycopg.OperationalError):
+            pipelined()
     assert first.fetchone() == (7,)
     assert stored(postgres_url) == [1]
 

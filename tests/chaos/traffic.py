@@ -22,7 +22,9 @@ PATIENCE = 60.0
 class Traffic:
     """`callers` at once, each with one run at a time. Entered it begins; `stop` lets each finish what it has begun."""
 
-    def __init__(self, site: Site, draw: Random, *, callers: int = 20, seconds: float = 0.1, app: Durable | None = None) -> None:
+    def __init__(
+        self, site: Site, draw: Random, *, callers: int = 20, seconds: float = 0.1, app: Durable | None = None
+    ) -> None:
         self.site = site
         self.app = app or site.app
         self.made: Counter[str] = Counter()
@@ -54,7 +56,9 @@ class Traffic:
         number = 0
         while not self._over.is_set():
             number += 1
-            workflow, input = self._draw.choice([(load, self._seconds)] * 3 + [(family, self._seconds), (collect, SIGNALS)])
+            workflow, input = self._draw.choice(
+                [(load, self._seconds)] * 3 + [(family, self._seconds), (collect, SIGNALS)]
+            )
             handle = await self._start(workflow, input, f"{name}/{number}")
             if workflow is collect:
                 for payload in range(SIGNALS):
