@@ -32,6 +32,8 @@ from durable.store.postgres import packing
 STATEMENT_TIMEOUT_S = 30
 CALL_TIMEOUT_S = 35.0
 """No answer at all for so long, not even the server's own timeout: the link is dead, whatever the socket says."""
+LEND_TIMEOUT_S = 5.0
+"""How long a call waits for a connection."""
 DEADLOCK_TRIES = 5
 
 _SESSION = {
@@ -118,13 +120,13 @@ class Database:
     async def open(self) -> None:
         pool = AsyncConnectionPool(
             self.address.conninfo,
-            min_size=2,
+            min_size=min(2, self._pool_max),
             max_size=self._pool_max,
             open=False,
             configure=self._configure,
             kwargs={"autocommit": True},
             name="durable",
-            timeout=5.0,
+            timeout=LEND_TIMEOUT_S,
             max_lifetime=3600,
             reconnect_timeout=30,
         )
