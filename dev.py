@@ -6,6 +6,7 @@
     python3 dev.py test PATH ...    only that, with pytest's own arguments
     python3 dev.py check            lint, format, types, house rules
     python3 dev.py bench NAME       one benchmark
+    python3 dev.py chaos            random faults on real engines and a real Postgres, for as long as you like
     python3 dev.py lock             write requirements.lock anew
 
 Each command explains itself with --help. The first run makes `.venv`; later runs install only when pyproject.toml or
@@ -110,6 +111,16 @@ def bench(args: list[str]) -> int:
     return call([environment("test"), "-m", f"tests.bench.{args[0]}", *args[1:]])
 
 
+def chaos(args: list[str]) -> int:
+    """chaos [--minutes N] [--seed N]
+
+    Three engines and their callers on a Postgres of their own, with one random fault after another for N minutes
+    (default 5); then everything heals and the verdict is read. Tells faults by kind, runs, and what was violated; a failure
+    prints the moves made, and its seed draws them again.
+    """
+    return call([environment("test"), "-m", "tests.chaos.nemesis", *args])
+
+
 def lock(args: list[str]) -> int:
     """lock
 
@@ -131,7 +142,7 @@ def lock(args: list[str]) -> int:
     return code
 
 
-COMMANDS = {"demo": demo, "test": test, "check": check, "bench": bench, "lock": lock}
+COMMANDS = {"demo": demo, "test": test, "check": check, "bench": bench, "chaos": chaos, "lock": lock}
 
 
 # -- the environment

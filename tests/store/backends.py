@@ -93,6 +93,11 @@ class Proxy:
         for _, writers in self._links:
             self._frozen.update(writers)
 
+    def freeze_answers(self) -> None:
+        """What is asked over the links there are arrives; what is answered does not."""
+        for _, writers in self._links:
+            self._frozen.add(writers[0])
+
     async def cut(self) -> None:
         links, self._links = self._links, []
         for task, _ in links:

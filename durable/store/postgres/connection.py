@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import errors, pq
@@ -31,6 +32,8 @@ from durable.store.postgres import packing
 STATEMENT_TIMEOUT_S = 30
 CALL_TIMEOUT_S = 35.0
 """No answer at all for so long, not even the server's own timeout: the link is dead, whatever the socket says."""
+LEND_TIMEOUT_S = 5.0
+"""How long a call waits for a connection."""
 DEADLOCK_TRIES = 5
 
 _SESSION = {
@@ -108,17 +111,22 @@ class Database:
         self.address = address
         self._pool_max = pool_max
         self._pool: AsyncConnectionPool[Connection] | None = None
+        self._made: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
+        self._lent: dict[Connection, float] = {}
+        """Since when."""
+        self._trusted_from = 0.0
+        """Connections made before are not lent again."""
 
     async def open(self) -> None:
         pool = AsyncConnectionPool(
             self.address.conninfo,
-            min_size=2,
+            min_size=min(2, self._pool_max),
             max_size=self._pool_max,
             open=False,
             configure=self._configure,
             kwargs={"autocommit": True},
             name="durable",
-            timeout=5.0,
+            timeout=LEND_TIMEOUT_S,
             max_lifetime=3600,
             reconnect_timeout=30,
         )
@@ -132,6 +140,23 @@ class Database:
 
     async def _configure(self, connection: Connection) -> None:
         self.address.teach(connection)
+        self._made[connection] = asyncio.get_running_loop().time()
+
+    def distrust(self, patience: float) -> None:
+        """The server has been silent for this many seconds on a connection beside these, which may hang as well: nobody is
+        told when a link is half-open. Those asked for as long are cut, the idle ones never lent again."""
+        now = self._trusted_from = asyncio.get_running_loop().time()
+        for connection, since in self._lent.items():
+            if now - since >= patience:
+                connection.pgconn.finish()
+
+    async def _borrow(self, pool: AsyncConnectionPool[Connection]) -> Connection:
+        while True:
+            connection = await pool.getconn()
+            if self._made.get(connection, 0.0) >= self._trusted_from:
+                return connection
+            connection.pgconn.finish()
+            await pool.putconn(connection)
 
     async def one(self, query: str, parameters: Sequence[Any] = ()) -> Row:
         """The only row of an answer that has one."""
@@ -166,13 +191,18 @@ class Database:
         if pool is None:
             raise StoreError(f"{self.address} is not open; await store.open() first")
         try:
-            connection = await pool.getconn()
+            connection = await self._borrow(pool)
         except (PoolTimeout, PoolClosed) as error:
             raise StoreUnavailable(f"{self.address} cannot be reached, or all connections are busy ({error})") from None
-        watchdog = asyncio.get_running_loop().call_later(CALL_TIMEOUT_S, connection.pgconn.finish)
+        loop = asyncio.get_running_loop()
+        self._lent[connection] = loop.time()
+        watchdog = loop.call_later(CALL_TIMEOUT_S, self.distrust, CALL_TIMEOUT_S)
         try:
             yield connection
         except psycopg.Error:
+            if connection.closed:
+                # It may have ended long ago, with all the others: one call hears of it, not one for each of them.
+                self._trusted_from = loop.time()
             raise
         except BaseException:
             # Cancelled, or worse: nobody knows what is still under way on this connection.
@@ -180,6 +210,7 @@ class Database:
             raise
         finally:
             watchdog.cancel()
+            del self._lent[connection]
             if not connection.closed and connection.info.transaction_status != pq.TransactionStatus.IDLE:
                 connection.pgconn.finish()
             await pool.putconn(connection)

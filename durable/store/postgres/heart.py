@@ -3,6 +3,9 @@
 The server frees the lock when the connection ends, so a killed engine is seen at once and not when its lease is over. A
 thread waits on the socket between beats, so a connection that the server has closed is replaced at once too, and the lock
 is free for no longer than a claimer takes to be sure. It is only a hint: the lease and the epoch decide.
+
+The driver waits for an answer for as long as the socket lives, and over a half-open link that is for ever; so every question
+has a bound, and breaking it still leaves time to beat over a new connection before the lease is over.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import logging
 import os
 import select
+import socket
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import psycopg
 
@@ -22,12 +27,19 @@ from durable.store.records import Beat
 log = logging.getLogger("durable.store.postgres")
 
 RETRY_S = 0.1
+PATIENCE_SHARE = 1 / 3
+"""Of the lease: how long a question may go unanswered."""
+LEAST_PATIENCE_S = 1.0
 
 
 class Heart:
     """One connection for the heartbeats of all engines that use this store object."""
 
-    def __init__(self, address: Address, schema: str, *, presence: bool) -> None:
+    def __init__(
+        self, address: Address, schema: str, *, presence: bool, on_silence: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """`on_silence`: the server has not answered for so many seconds. Called from any thread."""
+        self._on_silence = on_silence
         self._address = address
         self._schema = schema
         self._presence = presence
@@ -40,6 +52,7 @@ class Heart:
         self._watcher: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
         self._closed = False
+        self._patience = LEAST_PATIENCE_S
 
     @property
     def incarnations(self) -> frozenset[str]:
@@ -53,15 +66,17 @@ class Heart:
                 raise StoreError(f"{self._address} is not open; await store.open() first")
             if incarnation not in self._held:
                 self._hold(incarnation)
+            self._patience = max(LEAST_PATIENCE_S, lease_us / 1_000_000 * PATIENCE_SHARE)
             try:
                 fresh = self._connection is None
                 connection = self._connect()
-                if not fresh and self._presence:
-                    self._lock(connection, incarnation)
-                row = connection.execute(
-                    f"SELECT now_us, alive FROM {self._schema}.beat(%s, %s, %s)",
-                    [incarnation, lease_us, self._presence],
-                ).fetchone()
+                with self._bounded(connection):
+                    if not fresh and self._presence:
+                        self._lock(connection, incarnation)
+                    row = connection.execute(
+                        f"SELECT now_us, alive FROM {self._schema}.beat(%s, %s, %s)",
+                        [incarnation, lease_us, self._presence],
+                    ).fetchone()
             except psycopg.Error as error:
                 self._drop()
                 raise translate(error, str(self._address)) from error
@@ -71,7 +86,7 @@ class Heart:
             return Beat(row[0], row[1])
 
     def forget(self, incarnation: str) -> None:
-        """It has left: its lock goes."""
+        """It has left: its lock goes. Waits for the server, so not on a loop's thread."""
         with self._mutex:
             if incarnation not in self._held:
                 return
@@ -79,9 +94,10 @@ class Heart:
             self._locked.discard(incarnation)
             if self._connection is not None and self._presence:
                 try:
-                    self._connection.execute(
-                        f"SELECT pg_advisory_unlock({self._schema}.presence_key(%s))", [incarnation]
-                    )
+                    with self._bounded(self._connection):
+                        self._connection.execute(
+                            f"SELECT pg_advisory_unlock({self._schema}.presence_key(%s))", [incarnation]
+                        )
                 except psycopg.Error:
                     self._drop()
 
@@ -100,10 +116,35 @@ class Heart:
             self._connection = connection = self._address.connect_now()
             self._locked = set()
             if self._presence:
-                for incarnation in self._held:
-                    self._lock(connection, incarnation)
+                with self._bounded(connection):
+                    for incarnation in self._held:
+                        self._lock(connection, incarnation)
                 self._watch()
         return self._connection
+
+    @contextmanager
+    def _bounded(self, connection: psycopg.Connection[Row]) -> Iterator[None]:
+        """Cut the connection if it is not done in time: whoever waits on it hears of that at once."""
+        # A handle of ours: by then the driver's number may be another socket's.
+        link = socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+
+        def cut() -> None:
+            log.warning(
+                "%s has not answered a heartbeat for %.1f s; trying another connection", self._address, patience
+            )
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            self._on_silence(patience)
+
+        patience = self._patience
+        timer = threading.Timer(patience, cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            link.close()
 
     def _lock(self, connection: psycopg.Connection[Row], incarnation: str) -> None:
         if incarnation in self._locked:

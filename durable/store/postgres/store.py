@@ -7,6 +7,7 @@ part of a commit.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -119,7 +120,13 @@ class PostgresStore:
         finally:
             await connection.close()
         await self._db.open()
-        self._heart = Heart(self._address, self._schema, presence=self._notifications)
+        loop = asyncio.get_running_loop()
+
+        def silence(seconds: float) -> None:
+            with suppress(RuntimeError):  # the loop has gone
+                loop.call_soon_threadsafe(self._db.distrust, seconds)
+
+        self._heart = Heart(self._address, self._schema, presence=self._notifications, on_silence=silence)
 
     async def _make_partitions(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Nothing depends on it: rows of a month without a partition stand in the default one."""
@@ -152,7 +159,7 @@ class PostgresStore:
         await self._hints.close()
         await self._db.close()
         if heart is not None:
-            heart.close()
+            await asyncio.to_thread(heart.close)
 
     # ------------------------------------------------------------------ runs
 
@@ -223,7 +230,7 @@ class PostgresStore:
     async def leave(self, incarnation: str) -> None:
         await self._guard(claims.leave(self._db, self._schema, incarnation))
         if self._heart is not None:
-            self._heart.forget(incarnation)
+            await asyncio.to_thread(self._heart.forget, incarnation)
         self._hints.here()
         self._hints.abroad()
 

@@ -21,7 +21,7 @@ from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, SIGNAL,
 from durable.core.replay import Machine
 from durable.protocol.states import TERMINAL, Status
 from durable.testing.programs import PROGRAM
-from durable.testing.simulation.programs import RETRY, WORKFLOWS
+from durable.testing.simulation.programs import RETRY
 from durable.testing.simulation.world import EPOCH, Evidence, Stored
 
 ENDS = frozenset(status.value for status in TERMINAL)
@@ -294,7 +294,7 @@ def replays(evidence: Evidence) -> Iterator[str]:
             continue
         if _may_block(evidence, run.tags) and any(entry.name == "bad" for entry in journal):
             continue  # it began and ended under the bad deploy, which is gone
-        machine = _machine(stored)
+        machine = _machine(stored, evidence)
         entries = _until_the_end(journal)
         try:
             machine.replay(entries)
@@ -341,7 +341,7 @@ def behind_the_barrier(evidence: Evidence) -> Iterator[str]:
     for run_id, stored in evidence.runs.items():
         if any(entry.kind == RUN and entry.status in ("requeued", "blocked") for entry in stored.journal):
             continue
-        causes, early = _relive(stored)
+        causes, early = _relive(stored, evidence)
         yield from early
         sent: dict[tuple[str, int], int] = {}
         for entry in stored.journal:
@@ -359,13 +359,13 @@ def behind_the_barrier(evidence: Evidence) -> Iterator[str]:
                 )
 
 
-def _relive(stored: Stored) -> tuple[dict[str, int], list[str]]:
+def _relive(stored: Stored, evidence: Evidence) -> tuple[dict[str, int], list[str]]:
     """Drive the program live with the entries it was given: by which entry each step was asked for, and timers that
     fired early."""
     run_id = stored.run.id
     causes: dict[str, int] = {}
     early: list[str] = []
-    machine = _machine(stored)
+    machine = _machine(stored, evidence)
     try:
         for entry in stored.journal:
             if not entry.delivers or machine.outcome is not None:
@@ -384,10 +384,11 @@ def _relive(stored: Stored) -> tuple[dict[str, int], list[str]]:
     return causes, early
 
 
-def _machine(stored: Stored) -> Machine:
+def _machine(stored: Stored, evidence: Evidence) -> Machine:
     run = stored.run
+    definition = workflow_of(evidence.workflows[run.workflow])
     generation = sum(1 for entry in stored.journal if entry.kind == RUN and entry.status == "requeued")
-    return Machine(workflow_of(WORKFLOWS[run.workflow]), run_id=run.id, input=run.input, generation=generation)
+    return Machine(definition, run_id=run.id, input=run.input, generation=generation)
 
 
 def _message(error: bytes | None) -> Any:

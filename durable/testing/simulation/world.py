@@ -9,12 +9,12 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from random import Random
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from durable.core.clock import SECOND, Clock
 from durable.core.errors import (
@@ -96,6 +96,8 @@ class Evidence(Struct):
     """Why the simulation could not go on, if so."""
     healed_at: float = 0.0
     ended_at: float = 0.0
+    workflows: Mapping[str, Any] = field(default_factory=lambda: WORKFLOWS)
+    """What ran, by name: the rules replay it."""
 
 
 class Report(Struct):
