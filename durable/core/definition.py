@@ -22,6 +22,7 @@ from durable.core import payload
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, PayloadError, ReservedId
 from durable.core.options import RemoteOptions
+from durable.core.retention import Retention, retention_of
 from durable.core.retry import RetryPolicy
 
 Factory = Callable[[type[Any]], Any]
@@ -107,6 +108,8 @@ class WorkflowDefinition(_Definition):
     priority: int = 0
     dead_letter_workflow: str | None = None
     """Started for each run of this workflow that is dead; None: the application's default."""
+    retention: Retention | None = None
+    """How long its finished runs are kept; None: as the application says. The latest version's counts."""
     factory: Factory | None = field(default=None, repr=False)
 
     def call(self, ctx: Any, data: bytes) -> Coroutine[Any, Any, Any]:
@@ -192,6 +195,7 @@ def workflow(
     category: str | None = None,
     priority: int = 0,
     dead_letter_workflow: Any = None,
+    retention: Retention | Duration | None = None,
 ) -> Callable[[T], T]: ...
 def workflow(
     name: Any = None,
@@ -202,6 +206,7 @@ def workflow(
     category: str | None = None,
     priority: int = 0,
     dead_letter_workflow: Any = None,
+    retention: Retention | Duration | None = None,
 ) -> Any:
     """Make an async function `(ctx, input?)`, or a class with `async def run(self, ctx, input?)`, a workflow."""
     scope = _Scope.of(sys._getframe(1))
@@ -223,6 +228,7 @@ def workflow(
             category=category,
             priority=_priority(priority, shape),
             dead_letter_workflow=workflow_name(dead_letter_workflow),
+            retention=retention_of(retention),
         )
         setattr(target, _WORKFLOW, definition)
         return target

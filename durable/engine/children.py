@@ -105,13 +105,19 @@ async def _ask(executor: Executor, run: Resident, command: StartChild) -> None:
     while not run.dropped:
         try:
             child = (await store.get([command.child_id]))[0]
-            if child is not None and child.status in TERMINAL:
-                final = Final(child.status, child.output, child.error)
+            if child is None or child.status in TERMINAL:
+                final = _forgotten(command) if child is None else Final(child.status, child.output, child.error)
                 parent = Parent(run.run_id, command.key, command.ordinal)
-                await store.send([tell_parent(child.id, child.workspace, parent, final).message])
+                await store.send([tell_parent(command.child_id, run.workspace, parent, final).message])
                 executor.on_mail(run)
             break
         except StoreError:
             await asyncio.sleep(RETRY_SECONDS)
     run.asking -= 1
     executor.wake(run)
+
+
+def _forgotten(command: StartChild) -> Final:
+    """It was started, so it was there; while this parent was closed nothing kept it from being deleted."""
+    message = f"The child run {command.child_id} ended while its parent was closed, and was deleted since (retention)."
+    return Final(Status.FAILED, None, encode_error(ErrorData(message=message, retryable=False)))

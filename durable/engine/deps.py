@@ -9,6 +9,7 @@ from durable.control_plane.interface import ControlPlane
 from durable.core.clock import Clock
 from durable.core.ids import Ids
 from durable.core.registry import Registry
+from durable.core.retention import Retention
 from durable.core.step import StepObserver
 from durable.store.interface import Store
 from durable.store.records import DEFAULT_WORKSPACE
@@ -49,6 +50,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How long others go before a transport that failed; twice as long each time that it fails again."""
     reconcile: float = 86_400.0
     """The wake time of a run that waits for something without a time of its own: a safety net."""
+    retention: Retention | None = None
+    """How long finished runs are kept, where their workflow does not say. None: for ever."""
+    retention_every: float = 60.0
+    """How often this engine looks for finished runs to delete, give or take a quarter; never where no rule asks for it."""
     threads: bool = True
     """False: the heartbeat runs as a task on the loop and plain `def` bodies run in place (the simulation)."""
     body_threads: int = 32
@@ -75,6 +80,7 @@ DURATIONS = frozenset(
         "dispatch_timeout",
         "cool_down",
         "reconcile",
+        "retention_every",
     ]
 )
 """Settings in seconds."""

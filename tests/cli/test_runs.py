@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,63 @@ def test_a_file_that_is_no_store_is_told(tmp_path: Path) -> None:
     assert result.exit_code == 5
     assert "is not an SQLite database" in result.stderr
     assert file.read_text().startswith("Dear Ann")
+
+
+@pytest.mark.parametrize(("url", "extra"), [("postgres", "embedded-postgres"), ("postgresql://nowhere/x", "postgres")])
+def test_postgres_without_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, extra: str) -> None:
+    """Where psycopg is not installed the sentence (5) says what to install."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".durable" / "postgres").mkdir(parents=True)
+    for name in [name for name in sys.modules if name.startswith(("psycopg", "durable.store.postgres"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    result = World(url).run("runs", "list")
+    assert result.exit_code == 5, result.output
+    assert f"pip install 'durable[{extra}]'" in result.stderr
+
+
+def test_a_private_postgres_is_not_made_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--store postgres` where `durable dev` made none is a sentence (3); looking makes nothing."""
+    monkeypatch.chdir(tmp_path)
+    result = World("postgres").run("runs", "list")
+    assert result.exit_code == 3
+    assert World("postgres").run("doctor").exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ prune
+
+
+def test_prune_deletes_what_is_finished_and_nothing_else(own_world: World) -> None:
+    """Bounds are obeyed and ANDed with the workflow; active runs stay; the number is said."""
+    world = own_world
+    active = {run["id"] for run in world.json("runs", "list", "--status", "active")["runs"]}
+    before = {run["id"] for run in world.json("runs", "list")["runs"]}
+    assert world.json("runs", "prune", "--older-than", "1d", "--yes") == {"deleted": 0}
+    assert world.json("runs", "prune", "--keep", "1000", "--yes") == {"deleted": 0}
+    assert world.json("runs", "prune", "--keep", "0", "--workflow", "evil", "--yes") == {"deleted": 1}
+    assert {run["id"] for run in world.json("runs", "list")["runs"]} == before - {world["evil"]}
+    result = world.run("runs", "prune", "--older-than", "0s", "--yes")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("finished runs deleted.\n")
+    assert active <= {run["id"] for run in world.json("runs", "list")["runs"]}
+    assert world.json("runs", "list", "--status", "dead")["runs"] == []
+    assert world.run("runs", "show", world["evil"]).exit_code == 3
+
+
+def test_prune_asks_first(own_world: World) -> None:
+    """Without --yes it asks; any other answer deletes nothing and says so."""
+    world = own_world
+    before = world.json("runs", "list")
+    refused = world.run("runs", "prune", "--keep", "0", input="n\n")
+    assert refused.exit_code == 4
+    assert "Nothing was deleted" in refused.output
+    assert world.json("runs", "list") == before
+    assert world.run("runs", "prune", "--keep", "0", input="y\n").exit_code == 0
+    assert world.json("runs", "list") != before
+
+
+@pytest.mark.parametrize("arguments", [[], ["--older-than", "a month"], ["--keep", "-1"]])
+def test_prune_wants_a_bound(world: World, arguments: list[str]) -> None:
+    """Without a bound that can be understood it is a mistake of usage, and nothing is asked of the store."""
+    assert world.run("runs", "prune", "--yes", *arguments).exit_code == 2

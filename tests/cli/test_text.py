@@ -94,3 +94,12 @@ def test_times_are_told_from_now() -> None:
     assert text.ago(now + 5 * SECOND, now) == "in 5 s"
     assert text.ago(now - 1, now) == "just now"
     assert text.iso(now + 5) == "2023-11-14T22:13:20.000005Z"
+
+
+def test_a_password_is_not_shown() -> None:
+    """A store's URL is shown without what would open it, wherever it stands."""
+    assert text.shown_url("postgresql://ann:s3:cret@db.example/shop") == "postgresql://ann:***@db.example/shop"
+    shown = text.shown_url("postgresql:///shop?user=ann&password=s3cret&port=1&sslpassword=x")
+    assert shown == "postgresql:///shop?user=ann&password=***&port=1&sslpassword=***"
+    for url in ("sqlite:///runs.db", "postgresql://ann@db.example:5432/shop", "postgresql://db.example:5432/a@b"):
+        assert text.shown_url(url) == url

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from durable.control_plane.interface import ControlPlane
 from durable.control_plane.local import LocalControlPlane
 from durable.testing.suites.control_plane import ControlPlaneSuite
@@ -18,3 +20,16 @@ class TestLocalControlPlane(ControlPlaneSuite):
 class TestEventEmitterAsControlPlane(ControlPlaneSuite):
     async def build(self) -> Callable[[], ControlPlane]:
         return EventEmitterTransport().peer
+
+
+class TestPostgres(ControlPlaneSuite):
+    url = ""
+
+    @pytest.fixture(autouse=True)
+    def _database(self, postgres_url: str) -> None:
+        self.url = postgres_url
+
+    async def build(self) -> Callable[[], ControlPlane]:
+        from durable.control_plane.postgres import PostgresControlPlane
+
+        return lambda: PostgresControlPlane(self.url)

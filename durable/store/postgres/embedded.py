@@ -149,7 +149,8 @@ class EmbeddedPostgres:
                 raise StoreError(f"{self.data} holds something else. Give an embedded Postgres a folder of its own.")
 
     def _launch(self) -> None:
-        runs_as = account()
+        owner = self.data.stat()
+        runs_as = account(owner.st_uid, owner.st_gid)
         major = self._major()
         found = find_binaries(major)
         folder = reachable(found, runs_as)
@@ -232,7 +233,7 @@ class EmbeddedPostgres:
             raise StoreError(
                 f"A Postgres cannot be made in {self.data}:\n{_last_lines(done.stdout + done.stderr)}"
                 + (
-                    "\nIt runs as the user nobody here, who must be able to pass through the folders above."
+                    f"\nIt runs as user {runs_as.user} here, who must be able to pass through the folders above."
                     if runs_as.user is not None
                     else ""
                 )
@@ -296,7 +297,7 @@ class EmbeddedPostgres:
         return folder
 
     def _hand_over(self, runs_as: Account, *paths: Path) -> None:
-        """What is ours to whom the server runs as; only root can, and needs to. A folder last, as the sign that all is."""
+        """What root made to whom the server runs as. A folder last, as the sign that all in it is."""
         if os.geteuid() != 0:
             return
         for top in (self.data, *paths):
@@ -377,7 +378,11 @@ class EmbeddedPostgres:
         """One at a time, of all threads and processes, starts or stops."""
         file = self._open("lock")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("Another process starts or stops Postgres on %s; waiting for it.", self.data)
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
         finally:
             os.close(file)

@@ -71,7 +71,9 @@ async def migrate(
 
 async def _version(connection: Connection, schema: str, place: str, newest: int) -> int | None:
     """The version found; None: nothing there yet. Raises StoreTooNew."""
-    [[exists]] = await ask(connection, "SELECT to_regclass(%s) IS NOT NULL", [f"{schema}.meta"])
+    # Not to_regclass: it may answer from a cache that waiting for an advisory lock does not refresh.
+    there = "SELECT EXISTS (SELECT FROM pg_catalog.pg_tables WHERE schemaname = %s AND tablename = 'meta')"
+    [[exists]] = await ask(connection, there, [schema])
     if not exists:
         return None
     rows = await ask(connection, f"SELECT name, value FROM {schema}.meta")

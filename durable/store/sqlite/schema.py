@@ -28,6 +28,10 @@ DUE = "owner IS NULL AND status = 'active' AND activity NOT IN ('paused', 'block
 """Word for word the condition of the due index, or SQLite does not use it."""
 
 _DUE_INDEX = f"CREATE INDEX runs_due ON runs (workspace, workflow, version, priority DESC, wake_at) WHERE {DUE}"
+_FINISHED_INDEX = (
+    "CREATE INDEX runs_finished ON runs (workspace, workflow, finished_at, id) WHERE finished_at IS NOT NULL"
+)
+_FIRES_INDEX = "CREATE INDEX schedule_fires_run ON schedule_fires (run_id)"
 
 _TABLES = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -71,7 +75,7 @@ CREATE UNIQUE INDEX runs_key ON runs (workspace, workflow, idempotency_key) WHER
 CREATE INDEX runs_owned ON runs (owner) WHERE owner IS NOT NULL;
 CREATE INDEX runs_blocked ON runs (id) WHERE activity = 'blocked' AND status = 'active';
 CREATE INDEX runs_children ON runs (parent_run_id) WHERE parent_run_id IS NOT NULL;
-CREATE INDEX runs_finished ON runs (workspace, workflow, finished_at, id) WHERE finished_at IS NOT NULL;
+{_FINISHED_INDEX};
 
 CREATE TABLE big_inputs (run_id TEXT PRIMARY KEY, input BLOB NOT NULL) WITHOUT ROWID;
 
@@ -134,15 +138,15 @@ CREATE TABLE schedule_fires (
   run_id TEXT NOT NULL,
   PRIMARY KEY (schedule_id, occurrence)
 ) WITHOUT ROWID;
-CREATE INDEX schedule_fires_run ON schedule_fires (run_id);
+{_FIRES_INDEX};
 
 CREATE TABLE engines (incarnation TEXT PRIMARY KEY, expires_at INTEGER NOT NULL, dead INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 
 _MIGRATIONS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    # Engines claim for their workspace alone.
-    (2, ("DROP INDEX IF EXISTS runs_due", _DUE_INDEX)),
+    # Engines claim for their workspace alone; finished runs are found to be pruned.
+    (2, ("DROP INDEX IF EXISTS runs_due", _DUE_INDEX, _FINISHED_INDEX, _FIRES_INDEX)),
 )
 """In order: the version that is reached, and the statements that lead to it from the one before. Only additions and indexes,
 so that an older program which has the file open goes on working; where it could not, MIN_ENGINE_VERSION rises too."""

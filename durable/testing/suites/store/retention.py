@@ -302,7 +302,8 @@ class RetentionTests(Tests):
                 [outcome] = await store.start([made])
                 if outcome.status is StartStatus.STARTED:
                     started += 1
-                    await done(store, commit(f"r{n}", status=Status.COMPLETED, entries=3))
+                    outcomes = await store.commit([commit(f"r{n}", status=Status.COMPLETED, entries=3)])
+                    assert outcomes[0].status is CommitStatus.DONE
                 await asyncio.sleep(0)
 
         gone = 0
