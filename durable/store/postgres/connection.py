@@ -34,6 +34,8 @@ CALL_TIMEOUT_S = 35.0
 """No answer at all for so long, not even the server's own timeout: the link is dead, whatever the socket says."""
 LEND_TIMEOUT_S = 5.0
 """How long a call waits for a connection."""
+RECONNECT_S = 1.0
+"""The pool doubles its pause between attempts up to this; after it, whoever asks for a connection makes it try at once."""
 DEADLOCK_TRIES = 5
 
 _SESSION = {
@@ -128,7 +130,7 @@ class Database:
             name="durable",
             timeout=LEND_TIMEOUT_S,
             max_lifetime=3600,
-            reconnect_timeout=30,
+            reconnect_timeout=RECONNECT_S,
         )
         await pool.open()
         self._pool = pool
