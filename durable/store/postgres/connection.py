@@ -106,6 +106,10 @@ class Address:
         connection.prepare_threshold = None if self.pooler else 1
 
 
+class _Lost(StoreUnavailable):
+    """The connection ended."""
+
+
 class Database:
     """A pool of connections, and the one way to ask."""
 
@@ -166,25 +170,35 @@ class Database:
         return row
 
     async def all(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """All rows. Raises StoreError; StoreUnavailable when it is not known whether it was done. Tried again here: after a
-        deadlock, of which nothing remains, and on another connection when one was lost, which is no harm either, since
-        every call carries the caller's ids. After a restart of the server each pooled connection is lost once."""
-        deadlocks, lost = DEADLOCK_TRIES, self._pool_max
+        """All rows. Raises StoreError; StoreUnavailable when it is not known whether it was done. A deadlock, of which
+        nothing remains, is tried again here."""
+        tries = DEADLOCK_TRIES
         while True:
             connection: Connection | None = None
             try:
                 async with self.lend() as connection:
                     return await ask(connection, query, parameters)
             except (errors.DeadlockDetected, errors.SerializationFailure) as error:
-                deadlocks -= 1
-                if not deadlocks:
+                tries -= 1
+                if not tries:
                     raise translate(error, str(self.address)) from error
             except psycopg.Error as error:
                 if is_culprit(error):
                     raise
-                if connection is None or not connection.closed or not lost:
-                    raise translate(error, str(self.address)) from error
-                lost -= 1
+                translated = translate(error, str(self.address))
+                if connection is not None and connection.closed and isinstance(translated, StoreUnavailable):
+                    raise _Lost(str(translated)) from error
+                raise translated from error
+
+    async def read(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """The same for what changes nothing: where the connection had ended, perhaps long ago, another is asked at once."""
+        asked_at = asyncio.get_running_loop().time()
+        try:
+            return await self.all(query, parameters)
+        except _Lost:
+            if asyncio.get_running_loop().time() - asked_at >= CALL_TIMEOUT_S:
+                raise  # it was cut for its silence: another would be as silent
+            return await self.all(query, parameters)
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:
