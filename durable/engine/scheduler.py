@@ -20,6 +20,7 @@ from durable.store.records import ClaimedRun, ClaimRequest, InboxRow, Journal, R
 log = logging.getLogger("durable.scheduler")
 
 MAX_CLAIM = 250
+SWEEP_BEATS = 3
 
 
 class Scheduler:
@@ -33,6 +34,9 @@ class Scheduler:
         self._task: asyncio.Task[None] | None = None
         self._next_due: int | None = None
         self._sweep = False
+        self._beats = 0
+        self._unsure = True
+        """Whether a claim may have succeeded without our hearing of it."""
         self._blocked_after: str | None = ""
         """Where the look at blocked runs stands: once, after a start with possibly new code. None: done."""
         self.starting: set[str] = set()
@@ -54,8 +58,11 @@ class Scheduler:
         self._wake.set()
 
     def sweep(self) -> None:
-        """After each heartbeat: let runs go that the store says are mine and that are not here."""
-        self._sweep = True
+        """After each heartbeat: see that the store calls no runs mine that are not here. Only an answer that got lost can leave
+        such a run behind, so without one it is enough to ask now and then."""
+        self._beats += 1
+        if self._unsure or self._beats % SWEEP_BEATS == 0:
+            self._sweep = True
         self._executor.settler.evict()
 
     def reset(self) -> None:
@@ -70,9 +77,11 @@ class Scheduler:
             try:
                 await self._look()
             except StoreError as error:
+                self._unsure = True
                 self._next_due = None  # it is past by now: this would look again every 5 ms
                 log.warning("cannot look for work, trying again: %s", error)
             except Exception:
+                self._unsure = True
                 self._next_due = None
                 log.exception("looking for work went wrong, trying again")
             await self._sleep()
@@ -96,17 +105,19 @@ class Scheduler:
         if self._sweep:
             self._sweep = False
             await self._release_strangers()
-        for run_id in await store.unread(executor.lease.incarnation):
-            run = executor.residents.get(run_id)
-            if run is not None and not run.fetching:
-                self._resume.mail(run)
+            self._unsure = False
+        if executor.residents:
+            for run_id in await store.unread(executor.lease.incarnation):
+                run = executor.residents.get(run_id)
+                if run is not None and not run.fetching:
+                    self._resume.mail(run)
         while await self._claim():
             pass
 
     async def _claim(self) -> bool:
         """One claim. True: there may be more."""
         executor = self._executor
-        room = min(executor.settings.max_running - executor.running, MAX_CLAIM)
+        room = min(executor.settings.max_running - executor.running - len(self.starting), MAX_CLAIM)
         if self._task is None or room <= 0 or not executor.lease.safe():
             self._next_due = None
             executor.full = room <= 0

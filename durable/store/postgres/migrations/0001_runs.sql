@@ -200,7 +200,7 @@ FROM @schema@.runs;
 
 -- Runs as a JSON list (field names as in NewRun; bytes in base64). Returns the ids that were new.
 CREATE FUNCTION @schema@.start_runs(p_runs jsonb) RETURNS text[] LANGUAGE plpgsql
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
 AS $$
 DECLARE
   v_now bigint := @schema@.now_us();
@@ -241,7 +241,7 @@ END $$;
 -- Messages as a JSON list. One row for each, in order: what became of it, and who owns the run.
 CREATE FUNCTION @schema@.send_messages(p_messages jsonb)
 RETURNS TABLE (place bigint, answer text, run_owner text) LANGUAGE plpgsql
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
 AS $$
 DECLARE
   v_now bigint := @schema@.now_us();
@@ -307,7 +307,7 @@ CREATE FUNCTION @schema@.commit_runs(
   p_effects jsonb,
   OUT places integer[], OUT mail integer[], OUT wake jsonb
 ) LANGUAGE plpgsql
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
 AS $$
 DECLARE
   v_now bigint := @schema@.now_us();
@@ -503,7 +503,7 @@ END $$;
 -- due index, so that neither a long backlog nor many sleepers are ever walked through.
 CREATE FUNCTION @schema@.lanes(p_workspaces text[], p_workflows text[], p_versions text[])
 RETURNS TABLE (workspace text, workflow text, version text, priority integer) LANGUAGE sql STABLE
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET enable_bitmapscan = off
+SET plan_cache_mode = force_generic_plan SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
   WITH RECURSIVE lanes AS (
     SELECT w.workspace, w.workflow, w.version, (
@@ -527,7 +527,7 @@ CREATE FUNCTION @schema@.claim_runs(
   p_incarnation text, p_workspaces text[], p_workflows text[], p_versions text[], p_limit integer, p_blocked boolean,
   p_after text, p_confirm_us bigint, OUT ids text[], OUT crashed boolean[], OUT next_due_at bigint
 ) LANGUAGE plpgsql
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET enable_bitmapscan = off
+SET plan_cache_mode = force_generic_plan SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
 DECLARE
   v_now bigint := @schema@.now_us();
@@ -610,7 +610,7 @@ CREATE FUNCTION @schema@.bury(
   p_claimer text, p_workspaces text[], p_workflows text[], p_versions text[], p_confirm_us bigint, p_now bigint,
   OUT gone text[], OUT look_again_at bigint
 ) LANGUAGE plpgsql
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET enable_bitmapscan = off
+SET plan_cache_mode = force_generic_plan SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET enable_bitmapscan = off
 AS $$
 DECLARE
   v_owners text[];
@@ -666,7 +666,7 @@ END $$;
 
 -- Give up ownership; another epoch changes nothing. Returns how many runs were let go.
 CREATE FUNCTION @schema@.release_runs(p_ids text[], p_epochs integer[]) RETURNS integer LANGUAGE plpgsql
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
 AS $$
 DECLARE
   v_now bigint := @schema@.now_us();
@@ -689,7 +689,7 @@ END $$;
 CREATE FUNCTION @schema@.prune_runs(
   p_workspace text, p_workflow text, p_but text[], p_older_than_us bigint, p_keep integer, p_limit integer
 ) RETURNS integer LANGUAGE plpgsql
-SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off
 AS $$
 DECLARE
   v_before bigint := @schema@.now_us() - p_older_than_us;
