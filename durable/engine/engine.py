@@ -44,6 +44,9 @@ _ENDED = frozenset(f"run.{status.value}" for status in TERMINAL)
 HAND_OVER_SECONDS = 5.0
 """How long a drain tries to write down what waits; an unreachable store is not waited for longer."""
 
+CLOSE_SECONDS = 1.0
+"""What transports get to say goodbye, at least, where bodies have used up the drain."""
+
 T = TypeVar("T")
 
 
@@ -169,7 +172,7 @@ class WorkflowEngine:
         self._timeline.close()
         executor.steps.close()
         await self._announcer.close()
-        await self.deps.transport.close(max(0.0, deadline - self._local.monotonic()))
+        await self.deps.transport.close(max(CLOSE_SECONDS, deadline - self._local.monotonic()))
         await self._close_plane()
 
     async def _close_plane(self) -> None:

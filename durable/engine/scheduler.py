@@ -121,6 +121,8 @@ class Scheduler:
         claim = await executor.deps.store.claim(request)
         if claim.runs:
             await self._take_in(claim.runs, incarnation)
+        if incarnation != executor.lease.incarnation:
+            return True  # the lease was lost meanwhile: what this look found says nothing any more
         if blocked:
             self._blocked_after = claim.runs[-1].run.id if len(claim.runs) == room else None
             return True
@@ -135,13 +137,14 @@ class Scheduler:
                 journals = await store.load([c.run.id for c in claimed])
                 inboxes = await store.inbox([(c.run.id, c.run.inbox_read) for c in claimed])
                 break
-            except StoreError as error:
-                log.warning("claimed runs cannot be read, trying again: %s", error)
+            except Exception as error:
+                known = isinstance(error, StoreError)
+                log.warning("claimed runs cannot be read, trying again: %s", error, exc_info=not known)
                 if self._task is None:  # stopping: they are for somebody else
                     with suppress(StoreError):
                         await store.release([(one.run.id, one.run.epoch) for one in claimed])
                     return
-                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)
         if incarnation != self._executor.lease.incarnation:
             return  # the lease was lost meanwhile: they are no longer ours
         for one, journal, rows in zip(claimed, journals, inboxes, strict=True):
