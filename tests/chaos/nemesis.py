@@ -225,7 +225,7 @@ class Nemesis:
         """A write, and a link that it passes."""
         if self._draw.random() < 0.4:
             return self._draw.choice(("start_runs", "send_messages")), self.caller
-        return self._draw.choice(("commit_runs", "claim_runs", "beat")), engine.proxy
+        return self._draw.choice(("commit_runs", "appended AS", "claim_runs", "beat")), engine.proxy
 
 
 Move = Callable[[Nemesis, Engine, float], Awaitable[None]]
