@@ -16,7 +16,7 @@ from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import RUN, Entry
 from durable.core.payload import encode
-from durable.engine import dead_letter
+from durable.engine import collector, dead_letter
 from durable.engine.announce import Announcer
 from durable.engine.deps import Deps
 from durable.engine.executor import Executor
@@ -132,6 +132,7 @@ class WorkflowEngine:
         if deps.settings.execute:
             self._scheduler.start()
             self._pruner.start()
+        collector.relax()
         self._running = True
 
     async def drain(self, timeout: float | None = None) -> None:
@@ -140,6 +141,7 @@ class WorkflowEngine:
         if not self._running:
             return
         self._running = False
+        collector.restore()
         executor = self._executor
         executor.draining = True
         try:

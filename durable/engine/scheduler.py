@@ -179,13 +179,18 @@ class Scheduler:
             executor.admit(run, journal)
 
     async def _release_strangers(self) -> None:
+        lost = await self._strangers()
+        # Runs that ended while the answer was on its way are none; asked again, the store does not name them any more.
+        if lost and (lost := lost & await self._strangers()):
+            log.warning("releasing %d runs that the store says are ours and that are not here", len(lost))
+            await self._executor.deps.store.release(sorted(lost))
+
+    async def _strangers(self) -> set[tuple[str, int]]:
+        """(run, epoch) that the store says are ours and that are not here."""
         executor = self._executor
         owned = await executor.deps.store.owned(executor.lease.incarnation)
-        lost = [
+        return {
             (run_id, epoch)
             for run_id, epoch in owned
             if run_id not in self.starting and ((run := executor.residents.get(run_id)) is None or run.epoch < epoch)
-        ]
-        if lost:
-            log.warning("releasing %d runs that the store says are ours and that are not here", len(lost))
-            await executor.deps.store.release(lost)
+        }

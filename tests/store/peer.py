@@ -1,4 +1,4 @@
-"""Another process on the same file: `python -m tests.store.peer <verb> <path> …`. Says what it does, line by line."""
+"""Another process on the same data: `python -m tests.store.peer <verb> <path or URL> …`. Says what it does, line by line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 import time
 
 from durable.core.clock import SECOND
+from durable.store.interface import Store
+from durable.store.postgres import PostgresStore
 from durable.store.records import Commit, Message, NewRun
 from durable.store.sqlite import SqliteStore
 from durable.testing.suites.store.builder import claimed_ids, commit, entry, new
@@ -16,7 +18,7 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-async def hammer(store: SqliteStore) -> None:
+async def hammer(store: Store) -> None:
     """Commit batches for ever, and tell of each that was answered."""
     ids = [f"r{n}" for n in range(50)]
     await store.start([NewRun(run_id, "checkout", "1", b"{}", owner="hammer") for run_id in ids])
@@ -27,7 +29,7 @@ async def hammer(store: SqliteStore) -> None:
         say(seq)
 
 
-async def hold(store: SqliteStore) -> None:
+async def hold(store: Store) -> None:
     """Own a run on a long lease, and stay."""
     store.beat("holder", 3600 * SECOND)
     await store.start([new(owner="holder")])
@@ -35,7 +37,7 @@ async def hold(store: SqliteStore) -> None:
     await asyncio.Event().wait()
 
 
-async def send(store: SqliteStore) -> None:
+async def send(store: Store) -> None:
     """Send a message at each line that comes in, and tell when it was committed."""
     say("ready")
     for n in range(1000):
@@ -45,7 +47,7 @@ async def send(store: SqliteStore) -> None:
         say(time.monotonic())
 
 
-async def take(store: SqliteStore, name: str) -> None:
+async def take(store: Store, name: str) -> None:
     """Claim until nothing is left, ten at a time, and commit to each once."""
     store.beat(name, 3600 * SECOND)
     say("ready")
@@ -57,7 +59,7 @@ async def take(store: SqliteStore, name: str) -> None:
 
 
 async def main(verb: str, path: str, *rest: str) -> None:
-    store = SqliteStore(path)
+    store: Store = PostgresStore(path) if "://" in path else SqliteStore(path)
     await store.open()
     await {"hammer": hammer, "hold": hold, "send": send, "take": take}[verb](store, *rest)  # type: ignore[operator]
     await store.close()

@@ -10,8 +10,8 @@ import statistics
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,7 @@ from durable.store.sqlite import SqliteStore
 from durable.testing.facts import eventually
 from durable.testing.suites.store.builder import begin, claim, claimed_ids, commit, done, new, read
 from tests.conftest import ROOT
-
-Peer = Callable[..., Awaitable[Process]]
+from tests.store.processes import Peer, heard, running, tell
 
 
 @pytest.fixture
@@ -47,29 +46,6 @@ async def peer(path: Path) -> AsyncIterator[Peer]:
             return await stack.enter_async_context(running(verb, str(path), *rest))
 
         yield start
-
-
-@asynccontextmanager
-async def running(*arguments: str) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.store.peer", *arguments, stdin=PIPE, stdout=PIPE, cwd=ROOT
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-async def heard(process: Process) -> str:
-    assert process.stdout is not None
-    return (await process.stdout.readline()).decode().strip()
-
-
-def tell(process: Process) -> None:
-    assert process.stdin is not None
-    process.stdin.write(b"go\n")
 
 
 async def test_kill_in_mid_commit_loses_nothing(store: SqliteStore, path: Path, peer: Peer) -> None:

@@ -32,6 +32,8 @@ from durable.store.postgres import packing
 STATEMENT_TIMEOUT_S = 30
 CALL_TIMEOUT_S = 35.0
 """No answer at all for so long, not even the server's own timeout: the link is dead, whatever the socket says."""
+LEND_TIMEOUT_S = 5.0
+"""How long a call waits for a connection."""
 RECONNECT_S = 1.0
 """The pool doubles its pause between attempts up to this; after it, whoever asks for a connection makes it try at once."""
 DEADLOCK_TRIES = 5
@@ -104,6 +106,10 @@ class Address:
         connection.prepare_threshold = None if self.pooler else 1
 
 
+class _Lost(StoreUnavailable):
+    """The connection ended."""
+
+
 class Database:
     """A pool of connections, and the one way to ask."""
 
@@ -120,13 +126,13 @@ class Database:
     async def open(self) -> None:
         pool = AsyncConnectionPool(
             self.address.conninfo,
-            min_size=2,
+            min_size=min(2, self._pool_max),
             max_size=self._pool_max,
             open=False,
             configure=self._configure,
             kwargs={"autocommit": True},
             name="durable",
-            timeout=5.0,
+            timeout=LEND_TIMEOUT_S,
             max_lifetime=3600,
             reconnect_timeout=RECONNECT_S,
         )
@@ -168,6 +174,7 @@ class Database:
         nothing remains, is tried again here."""
         tries = DEADLOCK_TRIES
         while True:
+            connection: Connection | None = None
             try:
                 async with self.lend() as connection:
                     return await ask(connection, query, parameters)
@@ -178,7 +185,20 @@ class Database:
             except psycopg.Error as error:
                 if is_culprit(error):
                     raise
-                raise translate(error, str(self.address)) from error
+                translated = translate(error, str(self.address))
+                if connection is not None and connection.closed and isinstance(translated, StoreUnavailable):
+                    raise _Lost(str(translated)) from error
+                raise translated from error
+
+    async def read(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """The same for what changes nothing: where the connection had ended, perhaps long ago, another is asked at once."""
+        asked_at = asyncio.get_running_loop().time()
+        try:
+            return await self.all(query, parameters)
+        except _Lost:
+            if asyncio.get_running_loop().time() - asked_at >= CALL_TIMEOUT_S:
+                raise  # it was cut for its silence: another would be as silent
+            return await self.all(query, parameters)
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:

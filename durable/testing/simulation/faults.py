@@ -107,7 +107,7 @@ class Swarm(Struct, frozen=True):
         some = draw.choice((0.3, 0.6, 1.0))
         kinds = frozenset(kind for kind in KINDS if kind not in ON_POOL and draw.random() < some)
         pool = Random(f"swarm, pool/{seed}")
-        rule = Random(f"swarm, keeping/{seed}")
+        rule = Random(f"swarm, rule/{seed}")
         pooled = pool.random() < 0.5
         if pooled and pool.random() < some:
             kinds |= ON_POOL.keys()

@@ -707,6 +707,7 @@ class World:
             journal = at_once(self.base.page(record.id, 0, 1_000_000))
             inbox = at_once(self.base.inbox([(record.id, 0)]))[0]
             runs[record.id] = Stored(record, journal, inbox)
+        runs = dict(sorted(runs.items(), key=lambda item: item[1].run.created_at))
         for stored in runs.values():
             for entry in stored.journal:
                 commands[f"{entry.kind} {entry.status}"] += 1
