@@ -52,12 +52,13 @@ async def test_D7_what_lies_idle_is_not_lent_after_a_silence(store: PostgresStor
     proxy.stop(new=False)
     with pytest.raises(StoreUnavailable):
         await asyncio.to_thread(store.beat, "a", BEATEN)
+    await asyncio.to_thread(store.beat, "a", BEATEN)
     async with asyncio.timeout(LEASE):
         assert await asyncio.gather(*(store.owned("a") for _ in range(3))) == [[], [], []]
 
 
 async def test_D7_a_call_under_way_is_cut_with_it(store: PostgresStore, proxy: Proxy) -> None:
-    """A call that had been asked as long ago as the heartbeat is told, and may be repeated."""
+    """Once a new connection is answered, a call asked as long ago as the silent heartbeat is told, and may be repeated."""
     await asyncio.to_thread(store.beat, "a", BEATEN)
     await store.owned("a")
     proxy.stop(new=False)
@@ -65,9 +66,24 @@ async def test_D7_a_call_under_way_is_cut_with_it(store: PostgresStore, proxy: P
     await asyncio.sleep(0)  # it is under way before the heartbeat
     with pytest.raises(StoreUnavailable):
         await asyncio.to_thread(store.beat, "a", BEATEN)
+    await asyncio.to_thread(store.beat, "a", BEATEN)
     async with asyncio.timeout(LEASE):
         with pytest.raises(StoreUnavailable):
             await asked
+
+
+async def test_D7_a_server_that_is_silent_altogether_is_waited_for(store: PostgresStore, proxy: Proxy) -> None:
+    """As long as new connections are not answered either, nothing is cut: what is under way may still be done."""
+    await asyncio.to_thread(store.beat, "a", BEATEN)
+    await store.owned("a")
+    proxy.stop()
+    asked = asyncio.ensure_future(store.leave("nobody"))
+    await asyncio.sleep(0)
+    with pytest.raises(StoreUnavailable):
+        await asyncio.to_thread(store.beat, "a", BEATEN)
+    proxy.heal()
+    async with asyncio.timeout(LEASE):
+        await asked
 
 
 async def test_D7_leaving_over_a_dead_link_holds_nobody_up(store: PostgresStore, proxy: Proxy) -> None:
