@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import shutil
 import signal
 import sys
 import tempfile
@@ -285,7 +286,12 @@ async def chaos(
                 nemesis.counts.update({f"(link) {kind}": count for kind, count in proxy.counts.items()})
             return nemesis, traffic, await site.judge()
         except BaseException:
-            print("\n".join([f"Seed {seed}. Moves made:", *nemesis.made]), file=sys.stderr)
+            kept = Path(tempfile.gettempdir()) / f"durable-chaos-{seed}.log"
+            shutil.copy(site.log, kept)
+            print(
+                "\n".join([f"Seed {seed}. Moves made:", *nemesis.made, f"What the engines said: {kept}"]),
+                file=sys.stderr,
+            )
             raise
         finally:
             await site.close()

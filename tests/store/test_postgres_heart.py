@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 
+import psycopg
 import pytest
 
 from durable.core.clock import SECOND
 from durable.core.errors import StoreUnavailable
 from durable.store.postgres import PostgresStore
+from durable.store.postgres.connection import translate
 from tests.chaos.proxy import Proxy
 
 LEASE = 3.0
@@ -99,3 +101,9 @@ async def test_D7_leaving_over_a_dead_link_holds_nobody_up(store: PostgresStore,
         longest = max(longest, time.monotonic() - began)
     await leaving
     assert longest < 0.5
+
+
+def test_S39_a_query_without_a_result_may_have_been_done() -> None:
+    """What the driver says when a connection ends at the wrong moment is unavailable; the server's own inner errors are not."""
+    assert isinstance(translate(psycopg.InternalError("got no result from the query")), StoreUnavailable)
+    assert not isinstance(translate(psycopg.errors.DataCorrupted("invalid page")), StoreUnavailable)
