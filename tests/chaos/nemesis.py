@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import shutil
 import signal
 import sys
 import tempfile
@@ -225,7 +226,7 @@ class Nemesis:
         """A write, and a link that it passes."""
         if self._draw.random() < 0.4:
             return self._draw.choice(("start_runs", "send_messages")), self.caller
-        return self._draw.choice(("commit_runs", "claim_runs", "beat")), engine.proxy
+        return self._draw.choice(("commit_runs", "appended AS", "claim_runs", "beat")), engine.proxy
 
 
 Move = Callable[[Nemesis, Engine, float], Awaitable[None]]
@@ -285,7 +286,12 @@ async def chaos(
                 nemesis.counts.update({f"(link) {kind}": count for kind, count in proxy.counts.items()})
             return nemesis, traffic, await site.judge()
         except BaseException:
-            print("\n".join([f"Seed {seed}. Moves made:", *nemesis.made]), file=sys.stderr)
+            kept = Path(tempfile.gettempdir()) / f"durable-chaos-{seed}.log"
+            shutil.copy(site.log, kept)
+            print(
+                "\n".join([f"Seed {seed}. Moves made:", *nemesis.made, f"What the engines said: {kept}"]),
+                file=sys.stderr,
+            )
             raise
         finally:
             await site.close()

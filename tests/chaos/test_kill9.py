@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -29,6 +31,17 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     site = await Site(f"sqlite:///{tmp_path / 'durable.db'}", tmp_path).open()
     yield site
     await site.close()
+
+
+def locked(site: Site) -> bool:
+    """Whether somebody is in the middle of a write, and stays there."""
+    with closing(sqlite3.connect(site.url.removeprefix("sqlite:///"), timeout=0.5, isolation_level=None)) as cx:
+        try:
+            cx.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+        cx.execute("ROLLBACK")
+        return False
 
 
 @pytest.mark.timeout(150)
@@ -75,6 +88,10 @@ async def test_a_stopped_engine_that_wakes_is_refused(site: Site) -> None:
     handles = await site.load(60, 0.4)
     await site.until(handles, lambda r: r.owner == sleeper.incarnation, "the first has them all")
     sleeper.send(signal.SIGSTOP)
+    while locked(site):  # stopped in the middle of a write: on one file, that stops everybody, and no lease can help
+        sleeper.send(signal.SIGCONT)
+        await asyncio.sleep(0.01)
+        sleeper.send(signal.SIGSTOP)
     other = await site.node(lease=1.0)
     await site.until(handles, lambda r: r.owner != sleeper.incarnation, "the second has taken over")
     sleeper.send(signal.SIGCONT)

@@ -30,6 +30,8 @@ from tests.services import require
 
 pytestmark = pytest.mark.service
 
+LONE = "appended AS"
+"""Stands in the statement that commits one step of one run; all other commits call `commit_runs`."""
 CONFIRMED = 1.0
 """Seconds within which the server itself ends what a stopped client began: one function call."""
 
@@ -289,20 +291,20 @@ async def test_all_backends_are_terminated_again_and_again(site: Site, budget: B
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("function", ["commit_runs", "start_runs", "send_messages", "claim_runs", "beat"])
+@pytest.mark.parametrize("call", ["commit_runs", LONE, "start_runs", "send_messages", "claim_runs", "beat"])
 async def test_the_link_breaks_between_a_commit_and_its_reply(
-    site: Site, proxy: Proxy, budget: Budget, function: str
+    site: Site, proxy: Proxy, budget: Budget, call: str
 ) -> None:
     """S39, B41: what happened is never taken for failed, what did not happen never for done, whichever call it was."""
     node = await site.node(via=proxy.url)
     async with site.caller(proxy.url) as app, traffic(site, budget, callers=20, seconds=0.02, app=app):
         for cut in [proxy.cut_after, proxy.cut_before] * 3:
             before = proxy.counts.total()
-            cut(executes(function))
-            await until(lambda before=before: proxy.counts.total() > before, f"{function} is called")
+            cut(executes(call))
+            await until(lambda before=before: proxy.counts.total() > before, f"{call} is called")
     assert proxy.counts.total() >= 6
     again = await site.judge()
-    if function in ("commit_runs", "start_runs", "send_messages"):
+    if call in (LONE, "commit_runs", "start_runs", "send_messages"):
         assert again == 0, "a reply that was lost makes no body run again"
     assert node.alive
     assert "has lost its lease" not in site.log.read_text()

@@ -38,7 +38,7 @@ class Heart:
     def __init__(
         self, address: Address, schema: str, *, presence: bool, on_silence: Callable[[float], None] = lambda _: None
     ) -> None:
-        """`on_silence`: the server has not answered for so many seconds. Called from any thread."""
+        """`on_silence`: one connection was silent for so many seconds, and a new one is answered. Called from any thread."""
         self._on_silence = on_silence
         self._address = address
         self._schema = schema
@@ -53,6 +53,8 @@ class Heart:
         self._wake: tuple[int, int] | None = None
         self._closed = False
         self._patience = LEAST_PATIENCE_S
+        self._silent = 0.0
+        """For how long the last connection had been silent when it was cut; 0: it was not."""
 
     @property
     def incarnations(self) -> frozenset[str]:
@@ -81,6 +83,10 @@ class Heart:
                 self._drop()
                 raise translate(error, str(self._address)) from error
             assert row is not None
+            if self._silent:
+                # A new connection is answered and the old one was not: it was the link and not the server.
+                silent, self._silent = self._silent, 0.0
+                self._on_silence(silent)
             if not row[1]:
                 self._hold(incarnation, False)
             return Beat(row[0], row[1])
@@ -134,7 +140,7 @@ class Heart:
             )
             with suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
-            self._on_silence(patience)
+            self._silent = patience
 
         patience = self._patience
         timer = threading.Timer(patience, cut)
