@@ -50,8 +50,8 @@ class PostgresControlPlane:
 
     @property
     def audience(self) -> bool:
-        """True: who listens to a database is not known."""
-        return True
+        """Whether anybody else has been heard on the channel lately, or another engine shares this instance."""
+        return len(self._listeners) > 1 or (self._channel is not None and self._channel.others)
 
     @property
     def deaf(self) -> str | None:

@@ -211,7 +211,10 @@ class Resident:
 
     def next_wake(self) -> int | None:
         """The earliest moment, µs, at which something is due for this run by the clock alone."""
-        timer = self.machine.next_timer()
+        alarms = self.machine.loop.alarms
+        if not (alarms or self.retries or self.sent) and self.deadline is None and self.cancel_deadline is None:
+            return None  # the usual case, asked several times a step
+        timer = self.machine.next_timer() if alarms else None
         wake = timer.deadline if timer is not None else None
         if self.retries:
             wake = _earlier(wake, min(self.retries.values()))

@@ -38,6 +38,8 @@ OUTBOX_BYTES = 16 << 20
 PAUSE_MIN, PAUSE_MAX = 0.1, 5.0
 """Seconds between two attempts to reach the database."""
 CONNECT_SECONDS = 10.0
+ROLL_SECONDS = 1.0
+"""What those who are there get to say so: until then somebody is supposed to listen; and `start` waits no longer for it."""
 LAST_WORDS_SECONDS = 1.0
 """What `close` gives to what has been published before it."""
 
@@ -84,6 +86,13 @@ class Channel:
         self._names = [_checked(name) for name in names]
         self._probe_name = f"durable_probe_{secrets.token_hex(8)}"
         """Its own, so that probes wake nobody else."""
+        self._roll_name = f"{self._names[0][:50]}_roll"
+        """Where those who listen say that they are there: with each probe, and when somebody new says hello."""
+        self._token = secrets.token_hex(6)
+        self._others_until = 0.0
+        self._greeted = False
+        self._tried = asyncio.Event()
+        """Whether it has been seen once if it hears itself."""
         self._connect = connect
         self._every = probe_every
         self._patience = probe_patience
@@ -117,6 +126,11 @@ class Channel:
 
     # -- saying
 
+    @property
+    def others(self) -> bool:
+        """Whether anybody else has listened lately: without them there is nothing to say."""
+        return asyncio.get_running_loop().time() < self._others_until
+
     def publish(self, name: str, payload: str = "") -> None:
         """Say it soon, to all who listen, this process included; never waits. The same twice before it was sent is said once.
         Dropped when the database is away, before the start and after `close`. Raises ValueError for what no
@@ -146,13 +160,16 @@ class Channel:
             self._life = loop.create_task(self._live(), name="durable-channel")
 
     async def start(self) -> None:
-        """Connect, and return when it listens. Raises what connecting raised; it is closed then."""
+        """Connect, and return when it hears, or soon after it listens. Raises what connecting raised; it is closed then."""
         self.begin()
         assert self._opened is not None
         try:
             error = await asyncio.shield(self._opened)
             if error is not None:
                 raise error
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ROLL_SECONDS):
+                    await self._tried.wait()
         except BaseException:
             await self.close()
             raise
@@ -197,6 +214,7 @@ class Channel:
                 error, wait = failed, pause
                 pause = min(pause * 2, PAUSE_MAX)
             self._missed = True
+            self._greeted = False
             self._deafened(error)
             if not self._opened.done():
                 self._opened.set_result(error)
@@ -213,7 +231,8 @@ class Channel:
             conn.add_notify_handler(self._heard)  # what comes while a statement runs
             if not conn.autocommit:
                 await conn.set_autocommit(True)
-            names = [sql.SQL("LISTEN {}").format(sql.Identifier(name)) for name in [*self._names, self._probe_name]]
+            mine = [*self._names, self._roll_name, self._probe_name]
+            names = [sql.SQL("LISTEN {}").format(sql.Identifier(name)) for name in mine]
             for listen in names:
                 await _execute(conn, listen, (), self._patience)
             self._ear = conn
@@ -247,7 +266,18 @@ class Channel:
             if self._echo is not None and self._echo[0] == said.payload and not self._echo[1].done():
                 self._echo[1].set_result(None)
             return
+        if said.channel == self._roll_name:
+            self._answer_roll(said.payload)
+            return
         self._tell(said.channel, said.payload)
+
+    def _answer_roll(self, payload: str) -> None:
+        word, _, token = payload.partition(" ")
+        if token == self._token:
+            return
+        self._others_until = asyncio.get_running_loop().time() + 3 * self._every
+        if word == "hello":
+            self.publish(self._roll_name, f"here {self._token}")
 
     def _tell(self, name: str, payload: str | None) -> None:
         for handler in list(self._handlers.get(name, ())):
@@ -265,7 +295,8 @@ class Channel:
         echo: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._echo = nonce, echo
         try:
-            error = await self._outbox.send([(self._probe_name, nonce)])
+            word = "here" if self._greeted else "hello"
+            error = await self._outbox.send([(self._probe_name, nonce), (self._roll_name, f"{word} {self._token}")])
             if error is not None:
                 self._deafened(error)
                 return False
@@ -279,6 +310,10 @@ class Channel:
                 f"It does not hear what it says itself within {self._patience:g} s. Does the URL lead to a pooler in "
                 "transaction mode? LISTEN needs a session of its own: give the database's own address."
             )
+        if not self._greeted:
+            self._greeted = True
+            self._others_until = max(self._others_until, asyncio.get_running_loop().time() + ROLL_SECONDS)
+        self._tried.set()
         self._hears()
         return True
 

@@ -14,9 +14,6 @@ from durable.store.postgres.channel import Channel, channel_name
 from durable.store.postgres.connection import Address, Database
 
 PAUSE_S = 0.005
-ROLL_CALL_S = 10.0
-"""How often one says that one is there. Whoever has been silent for three times as long has gone."""
-_HELLO, _HERE, _WORK = "hello", "here", "work"
 
 
 class Hints:
@@ -30,10 +27,8 @@ class Hints:
         self._token = secrets.token_hex(6)
         self._listeners = Listeners()
         self._channel: Channel | None = None
-        self._others_until = 0.0
         self._paused: asyncio.TimerHandle | None = None
         self._pending = False
-        self._roll: asyncio.TimerHandle | None = None
         self._lone: set[asyncio.Task[None]] = set()
 
     def listen(self, on_hint: Callable[[], None]) -> Callable[[], None]:
@@ -42,7 +37,6 @@ class Hints:
             self._channel = Channel(self._address.connect, self._name)
             self._channel.on(self._name, self._heard)
             self._channel.begin()
-            self._call_roll(_HELLO)
         return stop
 
     def here(self) -> None:
@@ -57,14 +51,13 @@ class Hints:
             self._tell_once()
         elif self._paused is not None:
             self._pending = True
-        elif asyncio.get_running_loop().time() < self._others_until:
-            self._say(_WORK)
+        elif self._channel.others:
+            self._channel.publish(self._name, self._token)
             self._paused = asyncio.get_running_loop().call_later(PAUSE_S, self._resume)
 
     async def close(self) -> None:
-        for timer in (self._roll, self._paused):
-            if timer is not None:
-                timer.cancel()
+        if self._paused is not None:
+            self._paused.cancel()
         if self._lone:
             await asyncio.wait(self._lone, timeout=1)
         channel, self._channel = self._channel, None
@@ -77,28 +70,8 @@ class Hints:
             self._pending = False
             self.abroad()
 
-    def _say(self, word: str) -> None:
-        if self._channel is not None:
-            self._channel.publish(self._name, f"{word} {self._token}")
-
-    def _call_roll(self, word: str) -> None:
-        if self._roll is not None:
-            self._roll.cancel()
-        self._roll = asyncio.get_running_loop().call_later(ROLL_CALL_S, self._call_roll, _HERE)
-        self._say(word)
-
     def _heard(self, payload: str | None) -> None:
-        if payload is None:  # whatever was said meanwhile was missed
-            self._call_roll(_HELLO)
-            self._listeners.changed(None)
-            return
-        word, _, token = payload.partition(" ")
-        if token == self._token:
-            return
-        self._others_until = asyncio.get_running_loop().time() + 3 * ROLL_CALL_S
-        if word == _HELLO:
-            self._call_roll(_HERE)
-        elif word == _WORK:
+        if payload != self._token:  # None: whatever was said meanwhile was missed
             self._listeners.changed(None)
 
     def _tell_once(self) -> None:
@@ -110,6 +83,6 @@ class Hints:
 
     async def _tell(self) -> None:
         try:
-            await self._db.all("SELECT pg_notify(%s, %s)", [self._name, f"{_WORK} {self._token}"])
+            await self._db.all("SELECT pg_notify(%s, %s)", [self._name, self._token])
         except DurableError:
             return  # a hint may be lost

@@ -19,6 +19,7 @@ _header = struct.Struct(">iiIii").pack
 _length = struct.Struct(">i").pack
 _int4 = struct.Struct(">ii").pack
 _int8 = struct.Struct(">iq").pack
+_INTS = [_int4(4, n) for n in range(4096)]
 _LENGTHS = [_length(n) for n in range(4096)]
 _CACHE_MAX = 20_000
 _CACHED_TEXT_MAX = 100
@@ -84,7 +85,8 @@ def texts(values: Sequence[str | None]) -> Texts:
 
 def ints(values: Sequence[int | None]) -> Ints:
     """Raises struct.error for a number that is too large."""
-    return Ints(INT4, len(values), b"".join([_NULL if value is None else _int4(4, value) for value in values]))
+    parts = [_NULL if value is None else _INTS[value] if 0 <= value < 4096 else _int4(4, value) for value in values]
+    return Ints(INT4, len(values), b"".join(parts))
 
 
 def bigints(values: Sequence[int | None]) -> BigInts:
