@@ -38,7 +38,9 @@ class Interrupted:
                 step = partial(self._call.send, None)
 
 
-async def interrupt_everywhere(call: Callable[[], Coroutine[Any, Any, Any]], check: Callable[[], Awaitable[None]]) -> int:
+async def interrupt_everywhere(
+    call: Callable[[], Coroutine[Any, Any, Any]], check: Callable[[], Awaitable[None]]
+) -> int:
     """Make the call again and again, cancelled at each of its waits in turn, with a check after each, until it is through.
     Returns how often it was cancelled."""
     at = 0

@@ -11,12 +11,10 @@ import psycopg
 import pytest
 
 from durable.core.errors import StoreUnavailable
-from durable.protocol.states import Status
 from durable.store.interface import Store
 from durable.store.postgres import PostgresStore, connection
 from durable.store.records import (
     ClaimRequest,
-    Commit,
     CommitStatus,
     Message,
     NewRun,
@@ -214,7 +212,9 @@ async def test_S39_cut_off_before_the_commit(
         await holder.execute("SELECT 1 FROM durable.runs WHERE id = 'r' FOR UPDATE")
         task = asyncio.create_task(store.commit([change]))
         await until(watcher, LOCK_WAITS, 1, "the commit waits for the row")
-        await watcher.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OTHERS} AND wait_event_type = 'Lock'")
+        await watcher.execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OTHERS} AND wait_event_type = 'Lock'"
+        )
         with pytest.raises(StoreUnavailable, match="may be repeated"):
             await task
         await holder.rollback()

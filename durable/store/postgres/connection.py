@@ -7,6 +7,7 @@ the server's has happened (a cancelled task, a timeout, a lost socket) is closed
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -64,7 +65,12 @@ class Address:
         try:
             given = conninfo_to_dict(url)
         except psycopg.ProgrammingError as error:
-            raise StoreError(f"{url!r} is no PostgreSQL address: {error}".rstrip()) from None
+            said = str(error).strip()
+            # Other words of the driver's may quote the password.
+            why = f" ({said})" if said.startswith(("invalid URI query parameter", "invalid connection option")) else ""
+            raise StoreError(
+                f"this is no PostgreSQL address{why}; write postgresql://user:password@host:5432/database"
+            ) from None
         self.pooler = pooler
         self._given = {key: str(value) for key, value in given.items() if value is not None}
 
@@ -225,12 +231,24 @@ def is_culprit(error: psycopg.Error) -> bool:
     return state[:2] in ("22", "23", "54") or isinstance(error, psycopg.DataError)
 
 
+_LOGIN = re.compile(
+    r'FATAL: +(\S+ authentication failed|no pg_hba\.conf entry|role ".*" does not exist)|no password supplied'
+)
+
+
+def _state_of(said: str) -> str:
+    """The driver keeps no code of a connection that was refused, only the words."""
+    if re.search(r'FATAL: +database ".*" does not exist', said):
+        return "3D000"
+    return "28000" if _LOGIN.search(said) else ""
+
+
 def translate(error: BaseException, place: str = "PostgreSQL") -> DurableError:
     """The driver's error as ours."""
     if isinstance(error, UnicodeEncodeError):
         return PayloadText(f"text that PostgreSQL cannot keep ({error.reason}): replace NUL and lone surrogates")
-    state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
     said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or _state_of(said)
     match state:
         case "53100":
             return StoreFull(f"{place}: the disk is full; nothing was written. Free some space, then repeat ({said})")
