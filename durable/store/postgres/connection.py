@@ -35,6 +35,9 @@ CALL_TIMEOUT_S = 35.0
 """No answer at all for so long, not even the server's own timeout: the link is dead, whatever the socket says."""
 LEND_TIMEOUT_S = 5.0
 """How long a call waits for a connection."""
+PLANS_S = 10.0
+"""How old a plan may be. One that was made while the tables were small reads all of them when they have grown; planned anew
+it does not, since the server looks at their size and not at its statistics alone."""
 DEADLOCK_TRIES = 5
 
 _SESSION = {
@@ -118,6 +121,7 @@ class Database:
         self._pool_max = pool_max
         self._pool: AsyncConnectionPool[Connection] | None = None
         self._made: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
+        self._plans_until: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
         self._lent: dict[Connection, float] = {}
         """Since when."""
         self._trusted_from = 0.0
@@ -146,7 +150,8 @@ class Database:
 
     async def _configure(self, connection: Connection) -> None:
         self.address.teach(connection)
-        self._made[connection] = asyncio.get_running_loop().time()
+        self._made[connection] = now = asyncio.get_running_loop().time()
+        self._plans_until[connection] = now + PLANS_S
 
     def distrust(self, patience: float) -> None:
         """The server has been silent for this many seconds on a connection beside these, which may hang as well: nobody is
@@ -200,6 +205,9 @@ class Database:
         self._lent[connection] = loop.time()
         watchdog = loop.call_later(CALL_TIMEOUT_S, self.distrust, CALL_TIMEOUT_S)
         try:
+            if loop.time() > self._plans_until[connection]:
+                self._plans_until[connection] = loop.time() + PLANS_S
+                await connection.execute("DISCARD PLANS", prepare=False)
             yield connection
         except psycopg.Error:
             if connection.closed:
