@@ -108,7 +108,7 @@ def bench(args: list[str]) -> int:
     if not args or args[0] not in names:
         say("Benchmarks: " + (", ".join(names) or "none yet"))
         return 2
-    return call([environment("test"), f"tests/bench/{args[0]}.py", *args[1:]])
+    return call([environment("test"), "-m", f"tests.bench.{args[0]}", *args[1:]])
 
 
 def chaos(args: list[str]) -> int:

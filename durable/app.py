@@ -277,8 +277,7 @@ class Durable:
             await self._serve()
             return
         store = open_store(self.store)
-        pool = self._pool({DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports)
-        plane = None if self._control_plane is None else open_control_plane(self._control_plane)
+        pool, plane = self._pool({DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports)
         await store.open()
         try:
             engine = WorkflowEngine(
@@ -300,9 +299,18 @@ class Durable:
             raise
         self._engine = engine
 
-    def _pool(self, members: Mapping[str, Transport]) -> TransportPool:
-        settings = self.settings
-        return TransportPool(members, dispatch_timeout=settings.dispatch_timeout, cool_down=settings.cool_down)
+    def _pool(self, given: Mapping[str, Transport]) -> tuple[TransportPool, ControlPlane | None]:
+        """The transports, and the control plane that was asked for, if any. An emitter may have been given to several
+        applications: each has an end of its own, or what one registers would outlive it."""
+        ends = {id(one): one.end() if isinstance(one, EventEmitterTransport) else one for one in given.values()}
+        pool = TransportPool(
+            {name: ends[id(one)] for name, one in given.items()},
+            dispatch_timeout=self.settings.dispatch_timeout,
+            cool_down=self.settings.cool_down,
+        )
+        asked: Any = ends.get(id(self._control_plane), self._control_plane)
+        plane = None if asked is None else open_control_plane(asked)
+        return pool, plane
 
     def _handler(self) -> StepHandler:
         self._serves = StepHandler(
@@ -320,7 +328,7 @@ class Durable:
                 "A worker needs a transport that reaches the engines: the default one stays inside this process. "
                 "Give transport=..., the same as theirs."
             )
-        pool = self._pool(self._transports)
+        pool, _ = self._pool(self._transports)
         await pool.start()
         steps = [step.name for step in self.registry.steps() if not step.needs_instance]
         await pool.serve(steps, self._handler())

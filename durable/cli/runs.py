@@ -1,4 +1,4 @@
-"""`durable runs`: list, show, watch, cancel, signal, requeue. An API node on the store: nothing is executed here."""
+"""`durable runs`: list, show, watch, cancel, signal, requeue, prune. An API node on the store: nothing is executed here."""
 
 from __future__ import annotations
 
@@ -438,3 +438,67 @@ async def _requeue(store: str, part: str, as_json: bool) -> None:
         )
     else:
         click.echo(f"Run {safe(run.id)} is {state(run).plain}: there is nothing to reopen.")
+
+
+# ------------------------------------------------------------------ prune
+
+PRUNE_BATCH = 200
+
+
+@runs.command()
+@click.option("--older-than", metavar="DURATION", help="Those that finished longer ago than this: 30d, 12h, 1h30m.")
+@click.option(
+    "--keep", type=click.IntRange(0), metavar="N", help="All but the N newest finished runs of each workflow."
+)
+@click.option("--workflow", metavar="NAME", help="Only runs of this workflow.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@store_option
+def prune(older_than: str | None, keep: int | None, workflow: str | None, yes: bool, as_json: bool, store: str) -> None:
+    """Delete finished runs, with journal, messages and idempotency key. There is no way back.
+
+    With both bounds given, a run goes that either lets go. A run stays while its parent or one of its children is active.
+    Retention rules in the code are not looked at here.
+
+    \b
+    Examples:
+      durable runs prune --older-than 30d
+      durable runs prune --keep 1000 --workflow order --yes
+    """
+    from durable.core.clock import SECOND
+    from durable.core.durations import seconds
+    from durable.core.errors import DefinitionError
+
+    if older_than is None and keep is None:
+        raise click.UsageError("Say what may go: --older-than 30d, or --keep 1000.")
+    try:
+        age = None if older_than is None else int(seconds(older_than) * SECOND)
+    except DefinitionError as error:
+        raise click.UsageError(str(error)) from None
+    bounds = ([f"older than {older_than}"] if older_than else []) + (
+        [f"beyond the newest {keep}"] if keep is not None else []
+    )
+    which = f"of {safe(workflow)} " if workflow else ""
+    if not yes and not click.confirm(f"Delete finished runs {which}{safe(' or '.join(bounds))} for good?", err=True):
+        raise Problem("Nothing was deleted.", code="not_confirmed", exit=Exit.REFUSED)
+    _go(_prune(store, age, keep, workflow, as_json))
+
+
+async def _prune(store: str, age: int | None, keep: int | None, workflow: str | None, as_json: bool) -> None:
+    from durable.store.records import PruneRequest
+
+    request = PruneRequest(PRUNE_BATCH, workflow=workflow, older_than_us=age, keep=keep)
+    total, count, shown = 0, PRUNE_BATCH, sys.stderr.isatty()
+    async with api_node(store) as app:
+        while count == PRUNE_BATCH:
+            count = await app.engine.prune(request)
+            total += count
+            if shown:
+                click.echo(f"\r{total:,} deleted", err=True, nl=False)
+            await asyncio.sleep(0.01)  # engines on this store have their turn
+    if shown:
+        click.echo("\r\x1b[K", err=True, nl=False)
+    if as_json:
+        show_json({"deleted": total})
+    else:
+        click.echo(f"{total:,} finished {'run' if total == 1 else 'runs'} deleted.")

@@ -33,19 +33,22 @@ class Group(Generic[Q, A]):
         call: Callable[[Sequence[Q]], Awaitable[Sequence[A]]],
         *,
         max_items: int,
+        in_flight: int = 1,
         max_bytes: int = 4 << 20,
         size: Callable[[Q], int] = lambda _: 0,
         alone: Callable[[Q], object] | None = None,
     ) -> None:
-        """`alone`: two questions for which it gives the same never share a call."""
+        """`in_flight`: calls under way at once, more than one only while full ones wait. `alone`: two questions for which it
+        gives the same never share a call."""
         self._name = name
         self._call = call
         self._max_items = max_items
+        self._in_flight = in_flight
         self._max_bytes = max_bytes
         self._size = size
         self._alone = alone
         self._queue: deque[tuple[Q, Callable[[A | BaseException], None]]] = deque()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self.closed = False
         self.trouble: StoreError | None = None
         """Why the store takes nothing right now; None while all is well."""
@@ -53,22 +56,29 @@ class Group(Generic[Q, A]):
     def submit(self, item: Q, done: Callable[[A | BaseException], None]) -> None:
         """Queue one question. `done` is called on the loop, with the answer or with why there is none."""
         self._queue.append((item, done))
-        if self._task is None and not self.closed:
-            self._task = asyncio.get_running_loop().create_task(self._run(), name=f"durable-{self._name}")
+        under_way = len(self._tasks)
+        if (not under_way or (under_way < self._in_flight and len(self._queue) >= self._max_items)) and not self.closed:
+            task = asyncio.get_running_loop().create_task(self._run(), name=f"durable-{self._name}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def ask(self, item: Q) -> A:
-        """Queue one question and wait for its answer."""
+    async def ask(self, item: Q, also: Callable[[A | BaseException], None] = lambda _: None) -> A:
+        """Queue one question and wait for its answer. `also` is told it too, whether or not the caller still waits, and
+        before the caller goes on."""
         if self.closed:
-            raise EngineStopped("The engine has been stopped; start it again before asking it for work.")
+            stopped = EngineStopped("The engine has been stopped; start it again before asking it for work.")
+            also(stopped)
+            raise stopped
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
 
         def done(answer: A | BaseException) -> None:
-            if future.done():
-                return
-            if isinstance(answer, BaseException):
-                future.set_exception(answer)
-            else:
-                future.set_result(answer)
+            # First: whatever becomes of `also`, the caller is not left waiting.
+            if not future.done():
+                if isinstance(answer, BaseException):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+            also(answer)
 
         self.submit(item, done)
         return await future
@@ -76,33 +86,34 @@ class Group(Generic[Q, A]):
     async def flush(self, monotonic: Callable[[], float], seconds: float) -> None:
         """Wait until all that was asked is answered, or for that long; not for a store that takes nothing."""
         deadline = monotonic() + seconds
-        while self._task is not None and self.trouble is None and monotonic() < deadline:
-            await asyncio.wait({self._task}, timeout=0.05)
+        while self._tasks and self.trouble is None and monotonic() < deadline:
+            await asyncio.wait(self._tasks, timeout=0.05)
 
     async def close(self) -> None:
         """Wait for what is queued; with the store out of reach, give it up."""
         self.closed = True
-        while self._task is not None and self.trouble is None:  # it may get into trouble while we wait
-            await asyncio.wait({self._task}, timeout=0.05)
+        while self._tasks and self.trouble is None:  # it may get into trouble while we wait
+            await asyncio.wait(self._tasks, timeout=0.05)
         self.abort()
 
     def abort(self) -> None:
         """Forget everything queued: this engine may not write any more."""
         self.closed = True
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        for task in self._tasks:
+            task.cancel()
+        self._tasks.clear()
         while self._queue:
             _, done = self._queue.popleft()
             done(EngineStopped("The engine stopped before the store answered."))
 
     async def _run(self) -> None:
-        try:
-            while self._queue:
-                batch = self._take()
-                await self._answer(batch)
-        finally:
-            self._task = None
+        me = asyncio.current_task()
+        while self._queue:
+            batch = self._take()
+            await self._answer(batch)
+        # At once, not when the loop gets round to telling: what is submitted in between needs a task of its own.
+        if me is not None:
+            self._tasks.discard(me)
 
     def _take(self) -> list[tuple[Q, Callable[[A | BaseException], None]]]:
         queue = self._queue

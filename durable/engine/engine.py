@@ -16,7 +16,7 @@ from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import RUN, Entry
 from durable.core.payload import encode
-from durable.engine import dead_letter
+from durable.engine import collector, dead_letter
 from durable.engine.announce import Announcer
 from durable.engine.deps import Deps
 from durable.engine.executor import Executor
@@ -43,6 +43,9 @@ _ENDED = frozenset(f"run.{status.value}" for status in TERMINAL)
 
 HAND_OVER_SECONDS = 5.0
 """How long a drain tries to write down what waits; an unreachable store is not waited for longer."""
+
+CLOSE_SECONDS = 1.0
+"""What transports get to say goodbye, at least, where bodies have used up the drain."""
 
 T = TypeVar("T")
 
@@ -129,6 +132,7 @@ class WorkflowEngine:
         if deps.settings.execute:
             self._scheduler.start()
             self._pruner.start()
+        collector.relax()
         self._running = True
 
     async def drain(self, timeout: float | None = None) -> None:
@@ -137,6 +141,7 @@ class WorkflowEngine:
         if not self._running:
             return
         self._running = False
+        collector.restore()
         executor = self._executor
         executor.draining = True
         try:
@@ -169,7 +174,7 @@ class WorkflowEngine:
         self._timeline.close()
         executor.steps.close()
         await self._announcer.close()
-        await self.deps.transport.close(max(0.0, deadline - self._local.monotonic()))
+        await self.deps.transport.close(max(CLOSE_SECONDS, deadline - self._local.monotonic()))
         await self._close_plane()
 
     async def _close_plane(self) -> None:

@@ -54,6 +54,7 @@ class Executor:
             "commits",
             deps.store.commit,
             max_items=deps.store.capabilities.max_batch,
+            in_flight=deps.store.capabilities.in_flight,
             size=lambda commit: commit.size,
             # A run that was dropped with a commit still queued may be claimed anew and commit again.
             alone=lambda commit: commit.run_id,

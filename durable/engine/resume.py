@@ -34,6 +34,8 @@ class Resume:
 
     def mail(self, run: Resident) -> None:
         """There may be unread rows for this run: fetch them, together with those of others."""
+        if run.dropped:
+            return  # a later life of the same run may be wanted under its id
         run.fetching = True
         self._wanted[run.run_id] = run
         if self._task is None:
@@ -56,14 +58,19 @@ class Resume:
                     try:
                         inboxes = await self._executor.deps.store.inbox([(run.run_id, run.inbox_known) for run in runs])
                         break
-                    except StoreError as error:
-                        log.warning("the inbox cannot be read, trying again: %s", error)
-                        await asyncio.sleep(RETRY_SECONDS)
+                    except Exception as error:
+                        known = isinstance(error, StoreError)
+                        log.warning("the inbox cannot be read, trying again: %s", error, exc_info=not known)
+                    await asyncio.sleep(RETRY_SECONDS)
                 for run, rows in zip(runs, inboxes, strict=True):
                     run.fetching = run.run_id in self._wanted
                     if not run.dropped:
                         run.looked_at, run.looking = began, False
-                        self.take(run, rows)
+                        try:
+                            self.take(run, rows)
+                        except Exception:
+                            log.exception("the mail of run %s could not be taken in; it is given back", run.run_id)
+                            self._executor.forsake(run)
                         self._executor.wake(run)
         finally:
             self._task = None

@@ -121,6 +121,8 @@ class Scheduler:
         claim = await executor.deps.store.claim(request)
         if claim.runs:
             await self._take_in(claim.runs, incarnation)
+        if incarnation != executor.lease.incarnation:
+            return True  # the lease was lost meanwhile: what this look found says nothing any more
         if blocked:
             self._blocked_after = claim.runs[-1].run.id if len(claim.runs) == room else None
             return True
@@ -135,13 +137,14 @@ class Scheduler:
                 journals = await store.load([c.run.id for c in claimed])
                 inboxes = await store.inbox([(c.run.id, c.run.inbox_read) for c in claimed])
                 break
-            except StoreError as error:
-                log.warning("claimed runs cannot be read, trying again: %s", error)
+            except Exception as error:
+                known = isinstance(error, StoreError)
+                log.warning("claimed runs cannot be read, trying again: %s", error, exc_info=not known)
                 if self._task is None:  # stopping: they are for somebody else
                     with suppress(StoreError):
                         await store.release([(one.run.id, one.run.epoch) for one in claimed])
                     return
-                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)
         if incarnation != self._executor.lease.incarnation:
             return  # the lease was lost meanwhile: they are no longer ours
         for one, journal, rows in zip(claimed, journals, inboxes, strict=True):
@@ -176,13 +179,18 @@ class Scheduler:
             executor.admit(run, journal)
 
     async def _release_strangers(self) -> None:
+        lost = await self._strangers()
+        # Runs that ended while the answer was on its way are none; asked again, the store does not name them any more.
+        if lost and (lost := lost & await self._strangers()):
+            log.warning("releasing %d runs that the store says are ours and that are not here", len(lost))
+            await self._executor.deps.store.release(sorted(lost))
+
+    async def _strangers(self) -> set[tuple[str, int]]:
+        """(run, epoch) that the store says are ours and that are not here."""
         executor = self._executor
         owned = await executor.deps.store.owned(executor.lease.incarnation)
-        lost = [
+        return {
             (run_id, epoch)
             for run_id, epoch in owned
             if run_id not in self.starting and ((run := executor.residents.get(run_id)) is None or run.epoch < epoch)
-        ]
-        if lost:
-            log.warning("releasing %d runs that the store says are ours and that are not here", len(lost))
-            await executor.deps.store.release(lost)
+        }

@@ -18,6 +18,7 @@ class Mail:
             "messages",
             deps.store.send,
             max_items=deps.store.capabilities.max_batch,
+            in_flight=deps.store.capabilities.in_flight,
             size=lambda message: len(message.payload or b""),
         )
         self._nudge = nudge

@@ -49,6 +49,7 @@ class Starter:
             "starts",
             executor.deps.store.start,
             max_items=executor.deps.store.capabilities.max_batch,
+            in_flight=executor.deps.store.capabilities.in_flight,
             size=lambda run: len(run.input) + 256,
         )
         self.open = False
@@ -119,9 +120,7 @@ class Starter:
         )
 
     async def _insert(self, new: NewRun) -> str:
-        future: asyncio.Future[StartOutcome] = asyncio.get_running_loop().create_future()
-
-        def done(answer: StartOutcome | BaseException) -> None:
+        def born(answer: StartOutcome | BaseException) -> None:
             # Whether or not the caller still waits: a run that is born claimed has nobody but us.
             self._scheduler.starting.discard(new.id)
             # EXISTING under our own fresh id: the reply to an earlier try was lost.
@@ -130,18 +129,8 @@ class Starter:
                     self._begin(new)
                 else:
                     self._executor.on_nudge(new.id, None)
-            if future.done():
-                return
-            if isinstance(answer, BaseException):
-                future.set_exception(answer)
-            else:
-                future.set_result(answer)
 
-        if self._group.closed:
-            self._scheduler.starting.discard(new.id)
-            raise EngineStopped("The engine has been stopped; start it again before asking it for work.")
-        self._group.submit(new, done)
-        outcome = await future
+        outcome = await self._group.ask(new, born)
         if outcome.status is StartStatus.CONFLICT:
             raise IdempotencyConflict(
                 f"Run {outcome.run_id} was started with key {new.idempotency_key!r} and another input. Use another key, "

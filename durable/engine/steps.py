@@ -121,11 +121,24 @@ class LocalSteps:
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
-                return await self._bodies.call(command.body, command.args)
+                late = partial(self._late, run, command, attempt)
+                return await self._bodies.call(command.body, command.args, late=late)
         except TimeoutError:
             if limit.expired():
                 raise StepTimeout(f"The step took longer than its timeout of {timeout} s.") from None
             raise
+
+    def _late(self, run: Resident, command: RunStep, attempt: int, error: BaseException | None, result: Any) -> None:
+        """A plain body has ended after its timeout: recorded, never delivered."""
+        status, key = "completed", command.key
+        try:
+            if error is not None:
+                raise error
+            payload, _ = through(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
+        except BaseException as failure:
+            status, payload = "failed", encode_error(describe(failure))
+        now = self._executor.clock.now()
+        self._executor.arrive(run, Arrival(now, STEP, status, key, attempt=attempt, payload=payload, finished_at=now))
 
     def _log(self, run: Resident, key: str, level: str, message: str, fields: dict[str, Any]) -> None:
         data = encode(fields, what="the fields of a log line", limit=self._limit) if fields else None

@@ -6,15 +6,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
-from durable.core.errors import EngineStopped, RunNotFound, StoreError
+from durable.core.errors import EngineStopped, RunNotFound, StoreError, StoreUnavailable
 from durable.core.journal import RUN, Entry
 from durable.engine.deps import Deps
 from durable.engine.residents import Final, Resident
 from durable.protocol.states import TERMINAL
+from durable.store.records import RunRecord
 
 log = logging.getLogger("durable.timeline")
+
+T = TypeVar("T")
 
 PAGE = 500
 _LAST = frozenset(status.value for status in TERMINAL)
@@ -101,12 +106,12 @@ class Timeline:
         event = asyncio.Event()
         self._watching[run_id].add(event)
         try:
-            record = (await self._deps.store.get([run_id]))[0]
+            record = await self._patiently(partial(self._record, run_id))
             if record is None or record.workspace != self._deps.settings.workspace:
                 raise _unknown(run_id)
             while True:
                 event.clear()
-                entries = await self._deps.store.page(run_id, after, PAGE)
+                entries = await self._patiently(partial(self._deps.store.page, run_id, after, PAGE))
                 for entry in entries:
                     after = entry.seq
                     yield entry
@@ -115,7 +120,7 @@ class Timeline:
                 if entries and entries[-1].kind == RUN and entries[-1].status in _LAST:
                     return
                 if not entries:
-                    record = (await self._deps.store.get([run_id]))[0]
+                    record = await self._patiently(partial(self._record, run_id))
                     if record is None or (record.status in TERMINAL and record.seq <= after):
                         return
                 try:
@@ -128,8 +133,20 @@ class Timeline:
             if not self._watching[run_id]:
                 del self._watching[run_id]
 
+    async def _record(self, run_id: str) -> RunRecord | None:
+        return (await self._deps.store.get([run_id]))[0]
+
+    async def _patiently(self, look: Callable[[], Awaitable[T]]) -> T:
+        """A watcher outlives a store that is out of reach: it goes on where it was."""
+        while True:
+            try:
+                return await look()
+            except StoreUnavailable as error:
+                log.warning("cannot read a journal, trying again: %s", error)
+                await asyncio.sleep(self._deps.settings.poll_every)
+
     async def _look(self, run_id: str) -> Final | None:
-        record = (await self._deps.store.get([run_id]))[0]
+        record = await self._record(run_id)
         if record is None or record.workspace != self._deps.settings.workspace:
             raise _unknown(run_id)
         if record.status not in TERMINAL:

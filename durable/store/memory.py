@@ -119,6 +119,7 @@ class MemoryStore:
             shared=False,
             commit_with=False,
             max_payload=max_payload,
+            in_flight=2,
         )
 
     def another(self) -> MemoryStore:

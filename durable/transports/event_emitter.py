@@ -113,7 +113,8 @@ class _Shelf:
 
 
 class EventEmitterTransport:
-    """One end of an in-process transport. Engines may share an instance; a `peer` gives each a life of its own."""
+    """One end of an in-process transport. A `peer` is another, with a life of its own. Applications that are given one
+    instance take an `end` each."""
 
     def __init__(
         self, *, name: str = "event-emitter", heartbeat_interval: float = 5.0, max_message: int = 64 * 1024 * 1024
@@ -125,6 +126,9 @@ class EventEmitterTransport:
         self._shelf = _Shelf()
         self._control = LocalControlPlane()
         self._starts = 0
+        self._taken = False
+        self._giving_back = False
+        """What is cancelled now has been cancelled by `close`."""
         self._under_way: dict[_Held, None] = {}
         self._beat_timer: asyncio.TimerHandle | None = None
         self._replies: set[asyncio.Task[None]] = set()
@@ -143,6 +147,14 @@ class EventEmitterTransport:
         other._shelf = self._shelf
         other._control = self._control.peer()
         return other
+
+    def end(self) -> EventEmitterTransport:
+        """An end for one engine or worker, whose handlers leave with it: this instance for the first, a `peer` for each
+        that comes while the first has it."""
+        if self._taken or self._starts:
+            return self.peer()
+        self._taken = True
+        return self
 
     async def start(self) -> None:
         """Open this end. Engines that share one instance each start and close it; the last close counts."""
@@ -163,7 +175,9 @@ class EventEmitterTransport:
             await self._control.close()
             return
         self._shelf.servers = [server for server in self._shelf.servers if server.end is not self]
+        self._giving_back = True
         await self._drain(timeout)
+        self._giving_back = self._taken = False
         if self._beat_timer:
             self._beat_timer.cancel()
             self._beat_timer = None
@@ -299,6 +313,16 @@ class EventEmitterTransport:
     def _end(self, held: _Held) -> None:
         """However it ended: a slot is free; a task cancelled by `close` goes back on the shelf."""
         del self._under_way[held]
+        work = held.work
+        broken = work is not None and (work.cancelled() or work.exception() is not None)
+        if broken and not held.dropped and not self._giving_back:
+            # Not our doing: most likely the loop is being torn down, and whatever begins now begins to be killed. A loop
+            # that goes on comes to it.
+            asyncio.get_running_loop().call_later(REDELIVERY_FIRST, self._return, held)
+        else:
+            self._return(held)
+
+    def _return(self, held: _Held) -> None:
         self._leave_server(held)
         if self._shelf.holds(held) and not held.dropped:
             held.work = None

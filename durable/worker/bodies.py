@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from durable.worker.threads import BodyThreads
+from durable.worker.threads import BodyThreads, Late
 
 
 class Bodies:
@@ -18,22 +18,30 @@ class Bodies:
     def __init__(self, threads: int) -> None:
         self._threads = BodyThreads(threads) if threads else None
 
-    def call(self, body: Callable[..., Any], args: tuple[Any, ...], *, is_async: bool | None = None) -> Awaitable[Any]:
-        """What the body returns, once it has. `is_async`: where the callable itself does not show it."""
+    def call(
+        self,
+        body: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        is_async: bool | None = None,
+        late: Late | None = None,
+    ) -> Awaitable[Any]:
+        """What the body returns, once it has. `is_async`: where the callable itself does not show it. `late`: told of a
+        plain body that ended after its caller had given it up."""
         if _is_async(body) if is_async is None else is_async:
             return body(*args)  # type: ignore[no-any-return]
-        return self._plain(body, args)
+        return self._plain(body, args, late)
 
     def close(self) -> None:
         """Let the threads go. One that never returns is not waited for."""
         if self._threads is not None:
             self._threads.close()
 
-    async def _plain(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    async def _plain(self, body: Callable[..., Any], args: tuple[Any, ...], late: Late | None) -> Any:
         if self._threads is None:
             result = body(*args)
         else:
-            result = await self._threads.run(partial(contextvars.copy_context().run, body, *args))
+            result = await self._threads.run(partial(contextvars.copy_context().run, body, *args), late)
         # A lambda or a partial around an async function hands back a coroutine.
         return await result if inspect.isawaitable(result) else result
 

@@ -8,9 +8,11 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+Late = Callable[[BaseException | None, Any], None]
+"""Told of a body that nobody waits for any more: what it raised, or what it returned."""
 
 
 class BodyThreads:
@@ -22,8 +24,9 @@ class BodyThreads:
         self._idle = threading.Semaphore(0)
         self._made = 0
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Call it in a thread and wait. Cancelled, it is not begun any more; one that has begun goes on unheard."""
+    async def run(self, function: Callable[[], T], late: Late | None = None) -> T:
+        """Call it in a thread and wait. Cancelled, it is not begun any more; one that has begun goes on, and `late` is told
+        how it ended, on the loop."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -36,11 +39,11 @@ class BodyThreads:
                 # No future takes it: the body would never be heard of again.
                 wrong = RuntimeError("the body raised StopIteration")
                 wrong.__cause__ = error
-                _tell(loop, future, wrong, None)
+                _tell(loop, future, wrong, None, late)
             except BaseException as error:
-                _tell(loop, future, error, None)
+                _tell(loop, future, error, None, late)
             else:
-                _tell(loop, future, None, result)
+                _tell(loop, future, None, result, late)
 
         self._work.put(work)
         if not self._idle.acquire(blocking=False) and self._made < self._limit:
@@ -61,12 +64,18 @@ class BodyThreads:
 
 
 def _tell(
-    loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], error: BaseException | None, result: T | None
+    loop: asyncio.AbstractEventLoop,
+    future: asyncio.Future[T],
+    error: BaseException | None,
+    result: T | None,
+    late: Late | None,
 ) -> None:
     def settle() -> None:
         if future.done():
             if asyncio.iscoroutine(result):
                 result.close()  # a lambda around an async function, and nobody waits for it
+            elif late is not None:
+                loop.call_soon(late, error, result)  # behind whoever is just being told that it was cancelled
             return
         if error is not None:
             future.set_exception(error)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
 
@@ -24,12 +24,13 @@ import psycopg
 
 from durable.store.postgres.embedded import EmbeddedPostgres
 from tests.chaos.proxy import Proxy, executes
-from tests.chaos.site import LEASE, Node, Site
-from tests.chaos.traffic import Traffic
+from tests.chaos.site import GRACE, LEASE, Node, Site
+from tests.chaos.traffic import PATIENCE, Traffic
 from tests.postgres_server import SETTINGS, fresh_database
 
 SKEWS = (0.0, 600.0, -600.0)
-WRITES = ("commit_runs", "start_runs", "send_messages", "claim_runs", "beat")
+TWO_AT_ONCE = 0.3
+"""Share of moves made in pairs."""
 CALLERS = 24
 SECONDS = 0.1
 """Each body takes."""
@@ -56,6 +57,8 @@ class Nemesis:
         self.made: list[str] = []
         """Every move, in words."""
         self.counts: Counter[str] = Counter()
+        self.ended: Callable[[], int] = lambda: 0
+        """How many runs have ended."""
         self._draw = Random(f"nemesis/{seed}")
         self._began = time.monotonic()
 
@@ -63,20 +66,31 @@ class Nemesis:
         """Somebody new in this place."""
         # A death is never the run's fault here, so none may be counted out.
         settings = {"skew": engine.skew, "max_recovery_attempts": 1_000_000, "drain_timeout": 1.0}
-        engine.node = await self.site.node(via=engine.proxy.named(engine.name), **settings)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            node = engine.node = self.site.launch(via=engine.proxy.named(engine.name), **settings)
+            if await node.came_up():
+                return
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no engine starts at {engine.name}\n{self.site.said()}")
 
     async def go_on(self, seconds: float) -> None:
         """Move after move for so long; then heal."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            kind = self._draw.choice(sorted(MOVES))
-            engine = self._draw.choice(self.engines)
-            hurts = self._draw.choice((0.1, 0.5, 1.0, 2.0)) * LEASE
-            self.made.append(f"{time.monotonic() - self._began:7.2f} s  {kind}: {engine.name}, {hurts:.1f} s")
-            self.counts[kind] += 1
-            await MOVES[kind](self, engine, hurts)
+            at_once = 2 if self._draw.random() < TWO_AT_ONCE else 1
+            # Different engines: one that is stopped can neither be drained nor come up.
+            engines = self._draw.sample(self.engines, at_once)
+            kinds = [self._draw.choice(sorted(MOVES if at_once == 1 else MOVES.keys() - ALONE)) for _ in engines]
+            await asyncio.gather(*(self._move(kind, engine) for kind, engine in zip(kinds, engines, strict=True)))
             await asyncio.sleep(self._draw.uniform(0.0, LEASE))
         await self.heal()
+
+    async def _move(self, kind: str, engine: Engine) -> None:
+        hurts = self._draw.choice((0.1, 0.5, 1.0, 2.0)) * LEASE
+        self.made.append(f"{time.monotonic() - self._began:7.2f} s  {kind}: {engine.name}, {hurts:.1f} s")
+        self.counts[kind] += 1
+        await MOVES[kind](self, engine, hurts)
 
     async def heal(self) -> None:
         """Everybody lives, every link carries, the server serves."""
@@ -130,10 +144,21 @@ class Nemesis:
         await asyncio.sleep(hurts)
         await asyncio.to_thread(self.server.start)
 
+    async def long_outage(self, engine: Engine, hurts: float) -> None:
+        """The server is away for many leases. Nobody's pauses between attempts may have grown with that."""
+        await asyncio.to_thread(self.server.stop, "immediate")
+        await asyncio.sleep(self._draw.uniform(10, 20) * LEASE)
+        await asyncio.to_thread(self.server.start)
+        risen, ended = time.monotonic(), self.ended()
+        while self.ended() == ended:
+            if time.monotonic() > risen + LEASE + GRACE:
+                raise AssertionError(f"the server is back, and nothing goes on\n{self.site.said()}")
+            await asyncio.sleep(0.05)
+
     async def terminate(self, engine: Engine, hurts: float) -> None:
         """pg_terminate_backend of every connection, a few times."""
         for _ in range(3):
-            with psycopg.connect(self.site.url, autocommit=True) as direct:
+            with suppress(psycopg.OperationalError), psycopg.connect(self.site.url, autocommit=True) as direct:
                 direct.execute(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
                     " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
@@ -146,11 +171,13 @@ class Nemesis:
 
     async def cut_after(self, engine: Engine, hurts: float) -> None:
         """The answers to the next few writes of one kind are lost: one engine's, or the callers'."""
-        self._link(engine).cut_after(executes(self._draw.choice(WRITES)), self._draw.randint(1, 5))
+        write, proxy = self._link(engine)
+        proxy.cut_after(executes(write), self._draw.randint(1, 5))
 
     async def cut_before(self, engine: Engine, hurts: float) -> None:
         """The next few writes of one kind are lost."""
-        self._link(engine).cut_before(executes(self._draw.choice(WRITES)), self._draw.randint(1, 5))
+        write, proxy = self._link(engine)
+        proxy.cut_before(executes(write), self._draw.randint(1, 5))
 
     async def half_open(self, engine: Engine, hurts: float) -> None:
         """Nothing passes and nobody is told, for a while."""
@@ -194,8 +221,11 @@ class Nemesis:
         await self.restart_server(engine, 0.1)
         await self.start(engine)
 
-    def _link(self, engine: Engine) -> Proxy:
-        return self.caller if self._draw.random() < 0.3 else engine.proxy
+    def _link(self, engine: Engine) -> tuple[str, Proxy]:
+        """A write, and a link that it passes."""
+        if self._draw.random() < 0.4:
+            return self._draw.choice(("start_runs", "send_messages")), self.caller
+        return self._draw.choice(("commit_runs", "claim_runs", "beat")), engine.proxy
 
 
 Move = Callable[[Nemesis, Engine, float], Awaitable[None]]
@@ -205,6 +235,7 @@ MOVES: dict[str, Move] = {
     "SIGSTOP, SIGCONT": Nemesis.zombie,
     "drain and replace": Nemesis.drain,
     "server stopped and started": Nemesis.restart_server,
+    "server away for long": Nemesis.long_outage,
     "backends terminated": Nemesis.terminate,
     "connections cut": Nemesis.cut,
     "cut between commit and reply": Nemesis.cut_after,
@@ -217,6 +248,16 @@ MOVES: dict[str, Move] = {
     "callers cut off": Nemesis.callers_cut,
     "server restarts during recovery": Nemesis.during_recovery,
 }
+ALONE = frozenset(
+    {
+        "SIGKILL of all",
+        "drain and replace",
+        "server stopped and started",
+        "server away for long",
+        "server restarts during recovery",
+    }
+)
+"""Moves that concern more than one engine, or whose outcome is asked for."""
 
 
 async def chaos(
@@ -234,6 +275,7 @@ async def chaos(
                 await nemesis.start(engine)
             async with site.caller(proxies[-1].url) as app:
                 traffic = Traffic(site, Random(f"traffic/{seed}"), callers=CALLERS, seconds=SECONDS, app=app)
+                nemesis.ended = traffic.made.total
                 try:
                     await nemesis.go_on(seconds)
                     await traffic.stop()

@@ -75,11 +75,15 @@ class Node:
         self.incarnation = ""
         """At its start: who loses the lease and comes back is somebody new."""
 
-    async def ready(self) -> Node:
+    async def came_up(self) -> bool:
+        """Once it serves; false if it ended before."""
         assert self.process.stdout is not None
         line = await asyncio.to_thread(self.process.stdout.readline)
         word, _, self.incarnation = line.strip().partition(" ")
-        assert word == "ready", "the node did not start"
+        return word == "ready"
+
+    async def ready(self) -> Node:
+        assert await self.came_up(), "the node did not start"
         return self
 
     def send(self, number: signal.Signals) -> None:

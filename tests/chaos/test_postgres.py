@@ -142,6 +142,15 @@ async def test_kill_9_with_500_runs_in_flight(site: Site, budget: Budget, capsys
     assert max(times) < LEASE + GRACE
 
 
+async def test_a_lock_that_is_held_is_seen(site: Site) -> None:
+    """The witness for locks is to be trusted: a client in the middle of a transaction of its own is told of."""
+    with psycopg.connect(named(site, "holder")) as holder:
+        assert locks_of(site, "holder") == []
+        holder.execute("INSERT INTO durable.meta VALUES ('something', '')")
+        assert {lock[0] for lock in locks_of(site, "holder")} == {"transactionid", "relation"}
+        holder.rollback()
+
+
 @pytest.mark.timeout(60)
 async def test_a_stopped_engine_holds_no_lock_and_is_refused_when_it_wakes(site: Site, budget: Budget) -> None:
     """SIGSTOP at many moments under load: within a second nothing is held for it, and the others go on. Past its lease its

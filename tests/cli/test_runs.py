@@ -298,3 +298,41 @@ def test_a_private_postgres_is_not_made_by_looking(tmp_path: Path, monkeypatch: 
     assert result.exit_code == 3
     assert World("postgres").run("doctor").exit_code == 0
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ prune
+
+
+def test_prune_deletes_what_is_finished_and_nothing_else(own_world: World) -> None:
+    """Bounds are obeyed and ANDed with the workflow; active runs stay; the number is said."""
+    world = own_world
+    active = {run["id"] for run in world.json("runs", "list", "--status", "active")["runs"]}
+    before = {run["id"] for run in world.json("runs", "list")["runs"]}
+    assert world.json("runs", "prune", "--older-than", "1d", "--yes") == {"deleted": 0}
+    assert world.json("runs", "prune", "--keep", "1000", "--yes") == {"deleted": 0}
+    assert world.json("runs", "prune", "--keep", "0", "--workflow", "evil", "--yes") == {"deleted": 1}
+    assert {run["id"] for run in world.json("runs", "list")["runs"]} == before - {world["evil"]}
+    result = world.run("runs", "prune", "--older-than", "0s", "--yes")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("finished runs deleted.\n")
+    assert active <= {run["id"] for run in world.json("runs", "list")["runs"]}
+    assert world.json("runs", "list", "--status", "dead")["runs"] == []
+    assert world.run("runs", "show", world["evil"]).exit_code == 3
+
+
+def test_prune_asks_first(own_world: World) -> None:
+    """Without --yes it asks; any other answer deletes nothing and says so."""
+    world = own_world
+    before = world.json("runs", "list")
+    refused = world.run("runs", "prune", "--keep", "0", input="n\n")
+    assert refused.exit_code == 4
+    assert "Nothing was deleted" in refused.output
+    assert world.json("runs", "list") == before
+    assert world.run("runs", "prune", "--keep", "0", input="y\n").exit_code == 0
+    assert world.json("runs", "list") != before
+
+
+@pytest.mark.parametrize("arguments", [[], ["--older-than", "a month"], ["--keep", "-1"]])
+def test_prune_wants_a_bound(world: World, arguments: list[str]) -> None:
+    """Without a bound that can be understood it is a mistake of usage, and nothing is asked of the store."""
+    assert world.run("runs", "prune", "--yes", *arguments).exit_code == 2

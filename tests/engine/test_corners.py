@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from durable import Context, Durable, RunTimeout, StartRequest, workflow
+from durable import Context, Durable, RunTimeout, StartRequest, durable_step, workflow
 from durable.core.errors import EngineStopped, StoreUnavailable
 from durable.protocol.states import Activity, Status
 from durable.store.memory import MemoryStore
+from durable.transports.event_emitter import EventEmitterTransport
 from tests.engine.world import SHORT, Gate, World, all_results, eventually
 
 
@@ -251,3 +252,127 @@ async def test_a_full_engine_claims_when_a_run_comes_to_rest(world: World) -> No
     gate.open()
     assert await second.result(5) == 7
     await world.waits(first.id)
+
+
+async def test_an_emitter_given_to_several_engines_forgets_those_that_close(world: World) -> None:
+    """Each has an end of its own, which leaves with its handlers; also where the emitter is named as the control plane."""
+    emitter = EventEmitterTransport()
+
+    @durable_step("who")
+    def who() -> int:
+        return 7
+
+    @workflow("asks")
+    async def asks(ctx: Context) -> int:
+        number: int = await ctx.remote(who)
+        return number
+
+    apps = [
+        await world.engine(asks, who, transport=emitter),
+        await world.engine(asks, who, transport=emitter),
+        await world.engine(asks, who, transport=emitter, control_plane=emitter),
+    ]
+    shelf = emitter._shelf
+    while len(apps) > 1:
+        closing = apps.pop(0)
+        world.apps.remove(closing)
+        await closing.close()
+        alive = [app.engine.deps.transport.member("default") for app in apps]
+        for pairs in (shelf.listeners, shelf.heartbeat_listeners):
+            assert [end for end, _ in pairs] == alive
+        assert [server.end for server in shelf.servers] == alive
+        assert await all_results([await apps[0].start(asks) for _ in range(4)]) == [7] * 4
+    assert apps[0].engine.deps.control_plane is apps[0].engine.deps.transport.member("default")
+
+
+async def test_an_inbox_that_cannot_be_read_for_any_reason_is_read_again(world: World) -> None:
+    """Not only what a store is to raise: after anything else, too, mail reaches a run that is here, poll or not."""
+
+    @workflow("waits")
+    async def waits(ctx: Context) -> object:
+        return await ctx.wait_for_signal("go")
+
+    app = await world.engine(waits, hot_for=3600)
+    handle = await app.start(waits)
+    await world.waits(handle.id)
+    broken = [RuntimeError("a bug in a driver")]
+
+    def fault(name: str, args: tuple[Any, ...]) -> BaseException | None:
+        return broken.pop() if name in ("inbox", "load") and broken else None
+
+    world.line(app).fault = fault
+    await handle.signal("go", 7)
+    assert await handle.result(5) == 7
+    assert not broken
+
+
+async def test_mail_for_a_dropped_run_does_not_hide_its_later_life(world: World) -> None:
+    """Somebody still holds a run that has left memory and asks for its mail: the run as it is here now gets its own."""
+    if world.cold:
+        pytest.skip("a run that waits is not in memory")
+
+    @workflow("waits")
+    async def waits(ctx: Context) -> object:
+        return await ctx.wait_for_signal("go")
+
+    app = await world.engine(waits, hot_for=3600)
+    handle = await app.start(waits)
+    await world.waits(handle.id)
+    executor = app.engine._executor
+    before = executor.residents[handle.id]
+    executor.forsake(before)
+    await world.until(handle.id, lambda run: run.epoch > before.epoch)
+    await eventually(lambda: executor.residents.get(handle.id) not in (None, before))
+    now = executor.residents[handle.id]
+    app.engine._resume.mail(now)
+    app.engine._resume.mail(before)
+    await eventually(lambda: not now.fetching)
+    await handle.signal("go", 7)
+    assert await handle.result(5) == 7
+
+
+async def test_a_run_that_cannot_be_taken_in_does_not_leave_its_starter_hanging(world: World) -> None:
+    """Whatever goes wrong between the insert and the first turn, the caller is answered, and the run is not lost."""
+
+    @workflow("plain")
+    async def plain(ctx: Context) -> int:
+        return 7
+
+    app = await world.engine(plain, lease=SHORT)
+    starter = app.engine._starter
+    begin, failed = starter._begin, []
+
+    def fails_once(new: Any) -> None:
+        if not failed:
+            failed.append(new.id)
+            raise RuntimeError("no memory")
+        begin(new)
+
+    starter._begin = fails_once  # type: ignore[method-assign]
+    async with asyncio.timeout(5):
+        handle = await app.start(plain)
+    assert failed == [handle.id]
+    assert await handle.result(5) == 7
+
+
+async def test_a_transport_has_time_to_say_goodbye(world: World) -> None:
+    """Bodies that use up the whole drain leave the transport a second to hand over what it holds."""
+    given: list[float] = []
+
+    class Watched(EventEmitterTransport):
+        async def close(self, timeout: float = 10.0) -> None:
+            given.append(timeout)
+            await super().close(timeout)
+
+    gate = Gate()
+
+    @workflow("held")
+    async def held(ctx: Context) -> None:
+        await ctx.step("body", gate)
+
+    app = await world.engine(held, transport=Watched())
+    await app.start(held)
+    await gate.reached()
+    world.apps.remove(app)
+    await app.close(0.0)
+    assert given == [1.0]

@@ -78,6 +78,39 @@ async def test_N16_a_step_timeout_leaves_a_thread_behind_and_goes_on(world: Worl
     await world.sound(handle.id)
 
 
+@pytest.mark.parametrize("raises", [False, True])
+async def test_what_a_thread_returns_after_its_timeout_is_recorded(world: World, raises: bool) -> None:
+    """While its run is here, the end of a plain body that timed out is journaled as late, under its attempt."""
+    release, gate = threading.Event(), Gate()
+
+    def block() -> str:
+        release.wait(5)
+        if raises:
+            raise ValueError("too late")
+        return "too late"
+
+    @workflow(name="thread")
+    async def thread(ctx: Context) -> str:
+        try:
+            await ctx.step("block", block, timeout=0.05, retries=0)
+        except StepTimeout:
+            await ctx.step("hold", gate)
+            return "went on"
+        return ""
+
+    app = await world.engine(thread)
+    handle = await app.start(thread)
+    await gate.reached()
+    release.set()
+    await world.until_journal(handle.id, lambda lines: "step block late" in lines)
+    gate.open()
+    assert await handle.result(5) == "went on"
+    [late] = [entry for entry in await world.journal(handle.id) if entry.status == "late"]
+    assert (late.key, late.attempt) == ("block", 1)
+    assert b"too late" in (late.payload or b"")
+    await world.sound(handle.id)
+
+
 async def test_a_timeout_error_of_the_bodys_own_is_not_the_steps(world: World) -> None:
     """A TimeoutError that the body raised itself is its failure, not a StepTimeout."""
 

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from durable import Context, workflow
-from durable.core.errors import UnknownVersion
+from durable.core.errors import StoreUnavailable, UnknownVersion
 from durable.protocol.states import Activity, Status
-from tests.engine.world import World
+from tests.engine.world import SHORT, World, eventually
 
 RAN: list[str] = []
 
@@ -93,6 +93,25 @@ async def test_N17_a_blocked_run_goes_on_after_a_fix(world: World, quiet: Any) -
     record = await world.record(run_id)
     assert record.error is None
     await world.sound(run_id)
+
+
+async def test_N17_a_lost_lease_does_not_lose_the_look_at_blocked_runs(world: World, quiet: Any) -> None:
+    """The lease ends between claiming blocked runs and reading them: under its new name the engine looks once more."""
+    run_id = await parked(world, variant(["charge", "ship"]))
+    app = await world.engine(variant(["refund"]))
+    await app.run(run_id).signal("go")
+    await world.until(run_id, lambda r: r.activity == Activity.BLOCKED)
+    await app.close()
+    fixed = await world.engine(variant(["charge", "ship", "thank"]), lease=SHORT)
+    # Before its scheduler has had a turn.
+    cut_off = ("load", "beat")
+    world.line(fixed).fault = lambda name, args: StoreUnavailable("not now") if name in cut_off else None
+    first, lease = fixed.engine.incarnation, fixed.engine._executor.lease
+    await world.until(run_id, lambda r: r.owner == first)
+    await eventually(lambda: lease._lost)
+    world.line(fixed).fault = None
+    assert await fixed.run(run_id).result(10) == ["charge", "ship", "thank"]
+    assert fixed.engine.incarnation != first
 
 
 async def test_N17_requeue_has_a_blocked_run_looked_at_again(world: World, quiet: Any) -> None:

@@ -30,7 +30,7 @@ from durable.engine.dispatch import Dispatch  # noqa: E402
 from durable.engine.executor import Executor  # noqa: E402
 from durable.engine.steps import LocalSteps  # noqa: E402
 from durable.store.memory import MemoryStore  # noqa: E402
-from durable.store.records import Commit, CommitOutcome  # noqa: E402
+from durable.store.records import Commit, CommitOutcome, RunRecord  # noqa: E402
 from durable.testing.simulation.checker import check  # noqa: E402
 from durable.testing.simulation.faults import Swarm  # noqa: E402
 from durable.testing.simulation.world import World  # noqa: E402
@@ -44,6 +44,13 @@ class WithoutEpoch(MemoryStore):
         if run is not None:
             commit = msgspec.structs.replace(commit, epoch=run.epoch)
         return super()._commit(commit, now)
+
+
+class WithoutFamily(MemoryStore):
+    """Deletes finished runs, whoever of their family is active."""
+
+    def _family_active(self, run: RunRecord) -> bool:
+        return False
 
 
 class WithoutCommitId(MemoryStore):
@@ -131,6 +138,7 @@ REMOVALS: dict[str, Removal] = {
     "commit_id": ("the commit_id that knows a commit again", WithoutCommitId, nothing),
     "inbox": ("the inbox counter looked at when a run suspends", WithoutCounter, nothing),
     "barrier": ("the barrier before side effects", MemoryStore, without_barrier),
+    "family": ("the look at the family before a run is deleted", WithoutFamily, nothing),
     "order": ("delivery in journal order", MemoryStore, out_of_order),
 }
 

@@ -13,6 +13,7 @@ from durable.core.journal import Entry
 from durable.protocol.states import Activity, Status
 from durable.testing.simulation.checker import CHECKS, check
 from durable.testing.simulation.faults import Swarm
+from durable.testing.simulation.server import Wrote
 from durable.testing.simulation.world import Call, Evidence, Stored, World
 
 SEEDS = range(40)
@@ -52,6 +53,29 @@ def an_unexpected_error(evidence: Evidence) -> bool:
 @plant("went_on")
 def a_deadlock(evidence: Evidence) -> bool:
     evidence.stuck = "Deadlock: nothing is scheduled"
+    return True
+
+
+@plant("pruned_rightly")
+def an_active_run_deleted(evidence: Evidence) -> bool:
+    evidence.log.append(Wrote(99.0, "e0.1", "prune", next(iter(evidence.runs)), status="active"))
+    return True
+
+
+@plant("pruned_rightly")
+def a_child_deleted_under_its_parent(evidence: Evidence) -> bool:
+    line = Wrote(99.0, "e0.1", "prune", next(iter(evidence.runs)), status="completed", family=("run-above",))
+    evidence.log.append(line)
+    return True
+
+
+@plant("pruned_rightly")
+def a_deleted_run_that_is_claimed(evidence: Evidence) -> bool:
+    run_id = next(iter(evidence.runs))
+    evidence.log += [
+        Wrote(99.0, "e0.1", "prune", run_id, status="completed"),
+        Wrote(99.5, "e0.1", "claim", run_id, epoch=99),
+    ]
     return True
 
 

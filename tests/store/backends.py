@@ -13,6 +13,9 @@ from durable.testing.facts import PATIENCE, PAUSE
 
 OTHERS = "datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
 
+CHANNELS = "query ~ 'LISTEN|pg_notify'"
+"""Connections that last listened, or said something."""
+
 
 class Backends:
     """All who are connected to one database, seen from a connection of its own."""
@@ -36,9 +39,11 @@ class Backends:
     async def pids(self) -> set[int]:
         return {pid for (pid,) in await self._ask(f"SELECT pid FROM pg_stat_activity WHERE {OTHERS}")}
 
-    async def terminate(self) -> set[int]:
-        """Kill every other backend, and return when they are gone. Their pids."""
-        rows = await self._ask(f"SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OTHERS}")
+    async def terminate(self, which: str = "true") -> set[int]:
+        """Kill every other backend of which the condition holds, and return when they are gone. Their pids."""
+        rows = await self._ask(
+            f"SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OTHERS} AND ({which})"
+        )
         killed = {pid for pid, _ in rows}
         await self._until_gone(killed)
         return killed

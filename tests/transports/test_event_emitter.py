@@ -296,3 +296,64 @@ async def test_cancelling_a_waiting_task_takes_it_back() -> None:
     await eventually(lambda: len(results) == 2)
     await emitter.close()
     assert gate.started == ["busy:0", "next:0"]
+
+
+def test_a_loop_that_is_torn_down_begins_no_body_again() -> None:
+    """What nobody closed is cancelled by the end of its loop: not begun once more, and neither is what waited."""
+    gate = Gate()
+
+    async def killed() -> None:
+        emitter = EventEmitterTransport()
+        await emitter.start()
+        await emitter.serve([ECHO], gate.handle, concurrency=1)
+        await emitter.dispatch(task("first"))
+        await emitter.dispatch(task("second"))
+        await eventually(lambda: gate.started)
+
+    asyncio.run(killed())
+    assert gate.started == gate.cancelled == ["first:0"]
+
+
+async def test_a_body_that_cancels_its_own_task_holds_up_nobody() -> None:
+    """The loop goes on, so what waited behind it gets its turn, and it itself is tried again."""
+    emitter, results, tried = EventEmitterTransport(), Results(), []
+
+    async def handle(one: RemoteTask) -> StepResult:
+        tried.append(one.run_id)
+        current = asyncio.current_task()
+        if tried == ["odd"] and current is not None:
+            current.cancel()
+            await asyncio.sleep(0)
+        return answer(one)
+
+    emitter.on_result(results.take)
+    await emitter.start()
+    await emitter.serve([ECHO], handle, concurrency=1)
+    await emitter.dispatch(task("odd"))
+    await emitter.dispatch(task("next"))
+    await eventually(lambda: len(results) == 2)
+    await emitter.close()
+    assert sorted(tried) == ["next", "odd", "odd"]
+
+
+async def test_one_instance_has_an_end_for_each_engine() -> None:
+    """Closing an engine's end takes its handlers and servers along, and what is under way there; the others go on."""
+    emitter, first, second, gate = EventEmitterTransport(), Results(), Results(), Gate()
+    ends = emitter.end(), emitter.end()
+    assert ends[0] is emitter
+    assert ends[1] is not emitter
+    for end, results, handle in ((ends[0], first, gate.handle), (ends[1], second, echo)):
+        end.on_result(results.take)
+        end.on_heartbeat(lambda beat: None)
+        await end.start()
+        await end.serve([ECHO], handle)
+    await ends[0].close()
+    shelf = emitter._shelf
+    assert [end for end, _ in shelf.listeners] == [end for end, _ in shelf.heartbeat_listeners] == [ends[1]]
+    assert [server.end for server in shelf.servers] == [ends[1]]
+    for n in range(4):
+        await ends[1].dispatch(task(f"r{n}"))
+    await eventually(lambda: len(second) == 4)
+    await ends[1].close()
+    assert not shelf.listeners
+    assert emitter.end() is emitter

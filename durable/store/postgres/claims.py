@@ -45,7 +45,7 @@ async def release(db: Database, schema: str, held: Sequence[tuple[str, int]]) ->
 
 
 async def owned(db: Database, schema: str, incarnation: str) -> list[tuple[str, int]]:
-    rows = await db.all(f"SELECT id, epoch FROM {schema}.runs WHERE owner = %s", [incarnation])
+    rows = await db.read(f"SELECT id, epoch FROM {schema}.runs WHERE owner = %s", [incarnation])
     return [(run_id, epoch) for run_id, epoch in rows]
 
 

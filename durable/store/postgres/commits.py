@@ -49,6 +49,11 @@ _CALL = ", ".join(["%s"] * (_RUN_PARAMETERS + journal.PARAMETERS))
 async def commit(db: Database, schema: str, batch: Sequence[Commit]) -> list[CommitOutcome]:
     """Each commit done, fenced, or failed by itself: a batch that breaks is tried again in halves."""
     try:
+        if len(batch) == 1 and _is_step(batch[0]):
+            rows = await db.all(_STEP.format(schema=schema), _step_parameters(batch[0]))
+            if rows:
+                return [CommitOutcome(CommitStatus.DONE, rows[0][0])]
+            # Refused: the long way says why.
         query, parameters = _statement(schema, batch)
         return _outcomes(batch, await db.one(query, parameters))
     except (psycopg.Error, struct.error, UnicodeEncodeError) as error:  # the driver's: only culprits come out of `db`
@@ -56,6 +61,54 @@ async def commit(db: Database, schema: str, batch: Sequence[Commit]) -> list[Com
             return [CommitOutcome(CommitStatus.FENCED, failure=_failure(error))]
     half = len(batch) // 2
     return await commit(db, schema, batch[:half]) + await commit(db, schema, batch[half:])
+
+
+# A run on its own that appends one row and changes nothing else: a sequential step. The same fence and the same rows as
+# `commit_runs` has, at a third of its cost, for want of arrays.
+_STEP = """
+WITH changed AS (
+  UPDATE {schema}.runs r SET
+    seq = r.seq + 1, commit_id = %s, updated_at = {schema}.now_us(), inbox_read = coalesce(%s, r.inbox_read),
+    recovery_attempts = CASE WHEN %s THEN 0 ELSE r.recovery_attempts END
+  WHERE r.id = %s AND r.epoch = %s AND r.seq = %s AND r.status = 'active' AND r.commit_id IS DISTINCT FROM %s
+  RETURNING r.id, r.seq, r.inbox_last),
+appended AS (
+  INSERT INTO {schema}.journal (
+    run_id, seq, at, kind, status, key, ordinal, name, attempt, fingerprint, payload, enqueued_at, started_at, finished_at)
+  SELECT c.id, c.seq, %s::bigint, %s::text, %s::text, %s::text, %s::integer, %s::text, %s::integer, %s::text, %s::bytea,
+    %s::bigint, %s::bigint, %s::bigint FROM changed c)
+SELECT inbox_last FROM changed"""
+
+
+def _is_step(one: Commit) -> bool:
+    return (
+        len(one.entries) == 1 and not one.effects and one.activity is UNSET and one.status is UNSET and not one.suspend
+    )
+
+
+def _step_parameters(one: Commit) -> list[Any]:
+    [entry] = one.entries
+    return [
+        one.commit_id,
+        None if one.inbox_read is UNSET else one.inbox_read,
+        one.progressed,
+        one.run_id,
+        one.epoch,
+        one.expected_seq,
+        one.commit_id,
+        entry.at,
+        entry.kind,
+        entry.status,
+        entry.key,
+        entry.ordinal,
+        entry.name,
+        entry.attempt,
+        entry.fingerprint,
+        entry.payload,
+        entry.enqueued_at,
+        entry.started_at,
+        entry.finished_at,
+    ]
 
 
 def _failure(error: Exception) -> Exception:
@@ -70,7 +123,11 @@ async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable
     async with db.lend() as connection:
         try:
             async with connection.transaction():
-                [outcome] = _outcomes([one], (await ask(connection, query, parameters))[0])
+                try:
+                    [answer] = await ask(connection, query, parameters)
+                except psycopg.Error as error:  # ours, not the work's
+                    raise translate(error, str(db.address)) from error
+                [outcome] = _outcomes([one], answer)
                 if outcome.status is CommitStatus.DONE and not await _done_before(connection, schema, one):
                     await work(connection)
                 return outcome

@@ -38,6 +38,8 @@ LEND_TIMEOUT_S = 5.0
 PLANS_S = 10.0
 """How old a plan may be. One that was made while the tables were small reads all of them when they have grown; planned anew
 it does not, since the server looks at their size and not at its statistics alone."""
+RECONNECT_S = 1.0
+"""The pool doubles its pause between attempts up to this; after it, whoever asks for a connection makes it try at once."""
 DEADLOCK_TRIES = 5
 
 _SESSION = {
@@ -113,6 +115,10 @@ class Address:
         connection.prepare_threshold = None if self.pooler else 1
 
 
+class _Lost(StoreUnavailable):
+    """The connection ended."""
+
+
 class Database:
     """A pool of connections, and the one way to ask."""
 
@@ -138,7 +144,7 @@ class Database:
             name="durable",
             timeout=LEND_TIMEOUT_S,
             max_lifetime=3600,
-            reconnect_timeout=30,
+            reconnect_timeout=RECONNECT_S,
         )
         await pool.open()
         self._pool = pool
@@ -179,6 +185,7 @@ class Database:
         nothing remains, is tried again here."""
         tries = DEADLOCK_TRIES
         while True:
+            connection: Connection | None = None
             try:
                 async with self.lend() as connection:
                     return await ask(connection, query, parameters)
@@ -189,7 +196,20 @@ class Database:
             except psycopg.Error as error:
                 if is_culprit(error):
                     raise
-                raise translate(error, str(self.address)) from error
+                translated = translate(error, str(self.address))
+                if connection is not None and connection.closed and isinstance(translated, StoreUnavailable):
+                    raise _Lost(str(translated)) from error
+                raise translated from error
+
+    async def read(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """The same for what changes nothing: where the connection had ended, perhaps long ago, another is asked at once."""
+        asked_at = asyncio.get_running_loop().time()
+        try:
+            return await self.all(query, parameters)
+        except _Lost:
+            if asyncio.get_running_loop().time() - asked_at >= CALL_TIMEOUT_S:
+                raise  # it was cut for its silence: another would be as silent
+            return await self.all(query, parameters)
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:

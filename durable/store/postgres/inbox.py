@@ -23,12 +23,12 @@ async def send(db: Database, schema: str, messages: Sequence[Message]) -> list[S
 
 
 async def unread(db: Database, schema: str, incarnation: str) -> list[str]:
-    rows = await db.all(f"SELECT id FROM {schema}.runs WHERE owner = %s AND inbox_last > inbox_read", [incarnation])
+    rows = await db.read(f"SELECT id FROM {schema}.runs WHERE owner = %s AND inbox_last > inbox_read", [incarnation])
     return [row[0] for row in rows]
 
 
 async def read(db: Database, schema: str, after: Sequence[tuple[str, int]]) -> list[list[InboxRow]]:
-    rows = await db.all(
+    rows = await db.read(
         "SELECT w.place, i.number, i.created_at, i.run_id, i.id, i.kind, i.name, i.payload, i.key, i.ordinal, i.attempt,"
         f" i.workspace FROM unnest(%s, %s) WITH ORDINALITY w(run_id, number, place) JOIN {schema}.inbox i"
         " ON i.run_id = w.run_id AND i.number > w.number ORDER BY w.place, i.number",

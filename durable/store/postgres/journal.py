@@ -78,11 +78,11 @@ def as_json(entry: Entry) -> dict[str, Any]:
 
 
 async def load(db: Database, schema: str, run_ids: Sequence[str]) -> list[Journal]:
-    rows = await db.all(
+    rows = await db.read(
         f"SELECT run_id, {COLUMNS} FROM {schema}.journal WHERE run_id = ANY (%s) AND kind <> '{LOG}' ORDER BY run_id, seq",
         [texts(run_ids)],
     )
-    logs = await db.all(
+    logs = await db.read(
         f"SELECT run_id, count(*) FROM {schema}.journal WHERE run_id = ANY (%s) AND kind = '{LOG}' AND key IS NULL"
         " GROUP BY run_id",
         [texts(run_ids)],
@@ -95,7 +95,7 @@ async def load(db: Database, schema: str, run_ids: Sequence[str]) -> list[Journa
 
 
 async def page(db: Database, schema: str, run_id: str, after_seq: int, limit: int) -> list[Entry]:
-    rows: list[Row] = await db.all(
+    rows: list[Row] = await db.read(
         f"SELECT {COLUMNS} FROM {schema}.journal WHERE run_id = %s AND seq > %s ORDER BY seq LIMIT %s",
         [run_id, after_seq, limit],
     )

@@ -42,7 +42,7 @@ async def start(db: Database, schema: str, runs: Sequence[NewRun]) -> list[Start
 
 async def _outcomes(db: Database, schema: str, runs: Sequence[NewRun], born: set[str]) -> list[StartOutcome]:
     """What each start came to."""
-    rows = await db.all(
+    rows = await db.read(
         f"SELECT id, workspace, workflow, idempotency_key, input_hash FROM {schema}.runs WHERE id = ANY (%s)"
         f" UNION SELECT r.id, r.workspace, r.workflow, r.idempotency_key, r.input_hash"
         f" FROM unnest(%s, %s, %s) k(workspace, workflow, key) JOIN {schema}.runs r"
@@ -105,13 +105,13 @@ def json_text(value: object) -> str:
 async def get(db: Database, schema: str, run_ids: Sequence[str]) -> list[RunRecord | None]:
     if not run_ids:
         return []
-    rows = await db.all(f"SELECT {_COLUMNS} FROM {schema}.runs WHERE id = ANY (%s)", [texts(run_ids)])
+    rows = await db.read(f"SELECT {_COLUMNS} FROM {schema}.runs WHERE id = ANY (%s)", [texts(run_ids)])
     found = {row[1]: record(row) for row in rows}
     return [found.get(run_id) for run_id in run_ids]
 
 
 async def children(db: Database, schema: str, run_id: str) -> list[RunRecord]:
-    rows = await db.all(f"SELECT {_COLUMNS} FROM {schema}.runs WHERE parent_run_id = %s ORDER BY number", [run_id])
+    rows = await db.read(f"SELECT {_COLUMNS} FROM {schema}.runs WHERE parent_run_id = %s ORDER BY number", [run_id])
     return [record(row) for row in rows]
 
 
@@ -130,7 +130,7 @@ async def find(db: Database, schema: str, query: RunQuery) -> RunPage:
         if value is not None:
             conditions.append(condition)
             parameters.append(value)
-    rows = await db.all(
+    rows = await db.read(
         f"SELECT {_COLUMNS} FROM {schema}.runs WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT %s",
         [*parameters, query.limit + 1],
     )

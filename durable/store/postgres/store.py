@@ -18,11 +18,12 @@ from durable.core.errors import StoreError, StoreReadOnly, WeakDurability
 from durable.core.journal import Entry
 from durable.store.checks import check_batch, check_message, check_run, refusal
 from durable.store.interface import Capabilities
-from durable.store.postgres import claims, commits, inbox, journal, retention, runs
+from durable.store.postgres import claims, commits, inbox, journal, runs
 from durable.store.postgres.connection import Address, Database, ask, translate
 from durable.store.postgres.heart import Heart
 from durable.store.postgres.hints import Hints
 from durable.store.postgres.migrate import check_schema, migrate
+from durable.store.postgres.retention import MONTHS_AHEAD, Retention
 from durable.store.records import (
     AddFire,
     Beat,
@@ -72,6 +73,7 @@ class PostgresStore:
         self._db = Database(self._address, pool_max)
         self._heart: Heart | None = None
         self._hints = Hints(self._address, self._db, self._schema, notifications=notifications)
+        self._retention = Retention(self._db, self._schema)
         self._durable = True
         self._max_payload = max_payload
 
@@ -112,6 +114,7 @@ class PostgresStore:
         try:
             await self._check_durability(connection)
             await migrate(connection, self._schema, str(self._address))
+            await self._make_partitions(connection)
         except psycopg.Error as error:
             raise translate(error, str(self._address)) from error
         finally:
@@ -124,6 +127,13 @@ class PostgresStore:
                 loop.call_soon_threadsafe(self._db.distrust, seconds)
 
         self._heart = Heart(self._address, self._schema, presence=self._notifications, on_silence=silence)
+
+    async def _make_partitions(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Nothing depends on it: rows of a month without a partition stand in the default one."""
+        with suppress(
+            psycopg.errors.LockNotAvailable, psycopg.errors.DuplicateTable, psycopg.errors.InsufficientPrivilege
+        ):
+            await ask(connection, f"SELECT {self._schema}.make_partitions(now(), %s)", [MONTHS_AHEAD])
 
     async def _check_durability(self, connection: psycopg.AsyncConnection[Any]) -> None:
         rows = await ask(
@@ -272,7 +282,7 @@ class PostgresStore:
     # ------------------------------------------------------------------ retention
 
     async def prune(self, request: PruneRequest) -> int:
-        return await self._guard(retention.prune(self._db, self._schema, request))
+        return await self._guard(self._retention.prune(request))
 
     # ------------------------------------------------------------------ hints
 

@@ -7,7 +7,7 @@ in the specification (S1 to S43) that a check stands for, where there is one.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -48,9 +48,10 @@ def went_on(evidence: Evidence) -> Iterator[str]:
 
 def settled(evidence: Evidence) -> Iterator[str]:
     """Liveness: after healing, every run ends. An acknowledged start is among them."""
+    begun_again = _begun_again(evidence)
     for run_id, stored in evidence.runs.items():
         run = stored.run
-        if run.status not in TERMINAL:
+        if run.status not in TERMINAL and run_id.partition(".")[0] not in begun_again:
             last = stored.journal[-1] if stored.journal else None
             yield (
                 f"{run_id} is {run.status.value}/{run.activity.value}, owner {run.owner}, wake_at "
@@ -63,6 +64,14 @@ def settled(evidence: Evidence) -> Iterator[str]:
             yield f"the acknowledged run {call.run_id} of plan {call.plan} does not exist"
 
 
+def _begun_again(evidence: Evidence) -> set[str]:
+    """Runs of a start that came late, when its key's run had been deleted: their client knows nothing of them, and sends
+    no signals."""
+    deleted = {line.run_id for line in evidence.log if line.what == "prune"} & evidence.runs.keys()
+    plans = {tag for run_id in deleted for tag in evidence.runs[run_id].run.tags}
+    return {run_id for run_id, stored in evidence.runs.items() if run_id not in deleted and plans & {*stored.run.tags}}
+
+
 def started_once(evidence: Evidence) -> Iterator[str]:
     """S24: one key, one run; and a start that nobody answered makes one run or none."""
     made: dict[int, list[str]] = defaultdict(list)
@@ -73,13 +82,40 @@ def started_once(evidence: Evidence) -> Iterator[str]:
     for number, plan in evidence.plans.items():
         calls = [c for c in evidence.history if c.plan == number and c.what == "start"]
         acknowledged = {c.run_id for c in calls if c.outcome == "ok"}
-        if plan.key is not None and len(acknowledged) > 1:
+        if plan.key is not None and len(acknowledged) > 1 and not _one_after_another(evidence, acknowledged):
             yield f"key {plan.key!r} gave {sorted(acknowledged)}"
-        if plan.key is not None and len(made[number]) > 1:
+        if plan.key is not None and len(made[number]) > 1 and not _one_after_another(evidence, made[number]):
             yield f"key {plan.key!r} made {made[number]}"
         possible = sum(c.outcome in ("ok", "info") for c in calls)
         if len(made[number]) > possible:
             yield f"plan {number} has {len(made[number])} runs from {possible} starts that may have worked"
+
+
+def _one_after_another(evidence: Evidence, run_ids: Iterable[str]) -> bool:
+    """Each was deleted before the next began: a key lives as long as its run."""
+    alive: set[str] = set()
+    for line in evidence.log:
+        if line.run_id in run_ids and line.what in ("start", "prune"):
+            (alive.add if line.what == "start" else alive.discard)(line.run_id)
+            if len(alive) > 1:
+                return False
+    return True
+
+
+def pruned_rightly(evidence: Evidence) -> Iterator[str]:
+    """Only finished runs are deleted, and none whose parent or child is active; nobody writes to them afterwards."""
+    gone: set[str] = set()
+    for line in evidence.log:
+        if line.what == "prune":
+            gone.add(line.run_id)
+            if line.status not in ENDS:
+                yield f"{line.run_id} was deleted at {line.at} and was {line.status}"
+            if line.family:
+                yield f"{line.run_id} was deleted at {line.at}; of its family {line.family} were active"
+        elif line.what == "start":
+            gone.discard(line.run_id)
+        elif line.run_id in gone and (line.what == "claim" or line.status in ("done", "accepted")):
+            yield f"{line.run_id} was deleted, and {line.node} did {line.what} to it at {line.at}"
 
 
 # ------------------------------------------------------------------ writes
@@ -160,9 +196,10 @@ def in_time(evidence: Evidence) -> Iterator[str]:
 
 def watched(evidence: Evidence) -> Iterator[str]:
     """S33: whoever watches a run sees every entry once, in order, over every break."""
+    deleted = {line.run_id for line in evidence.log if line.what == "prune"}
     for run_id, seen in evidence.streams.items():
         stored = evidence.runs[run_id].journal
-        if seen != stored:
+        if seen != (stored[: len(seen)] if run_id in deleted else stored):
             yield f"{run_id}: watchers saw {[entry.seq for entry in seen]} of {len(stored)} entries"
 
 
@@ -467,6 +504,7 @@ CHECKS = (
     went_on,
     settled,
     started_once,
+    pruned_rightly,
     fenced,
     absorbing,
     ambiguous,

@@ -96,6 +96,8 @@ class Swarm(Struct, frozen=True):
     """One engine more, which starts, signals and inspects runs, and executes none."""
     partial: bool = False
     """The first engine does not serve every workflow."""
+    retention: float | None = None
+    """Seconds after which finished runs are deleted; None: never."""
 
     @classmethod
     def draw(cls, seed: int) -> Swarm:
@@ -105,6 +107,7 @@ class Swarm(Struct, frozen=True):
         some = draw.choice((0.3, 0.6, 1.0))
         kinds = frozenset(kind for kind in KINDS if kind not in ON_POOL and draw.random() < some)
         pool = Random(f"swarm, pool/{seed}")
+        rule = Random(f"swarm, rule/{seed}")
         pooled = pool.random() < 0.5
         if pooled and pool.random() < some:
             kinds |= ON_POOL.keys()
@@ -140,6 +143,7 @@ class Swarm(Struct, frozen=True):
             more=True,
             door=after.random() < 0.2,
             partial=after.random() < 0.2,
+            retention=rule.choice((0.3, 2.0, 8.0)) if rule.random() < 0.15 else None,
         )
 
 

@@ -61,7 +61,7 @@ class Case(msgspec.Struct, omit_defaults=True):
         if self.kinds is not None:
             changes["kinds"] = frozenset(self.kinds)
         if self.plain:
-            changes = {"store": "memory", "more": False, "door": False, "partial": False, **changes}
+            changes = {"store": "memory", "more": False, "door": False, "partial": False, "retention": None, **changes}
         return msgspec.structs.replace(drawn, **changes)
 
     @classmethod

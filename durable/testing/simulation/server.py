@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from durable.core.errors import StoreUnavailable
 from durable.core.journal import Entry
+from durable.protocol.states import TERMINAL
 from durable.store.interface import Capabilities, Store
 from durable.store.records import (
     Beat,
@@ -47,7 +48,7 @@ class Wrote(Struct, frozen=True):
     at: float
     node: str
     what: str
-    """commit, claim, start, send, requeue, release, leave"""
+    """commit, claim, start, send, requeue, release, leave, prune"""
     run_id: str = ""
     epoch: int = 0
     commit_id: str = ""
@@ -59,6 +60,8 @@ class Wrote(Struct, frozen=True):
     last: bool = False
     """The row's own commit_id was this very one before."""
     message_id: str = ""
+    family: tuple[str, ...] = ()
+    """Of a pruned run: its parent and children that were active."""
 
 
 class StoreServer:
@@ -73,6 +76,9 @@ class StoreServer:
         self.seqs: dict[str, int] = {}
         """Run id → seq of its last committed entry: the frontier a body's start is held against."""
         self.commit_ids: dict[str, str] = {}
+        self.pruned: dict[str, tuple[RunRecord, list[Entry], list[InboxRow]]] = {}
+        """Runs that were deleted, as they were last."""
+        self._finished: dict[tuple[str, int, int], tuple[RunRecord, list[Entry], list[InboxRow]]] = {}
         self.cut: dict[Node, float] = {}
         """Node → until when it cannot be reached."""
         self.listeners: list[tuple[Connection, Callable[[], None]]] = []
@@ -95,6 +101,31 @@ class StoreServer:
         for connection, on_hint in self.listeners:
             if connection is not source and not connection.node.dead and not self.faults.hits("hint_lost", 10):
                 self.loop.post(connection.node, self.faults.latency(), on_hint)
+
+    def runs(self) -> list[RunRecord]:
+        """All there are."""
+        return at_once(self.base.find(RunQuery(limit=100_000))).runs
+
+    def prune(self, node: Node, request: PruneRequest) -> int:
+        """Delete, and keep a copy of what was deleted: nobody else could say afterwards whether it was right."""
+        before = {run.id: run for run in self.runs()}
+        for run in before.values():
+            if run.status in TERMINAL and (run.id, run.epoch, run.seq) not in self._finished:
+                journal = at_once(self.base.page(run.id, 0, 1_000_000))
+                inbox = at_once(self.base.inbox([(run.id, 0)]))[0]
+                self._finished[run.id, run.epoch, run.seq] = (run, journal, inbox)
+        count = at_once(self.base.prune(request))
+        for run_id in sorted(before.keys() - {run.id for run in self.runs()}):
+            run = before[run_id]
+            family = [other for other in before.values() if other.parent is not None and other.parent.run_id == run_id]
+            if run.parent is not None and run.parent.run_id in before:
+                family.append(before[run.parent.run_id])
+            active = tuple(other.id for other in family if other.status not in TERMINAL)
+            self.wrote(node, "prune", run_id=run_id, status=run.status.value, family=active)
+            if run.status in TERMINAL:
+                self.pruned[run_id] = self._finished[run_id, run.epoch, run.seq]
+            self.commit_ids.pop(run_id, None)
+        return count
 
     def unreachable(self, node: Node) -> bool:
         return self.cut.get(node, 0.0) > self.loop.time()
@@ -132,6 +163,10 @@ class Connection:
             loop.post(self.node, 1.0, _fail, reply, f"{name}: the store cannot be reached")
             return await reply
         there, back = faults.latency(), faults.latency()
+        if name == "start" and faults.swarm.retention is not None:
+            # A start that is repeated after its run was deleted is another run: an operator's choice of age, no bug.
+            loop.post(loop.world, there, self._arrive, name, act, reply, back, effect)
+            return await reply
         lost = f"lost_{name}"
         if faults.hits("store_error_before"):
             loop.post(self.node, there + back, _fail, reply, f"{name}: refused")
@@ -364,7 +399,10 @@ class Connection:
         return await self._call("children", lambda: self.server.base.children(run_id))
 
     async def prune(self, request: PruneRequest) -> int:
-        return await self._call("prune", lambda: self.server.base.prune(request), effect=True)
+        async def act() -> int:
+            return self.server.prune(self.node, request)
+
+        return await self._call("prune", act, effect=True)
 
     def listen(self, on_hint: Callable[[], None]) -> Callable[[], None]:
         pair = (self, on_hint)

@@ -123,6 +123,56 @@ CREATE TABLE @schema@.schedule_fires (
 );
 CREATE INDEX schedule_fires_run ON @schema@.schedule_fires (run_id);
 
+-- The smallest run id of a moment: ids are uuid7, whose first 48 bits are milliseconds.
+CREATE FUNCTION @schema@.first_id(p_at timestamptz) RETURNS text LANGUAGE sql IMMUTABLE
+RETURN regexp_replace(lpad(to_hex((extract(epoch FROM p_at) * 1000)::bigint), 12, '0'), '(.{8})(.{4})', '\1-\2');
+
+-- See that the journal has a partition for this month (UTC) and the next ones. Rows of months that have none stand in
+-- journal_default, and such a month is left there. Returns how many were made.
+CREATE FUNCTION @schema@.make_partitions(p_now timestamptz, p_months integer) RETURNS integer LANGUAGE plpgsql
+SET timezone = 'UTC'
+AS $$
+DECLARE
+  v_month timestamptz;
+  v_name text;
+  v_made integer := 0;
+BEGIN
+  FOR n IN 0 .. p_months LOOP
+    v_month := date_trunc('month', p_now) + make_interval(months => n);
+    v_name := to_char(v_month, '"journal_"YYYY_MM');
+    CONTINUE WHEN EXISTS (SELECT 1 FROM pg_tables WHERE schemaname = '@schema@' AND tablename = v_name)
+      OR EXISTS (SELECT 1 FROM @schema@.journal_default d WHERE d.run_id >= @schema@.first_id(v_month)
+                 AND d.run_id < @schema@.first_id(v_month + interval '1 month'));
+    EXECUTE format('CREATE TABLE @schema@.%I PARTITION OF @schema@.journal FOR VALUES FROM (%L) TO (%L)', v_name,
+                   @schema@.first_id(v_month), @schema@.first_id(v_month + interval '1 month'));
+    v_made := v_made + 1;
+  END LOOP;
+  RETURN v_made;
+END $$;
+SELECT @schema@.make_partitions(now(), 2);
+
+-- Drop the partitions of months long past in which no run is left. Returns their names.
+CREATE FUNCTION @schema@.drop_partitions(p_now timestamptz) RETURNS text[] LANGUAGE plpgsql
+SET timezone = 'UTC' SET lock_timeout = '500ms'
+AS $$
+DECLARE
+  v_name text;
+  v_month timestamptz;
+  v_dropped text[] := '{}';
+BEGIN
+  FOR v_name IN SELECT tablename FROM pg_tables
+                WHERE schemaname = '@schema@' AND tablename ~ '^journal_\d{4}_\d{2}$' ORDER BY tablename LOOP
+    v_month := to_timestamp(substr(v_name, 9), 'YYYY_MM');
+    EXIT WHEN v_month >= date_trunc('month', p_now) - interval '1 month';
+    CONTINUE WHEN EXISTS (
+      SELECT 1 FROM @schema@.runs r WHERE r.id >= @schema@.first_id(v_month)
+      AND r.id < @schema@.first_id(v_month + interval '1 month'));
+    EXECUTE format('DROP TABLE @schema@.%I', v_name);
+    v_dropped := v_dropped || v_name;
+  END LOOP;
+  RETURN v_dropped;
+END $$;
+
 -- The store's clock: microseconds since the epoch, UTC. Everything that compares times asks here.
 CREATE FUNCTION @schema@.now_us() RETURNS bigint LANGUAGE sql VOLATILE
 RETURN (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
