@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.pgbouncer_server import pooled_url, pooler
 from tests.postgres_server import postgres_server, postgres_url
 from tests.services import require
 
-__all__ = ["postgres_server", "postgres_url"]  # fixtures for all
+__all__ = ["pooled_url", "pooler", "postgres_server", "postgres_url"]  # fixtures for all
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,8 +15,14 @@ SERVICES: dict[str, tuple[Callable[[], bool], str]] = {}
 """Service → (is it at hand?, remedy). Register with `service(...)` beside the tests that need it."""
 
 
-def service(name: str, at_hand: Callable[[], bool] | str, remedy: str) -> None:
-    """Make a service known. `at_hand` is a check, or the name of a module that must be importable."""
+OPTIONAL: set[str] = set()
+
+
+def service(name: str, at_hand: Callable[[], bool] | str, remedy: str, *, optional: bool = False) -> None:
+    """Make a service known. `at_hand` is a check, or the name of a module that must be importable. An optional one, which no
+    package registry brings, is a failure only where DURABLE_TEST_REQUIRE names it."""
+    if optional:
+        OPTIONAL.add(name)
     if isinstance(at_hand, str):
         module = at_hand
         SERVICES[name] = (lambda: importlib.util.find_spec(module) is not None, remedy)
@@ -33,6 +39,6 @@ def require(name: str) -> None:
         return
     sentence = f"{name} is not at hand: {remedy}"
     required = os.environ.get("DURABLE_TEST_REQUIRE", "").replace(",", " ").split()
-    if "all" in required or name in required:
+    if ("all" in required and name not in OPTIONAL) or name in required:
         pytest.fail(sentence, pytrace=False)
     pytest.skip(sentence)

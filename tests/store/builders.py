@@ -118,13 +118,17 @@ class SqliteBuilder(Clocked):
 class PostgresBuilder(Clocked):
     """On a database of its own. Its clock is put in the place of the server's: a function in the schema."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, pooled_url: str | None = None) -> None:
+        """With the address of a pooler before it, stores go through that."""
         super().__init__()
         self.url = url
+        self.pooled_url = pooled_url
         self.fixed = False
 
     async def connect(self) -> Store:
-        store = PostgresStore(self.url, max_payload=MAX_PAYLOAD)
+        store = PostgresStore(
+            self.pooled_url or self.url, notifications=self.pooled_url is None, max_payload=MAX_PAYLOAD
+        )
         await store.open()
         self.stores.append(store)
         if not self.fixed:

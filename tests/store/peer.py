@@ -58,10 +58,23 @@ async def take(store: Store, name: str) -> None:
     say("end")
 
 
+async def toil(store: Store) -> None:
+    """Start, claim, commit and send without a pause, and count."""
+    store.beat("toiler", 3600 * SECOND)
+    await store.start([NewRun(f"r{n}", "checkout", "1", b"{}", owner="toiler") for n in range(10)])
+    say("toiling")
+    for n in range(1_000_000):
+        await store.commit([commit(f"r{m}", seq=n) for m in range(10)])
+        await store.send([Message(f"r{m}", f"t{n}", "signal") for m in range(10)])
+        await store.start([NewRun(f"s{n}", "checkout", "1", b"{}")])
+        await claimed_ids(store, "toiler", 1)
+        say(n)
+
+
 async def main(verb: str, path: str, *rest: str) -> None:
     store: Store = PostgresStore(path) if "://" in path else SqliteStore(path)
     await store.open()
-    await {"hammer": hammer, "hold": hold, "send": send, "take": take}[verb](store, *rest)  # type: ignore[operator]
+    await {"hammer": hammer, "hold": hold, "send": send, "take": take, "toil": toil}[verb](store, *rest)  # type: ignore[operator]
     await store.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from durable.core.errors import StoreUnavailable
 from durable.store.interface import Store
@@ -338,3 +339,25 @@ async def test_B32_eight_stores_claim_each_run_once(postgres_url: str) -> None:
     finally:
         for store in stores:
             await store.close()
+
+
+async def test_S5_a_fence_that_cannot_be_had(postgres_url: str) -> None:
+    """Work is not begun when its run's row is locked for too long: unavailable, as a plain commit, and later it is done."""
+    worked = []
+
+    async def work(_: Any) -> None:
+        worked.append("once")
+
+    url = make_conninfo(postgres_url, options="-c lock_timeout=100ms")
+    async with PostgresStoreOpen(url) as store:
+        await begin(store, new(owner="a"))
+        async with await psycopg.AsyncConnection.connect(postgres_url) as holder:
+            await holder.execute("SELECT 1 FROM durable.runs WHERE id = 'r' FOR UPDATE")
+            for call in (store.commit_with(work, commit("r")), store.commit([commit("r")])):
+                with pytest.raises(StoreUnavailable, match="may be repeated"):
+                    await call
+            await holder.rollback()
+        assert worked == []
+        for _ in range(2):
+            assert (await store.commit_with(work, commit("r"))).status is CommitStatus.DONE
+        assert worked == ["once"]

@@ -123,7 +123,11 @@ async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable
     async with db.lend() as connection:
         try:
             async with connection.transaction():
-                [outcome] = _outcomes([one], (await ask(connection, query, parameters))[0])
+                try:
+                    [answer] = await ask(connection, query, parameters)
+                except psycopg.Error as error:  # ours, not the work's
+                    raise translate(error, str(db.address)) from error
+                [outcome] = _outcomes([one], answer)
                 if outcome.status is CommitStatus.DONE and not await _done_before(connection, schema, one):
                     await work(connection)
                 return outcome

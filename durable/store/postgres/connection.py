@@ -7,6 +7,7 @@ the server's has happened (a cancelled task, a timeout, a lost socket) is closed
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -34,6 +35,9 @@ CALL_TIMEOUT_S = 35.0
 """No answer at all for so long, not even the server's own timeout: the link is dead, whatever the socket says."""
 LEND_TIMEOUT_S = 5.0
 """How long a call waits for a connection."""
+PLANS_S = 10.0
+"""How old a plan may be. One that was made while the tables were small reads all of them when they have grown; planned anew
+it does not, since the server looks at their size and not at its statistics alone."""
 RECONNECT_S = 1.0
 """The pool doubles its pause between attempts up to this; after it, whoever asks for a connection makes it try at once."""
 DEADLOCK_TRIES = 5
@@ -66,7 +70,12 @@ class Address:
         try:
             given = conninfo_to_dict(url)
         except psycopg.ProgrammingError as error:
-            raise StoreError(f"{url!r} is no PostgreSQL address: {error}".rstrip()) from None
+            said = str(error).strip()
+            # Other words of the driver's may quote the password.
+            why = f" ({said})" if said.startswith(("invalid URI query parameter", "invalid connection option")) else ""
+            raise StoreError(
+                f"this is no PostgreSQL address{why}; write postgresql://user:password@host:5432/database"
+            ) from None
         self.pooler = pooler
         self._given = {key: str(value) for key, value in given.items() if value is not None}
 
@@ -118,6 +127,7 @@ class Database:
         self._pool_max = pool_max
         self._pool: AsyncConnectionPool[Connection] | None = None
         self._made: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
+        self._plans_until: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
         self._lent: dict[Connection, float] = {}
         """Since when."""
         self._trusted_from = 0.0
@@ -146,7 +156,8 @@ class Database:
 
     async def _configure(self, connection: Connection) -> None:
         self.address.teach(connection)
-        self._made[connection] = asyncio.get_running_loop().time()
+        self._made[connection] = now = asyncio.get_running_loop().time()
+        self._plans_until[connection] = now + PLANS_S
 
     def distrust(self, patience: float) -> None:
         """The server has been silent for this many seconds on a connection beside these, which may hang as well: nobody is
@@ -214,6 +225,9 @@ class Database:
         self._lent[connection] = loop.time()
         watchdog = loop.call_later(CALL_TIMEOUT_S, self.distrust, CALL_TIMEOUT_S)
         try:
+            if loop.time() > self._plans_until[connection]:
+                self._plans_until[connection] = loop.time() + PLANS_S
+                await connection.execute("DISCARD PLANS", prepare=False)
             yield connection
         except psycopg.Error:
             if connection.closed:
@@ -245,12 +259,24 @@ def is_culprit(error: psycopg.Error) -> bool:
     return state[:2] in ("22", "23", "54") or isinstance(error, psycopg.DataError)
 
 
+_LOGIN = re.compile(
+    r'FATAL: +(\S+ authentication failed|no pg_hba\.conf entry|role ".*" does not exist)|no password supplied'
+)
+
+
+def _state_of(said: str) -> str:
+    """The driver keeps no code of a connection that was refused, only the words."""
+    if re.search(r'FATAL: +database ".*" does not exist', said):
+        return "3D000"
+    return "28000" if _LOGIN.search(said) else ""
+
+
 def translate(error: BaseException, place: str = "PostgreSQL") -> DurableError:
     """The driver's error as ours."""
     if isinstance(error, UnicodeEncodeError):
         return PayloadText(f"text that PostgreSQL cannot keep ({error.reason}): replace NUL and lone surrogates")
-    state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
     said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    state = (error.sqlstate if isinstance(error, psycopg.Error) else None) or _state_of(said)
     match state:
         case "53100":
             return StoreFull(f"{place}: the disk is full; nothing was written. Free some space, then repeat ({said})")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-import select
+import selectors
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ class Heart:
         self._connection: psycopg.Connection[Row] | None = None
         self._held: set[str] = set()
         self._locked: set[str] = set()
-        """Whose lock has been asked for on this connection."""
+        """Whose lock this connection holds."""
         self._incarnations: frozenset[str] = frozenset()
         self._watcher: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
@@ -75,9 +75,11 @@ class Heart:
                 with self._bounded(connection):
                     if not fresh and self._presence:
                         self._lock(connection, incarnation)
+                        if incarnation not in self._locked:
+                            self._nudge()  # to try again
                     row = connection.execute(
                         f"SELECT now_us, alive FROM {self._schema}.beat(%s, %s, %s)",
-                        [incarnation, lease_us, self._presence],
+                        [incarnation, lease_us, incarnation in self._locked],
                     ).fetchone()
             except psycopg.Error as error:
                 self._drop()
@@ -153,12 +155,15 @@ class Heart:
             link.close()
 
     def _lock(self, connection: psycopg.Connection[Row], incarnation: str) -> None:
+        """Try, once. Others only ever try a shared lock for an instant, but a connection of ours that ends, or hangs, keeps
+        it for as long as the server has not given it up: it is tried again, and until then heartbeats do not promise it."""
         if incarnation in self._locked:
             return
-        # Others only ever try a shared lock for an instant; a connection of ours that the server has not given up yet may
-        # hold it longer, and then presence is simply not ours for now.
-        connection.execute(f"SELECT pg_try_advisory_lock({self._schema}.presence_key(%s))", [incarnation])
-        self._locked.add(incarnation)
+        row = connection.execute(
+            f"SELECT pg_try_advisory_lock({self._schema}.presence_key(%s))", [incarnation]
+        ).fetchone()
+        if row is not None and row[0]:
+            self._locked.add(incarnation)
 
     def _hold(self, incarnation: str, here: bool = True) -> None:
         (self._held.add if here else self._held.discard)(incarnation)
@@ -166,7 +171,9 @@ class Heart:
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
+        self._locked = set()
         close_quietly(connection)
+        self._nudge()  # nothing is heard on a closed socket
 
     def _nudge(self) -> None:
         if self._wake is not None:
@@ -188,10 +195,14 @@ class Heart:
         heard, told = self._wake
         try:
             while not self._closed:
-                with self._mutex:
-                    connection = self._connection
-                    sockets = [heard] if connection is None else [heard, connection.fileno()]
-                ready, _, _ = select.select(sockets, [], [], RETRY_S if connection is None else None)
+                with selectors.DefaultSelector() as selector:
+                    selector.register(heard, selectors.EVENT_READ)
+                    with self._mutex:
+                        connection = self._connection
+                        if connection is not None:
+                            selector.register(connection.fileno(), selectors.EVENT_READ)
+                        waiting = connection is None or bool(self._held - self._locked)
+                    ready = [key.fileobj for key, _ in selector.select(RETRY_S if waiting else None)]
                 if heard in ready:
                     os.read(heard, 1024)
                 self._look(connection)
@@ -208,6 +219,9 @@ class Heart:
             if seen is not None:
                 try:
                     seen.pgconn.consume_input()
+                    for incarnation in self._held - self._locked:
+                        with self._bounded(seen):
+                            self._lock(seen, incarnation)
                     return
                 except psycopg.Error:
                     self._drop()

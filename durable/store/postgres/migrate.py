@@ -48,7 +48,9 @@ async def migrate(
             if found is not None and found >= newest:
                 return
             if found is None:
-                await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+                if not await ask(connection, "SELECT FROM pg_catalog.pg_namespace WHERE nspname = %s", [schema]):
+                    # Asked only where it is needed: an administrator may have made the schema for a user who may not.
+                    await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
                 await connection.execute(f"CREATE TABLE {schema}.meta (name text PRIMARY KEY, value text NOT NULL)")
                 await connection.execute(
                     f"INSERT INTO {schema}.meta VALUES ('schema_version', '0'), ('min_engine_version', '1'),"
@@ -76,11 +78,13 @@ async def _version(connection: Connection, schema: str, place: str, newest: int)
     [[exists]] = await ask(connection, there, [schema])
     if not exists:
         return None
-    rows = await ask(connection, f"SELECT name, value FROM {schema}.meta")
-    meta: dict[str, str] = {row[0]: row[1] for row in rows}
-    if "schema_version" not in meta:
-        raise StoreError(f"{place}: schema {schema!r} has a table `meta` that is not ours; give another schema=")
-    found, needed = int(meta["schema_version"]), int(meta["min_engine_version"])
+    try:
+        meta: dict[str, str] = dict(await ask(connection, f"SELECT name, value FROM {schema}.meta"))
+        found, needed = int(meta["schema_version"]), int(meta["min_engine_version"])
+    except (psycopg.errors.UndefinedColumn, KeyError, ValueError):
+        raise StoreError(
+            f"{place}: schema {schema!r} has a table `meta` that is not ours; give another schema="
+        ) from None
     if needed > newest:
         raise StoreTooNew(
             f"{place}: schema {schema!r} asks for programs that know its version {needed}, and this one knows {newest}:"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from durable.core.errors import StoreError, WeakDurability
+from durable.core.errors import StoreError, StoreReadOnly, WeakDurability
 from durable.core.journal import Entry
 from durable.store.checks import check_batch, check_message, check_run, refusal
 from durable.store.interface import Capabilities
@@ -137,11 +137,17 @@ class PostgresStore:
 
     async def _check_durability(self, connection: psycopg.AsyncConnection[Any]) -> None:
         rows = await ask(
-            connection, "SELECT current_setting('fsync'), current_setting('synchronous_commit'), pg_is_in_recovery()"
+            connection,
+            "SELECT current_setting('fsync'), current_setting('synchronous_commit'), pg_is_in_recovery(),"
+            " current_setting('transaction_read_only')",
         )
-        fsync, synchronous_commit, standby = rows[0]
+        fsync, synchronous_commit, standby, read_only = rows[0]
         if standby:
-            raise StoreError(f"{self._address} is a standby; give the address of the primary")
+            raise StoreReadOnly(f"{self._address} takes no writes: it is a standby; give the address of the primary")
+        if read_only == "on":
+            raise StoreReadOnly(
+                f"{self._address} takes no writes: default_transaction_read_only is on; turn it off for this user or database"
+            )
         weak = [
             f"{name} = off"
             for name, value in (("fsync", fsync), ("synchronous_commit", synchronous_commit))
