@@ -13,13 +13,14 @@ import contextlib
 import logging
 import re
 import secrets
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import Notify, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from durable.store.postgres.connection import cut
 
 log = logging.getLogger("durable.channel")
 
@@ -455,22 +456,14 @@ async def _execute(conn: Connection, query: Any, values: Sequence[object], secon
         await asyncio.wait({work}, timeout=seconds)
     except asyncio.CancelledError:
         if not work.done():
-            _cut(conn)
+            cut(conn)
             await asyncio.wait({work})
         raise
     if not work.done():
-        _cut(conn)
+        cut(conn)
         await asyncio.wait({work})
         raise TimeoutError(f"The database did not answer within {seconds:g} s.")
     work.result()
-
-
-def _cut(conn: Connection) -> None:
-    """Both ends see the link closed at once."""
-    with contextlib.suppress(OSError, psycopg.Error):
-        link = socket.fromfd(conn.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM)
-        with link:
-            link.shutdown(socket.SHUT_RDWR)
 
 
 async def _first(lost: asyncio.Future[None], seconds: float) -> None:

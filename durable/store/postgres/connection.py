@@ -7,7 +7,9 @@ the server's has happened (a cancelled task, a timeout, a lost socket) is closed
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -165,7 +167,7 @@ class Database:
         now = self._trusted_from = asyncio.get_running_loop().time()
         for connection, since in self._lent.items():
             if now - since >= patience:
-                connection.pgconn.finish()
+                cut(connection)
 
     async def _borrow(self, pool: AsyncConnectionPool[Connection]) -> Connection:
         while True:
@@ -244,6 +246,13 @@ class Database:
             if not connection.closed and connection.info.transaction_status != pq.TransactionStatus.IDLE:
                 connection.pgconn.finish()
             await pool.putconn(connection)
+
+
+def cut(connection: psycopg.AsyncConnection[Any] | psycopg.Connection[Any]) -> None:
+    """End the link for both sides. Whoever waits on it hears of it at once, and closes it itself: closed from here, its
+    descriptor could be another connection's by the time the waiter looks."""
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.pgconn.socket)) as link:
+        link.shutdown(socket.SHUT_RDWR)
 
 
 async def ask(connection: Connection, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
