@@ -12,7 +12,8 @@ from durable.store.postgres import PostgresStore, connection
 from durable.store.records import ClaimRequest, CommitStatus, Message, PruneRequest, PutMessage, RunQuery
 from durable.testing.suites.store.builder import FAR, ROUTE, begin, claimed_ids, commit, new, suspend
 
-HOT_SHARE = 0.75
+HOT_SHARE = 0.65
+"""All of them on a server that does nothing else; beside busy databases pages are pruned less often."""
 
 
 @pytest.fixture

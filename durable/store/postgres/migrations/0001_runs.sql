@@ -48,7 +48,7 @@ CREATE TABLE @schema@.runs (
   CONSTRAINT suspended_run_has_a_wake_time CHECK (
     status <> 'active' OR owner IS NOT NULL OR wake_at IS NOT NULL OR activity IN ('paused', 'blocked'))
 ) WITH (
-  fillfactor = 40,  -- room for the next version of each row on its page: commits stay HOT
+  fillfactor = 45,  -- room for the next version of each row on its page: commits stay HOT
   autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05
 );
 -- Columns that every commit changes (seq, commit_id, inbox_read, updated_at) stand in no index.
