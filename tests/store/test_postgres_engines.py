@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 from durable.core.clock import SECOND
-from durable.core.errors import StoreUnavailable
+from durable.core.errors import StoreRestored, StoreUnavailable
 from durable.store.postgres import PostgresStore
 from durable.store.postgres.embedded import EmbeddedPostgres
 from durable.store.records import Message
@@ -213,3 +213,34 @@ async def test_a_stopped_process_holds_no_lock(store: PostgresStore, peer: Peer,
                 await store.send([Message(f"r{n}", f"m{stop}", "signal") for n in range(10)])
             worker.send_signal(signal.SIGCONT)
             assert await heard(worker)
+
+
+async def test_S40_a_store_that_went_back_is_refused(postgres_url: str) -> None:
+    """Fewer heartbeats than were confirmed: writes are lost. The engine's process stops, for good; a new one goes on."""
+    store, other = PostgresStore(postgres_url), PostgresStore(postgres_url)
+    await store.open()
+    for _ in range(3):
+        assert store.beat("a", LEASE).alive
+    with psycopg.connect(postgres_url, autocommit=True) as cx:
+        cx.execute("UPDATE durable.engines SET beats = 1")
+    for engine in ("a", "a", "b"):
+        with pytest.raises(StoreRestored, match="had confirmed 3"):
+            store.beat(engine, LEASE)
+    await other.open()
+    assert other.beat("c", LEASE).alive
+    await store.close()
+    await other.close()
+
+
+async def test_S40_a_row_that_is_gone_has_gone_back(postgres_url: str) -> None:
+    """A backup from before the engine's time has no row of it; leaving takes the row away and is no loss."""
+    store = PostgresStore(postgres_url)
+    await store.open()
+    store.beat("a", LEASE)
+    await store.leave("a")
+    assert store.beat("a", LEASE).alive
+    with psycopg.connect(postgres_url, autocommit=True) as cx:
+        cx.execute("DELETE FROM durable.engines")
+    with pytest.raises(StoreRestored):
+        store.beat("a", LEASE)
+    await store.close()
