@@ -102,7 +102,8 @@ async def test_D7_a_cut_heart_is_not_dead(store: PostgresStore, postgres_url: st
     async with await watch(postgres_url) as watcher:
         for _ in range(20):
             await watcher.execute(
-                f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {MINE} AND locktype = 'advisory' AND mode = 'ExclusiveLock'"
+                f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {MINE} AND locktype = 'advisory'"
+                " AND mode = 'ExclusiveLock'"
             )
             assert await claimed_ids(store, "me") == []
             await eventually_(lambda: _is(watcher, held, 2), "both engines' locks are there again")
@@ -197,7 +198,8 @@ async def test_a_stopped_process_holds_no_lock(store: PostgresStore, peer: Peer,
     worker = await peer("toil")
     numbers = Random(7)
     held = (
-        "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE a.datname = current_database() AND a.application_name = 'durable'"
+        "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+        " WHERE a.datname = current_database() AND a.application_name = 'durable'"
         " AND a.datname = current_database() AND a.client_port = -1 AND locktype <> 'advisory' AND locktype <> 'virtualxid'"
         " AND l.granted"
     )
