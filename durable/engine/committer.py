@@ -134,6 +134,19 @@ class Group(Generic[Q, A]):
 
     async def _answer(self, batch: list[tuple[Q, Callable[[A | BaseException], None]]]) -> None:
         items = [item for item, _ in batch]
+        try:
+            answers = await self._patiently(items)
+        except asyncio.CancelledError:
+            self._tell(batch, [EngineStopped("The engine stopped before the store answered.")] * len(batch))
+            raise
+        except Exception as error:
+            log.exception("the store refused a batch of %s", self._name)
+            self._tell(batch, [error] * len(batch))
+        else:
+            self._tell(batch, answers)
+
+    async def _patiently(self, items: Sequence[Q]) -> Sequence[A]:
+        """The answers, however long the store is out of reach."""
         delay = RETRY_SECONDS_MIN
         while True:
             try:
@@ -145,18 +158,10 @@ class Group(Generic[Q, A]):
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY_SECONDS_MAX)
                 continue
-            except asyncio.CancelledError:
-                self._tell(batch, [EngineStopped("The engine stopped before the store answered.")] * len(batch))
-                raise
-            except Exception as error:
-                log.exception("the store refused a batch of %s", self._name)
-                self._tell(batch, [error] * len(batch))
-                return
             if self.trouble is not None:
                 log.warning("the store takes %s again", self._name)
                 self.trouble = None
-            self._tell(batch, answers)
-            return
+            return answers
 
     def _tell(
         self, batch: list[tuple[Q, Callable[[A | BaseException], None]]], answers: Sequence[A | BaseException]
