@@ -128,15 +128,19 @@ CREATE FUNCTION @schema@.first_id(p_at timestamptz) RETURNS text LANGUAGE sql IM
 RETURN regexp_replace(lpad(to_hex((extract(epoch FROM p_at) * 1000)::bigint), 12, '0'), '(.{8})(.{4})', '\1-\2');
 
 -- See that the journal has a partition for this month (UTC) and the next ones. Rows of months that have none stand in
--- journal_default, and such a month is left there. Returns how many were made.
+-- journal_default, and such a month is left there. Returns how many were made; one at a time: two would wait for each other,
+-- each having looked into journal_default, which the other must lock. Readers queue behind that lock, so it waits shortly.
 CREATE FUNCTION @schema@.make_partitions(p_now timestamptz, p_months integer) RETURNS integer LANGUAGE plpgsql
-SET timezone = 'UTC'
+SET timezone = 'UTC' SET lock_timeout = '500ms'
 AS $$
 DECLARE
   v_month timestamptz;
   v_name text;
   v_made integer := 0;
 BEGIN
+  IF NOT pg_try_advisory_xact_lock(hashtextextended('@schema@', 2)) THEN
+    RETURN 0;
+  END IF;
   FOR n IN 0 .. p_months LOOP
     v_month := date_trunc('month', p_now) + make_interval(months => n);
     v_name := to_char(v_month, '"journal_"YYYY_MM');
@@ -151,7 +155,7 @@ BEGIN
 END $$;
 SELECT @schema@.make_partitions(now(), 2);
 
--- Drop the partitions of months long past in which no run is left. Returns their names.
+-- Drop the partitions of months long past in which no run is left. Returns their names. One at a time, as above.
 CREATE FUNCTION @schema@.drop_partitions(p_now timestamptz) RETURNS text[] LANGUAGE plpgsql
 SET timezone = 'UTC' SET lock_timeout = '500ms'
 AS $$
@@ -160,6 +164,9 @@ DECLARE
   v_month timestamptz;
   v_dropped text[] := '{}';
 BEGIN
+  IF NOT pg_try_advisory_xact_lock(hashtextextended('@schema@', 2)) THEN
+    RETURN v_dropped;
+  END IF;
   FOR v_name IN SELECT tablename FROM pg_tables
                 WHERE schemaname = '@schema@' AND tablename ~ '^journal_\d{4}_\d{2}$' ORDER BY tablename LOOP
     v_month := to_timestamp(substr(v_name, 9), 'YYYY_MM');
