@@ -236,10 +236,15 @@ BEGIN
   SELECT
     n->>'id', e.seq, e.at, e.kind, e.status, e.key, e.ordinal, e.name, e.attempt, e.fingerprint,
     decode(e.payload, 'base64'), e.enqueued_at, e.started_at, e.finished_at
-  FROM jsonb_array_elements(p_runs) n, jsonb_to_recordset(n->'entries') AS e(
+  FROM (
+    SELECT g AS n FROM jsonb_array_elements(p_runs) g WHERE cardinality(v_born) = jsonb_array_length(p_runs)
+    UNION ALL  -- or of each run that is new the first, if it is given twice
+    SELECT f.g FROM (
+      SELECT DISTINCT ON (g->>'id') g FROM jsonb_array_elements(p_runs) WITH ORDINALITY AS x(g, place)
+      WHERE cardinality(v_born) < jsonb_array_length(p_runs) AND g->>'id' = ANY (v_born)
+      ORDER BY g->>'id', place) f) given, jsonb_to_recordset(n->'entries') AS e(
     seq integer, at bigint, kind text, status text, key text, ordinal integer, name text, attempt integer,
-    fingerprint text, payload text, enqueued_at bigint, started_at bigint, finished_at bigint)
-  WHERE cardinality(v_born) = jsonb_array_length(p_runs) OR n->>'id' = ANY (v_born);
+    fingerprint text, payload text, enqueued_at bigint, started_at bigint, finished_at bigint);
   RETURN coalesce(v_born, '{}');
 END $$;
 
