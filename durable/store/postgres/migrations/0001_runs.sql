@@ -715,20 +715,23 @@ BEGIN
     SELECT (SELECT min(r.workflow) FROM @schema@.runs r
             WHERE r.workspace = p_workspace AND r.status <> 'active' AND r.workflow > w.name)
     FROM workflows w WHERE w.name IS NOT NULL),
-  -- Up to which moment runs of each may go.
+  -- The last run of each that may go. One bound, as the index has it: of two, joined by OR, all that stays is walked through.
   bounds AS (
-    SELECT w.name, k.finished_at AS kept_at, k.id AS kept_id
-    FROM workflows w LEFT JOIN LATERAL (
-      SELECT r.finished_at, r.id FROM @schema@.runs r
-      WHERE r.workspace = p_workspace AND r.workflow = w.name AND r.status <> 'active'
-      ORDER BY r.finished_at DESC, r.id DESC OFFSET p_keep LIMIT 1) k ON p_keep IS NOT NULL
+    SELECT w.name, l.finished_at, l.id
+    FROM workflows w CROSS JOIN LATERAL (
+      SELECT v_before AS finished_at, '' COLLATE "C" AS id WHERE v_before IS NOT NULL
+      UNION ALL
+      (SELECT r.finished_at, r.id FROM @schema@.runs r
+       WHERE p_keep IS NOT NULL AND r.workspace = p_workspace AND r.workflow = w.name AND r.status <> 'active'
+       ORDER BY r.finished_at DESC, r.id DESC OFFSET p_keep LIMIT 1)
+      ORDER BY finished_at DESC, id DESC LIMIT 1) l
     WHERE w.name IS NOT NULL
       AND CASE WHEN p_workflow IS NULL THEN w.name <> ALL (p_but) ELSE w.name = p_workflow END),
   old AS (
     SELECT f.id FROM bounds b CROSS JOIN LATERAL (
       SELECT r.id, r.finished_at FROM @schema@.runs r
       WHERE r.workspace = p_workspace AND r.workflow = b.name AND r.status <> 'active'
-        AND (r.finished_at < v_before OR (r.finished_at, r.id) <= (b.kept_at, b.kept_id))
+        AND (r.finished_at, r.id) <= (b.finished_at, b.id)
         AND NOT EXISTS (SELECT 1 FROM @schema@.runs p WHERE p.id = r.parent_run_id AND p.status = 'active')
         AND NOT EXISTS (SELECT 1 FROM @schema@.runs c WHERE c.parent_run_id = r.id AND c.status = 'active')
       ORDER BY r.finished_at, r.id LIMIT p_limit) f
