@@ -65,21 +65,26 @@ Row = tuple[Any, ...]
 Connection = psycopg.AsyncConnection[Row]
 
 
+def parse(url: str) -> dict[str, str]:
+    """The parts of a URL or conninfo string. Raises StoreError, which quotes nothing of it: it may hold a password."""
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError as error:
+        said = str(error).strip()
+        # Other words of the driver's may quote the password.
+        why = f" ({said})" if said.startswith(("invalid URI query parameter", "invalid connection option")) else ""
+        raise StoreError(
+            f"this is no PostgreSQL address{why}; write postgresql://user:password@host:5432/database"
+        ) from None
+    return {key: str(value) for key, value in given.items() if value is not None}
+
+
 class Address:
     """Where the database is: a URL or conninfo string, with our defaults for whatever it leaves open."""
 
     def __init__(self, url: str, *, pooler: bool) -> None:
-        try:
-            given = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
-            said = str(error).strip()
-            # Other words of the driver's may quote the password.
-            why = f" ({said})" if said.startswith(("invalid URI query parameter", "invalid connection option")) else ""
-            raise StoreError(
-                f"this is no PostgreSQL address{why}; write postgresql://user:password@host:5432/database"
-            ) from None
+        self._given = parse(url)
         self.pooler = pooler
-        self._given = {key: str(value) for key, value in given.items() if value is not None}
 
     @property
     def conninfo(self) -> str:

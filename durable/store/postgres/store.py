@@ -137,9 +137,7 @@ class PostgresStore:
 
     async def _make_partitions(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Nothing depends on it: rows of a month without a partition stand in the default one."""
-        with suppress(
-            psycopg.errors.LockNotAvailable, psycopg.errors.DuplicateTable, psycopg.errors.InsufficientPrivilege
-        ):
+        with suppress(psycopg.errors.LockNotAvailable, psycopg.errors.InsufficientPrivilege):
             await ask(connection, f"SELECT {self._schema}.make_partitions(now(), %s)", [MONTHS_AHEAD])
 
     async def _check_durability(self, connection: psycopg.AsyncConnection[Any]) -> None:
