@@ -11,7 +11,18 @@ from durable.core.journal import Entry
 from durable.protocol.states import Activity, Status
 from durable.store.interface import Store
 from durable.store.records import CommitStatus, Parent, RunQuery, RunRecord, StartOutcome, StartRun, StartStatus
-from durable.testing.suites.store.builder import FAR, StoreBuilder, Tests, begin, claimed_ids, commit, done, entry, new, read
+from durable.testing.suites.store.builder import (
+    FAR,
+    StoreBuilder,
+    Tests,
+    begin,
+    claimed_ids,
+    commit,
+    done,
+    entry,
+    new,
+    read,
+)
 
 ODD = 'Žluťoučký 🐎 \'; DROP TABLE runs; -- %_\\ \t\n\x7f\u2028 "{}"'
 
