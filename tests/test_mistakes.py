@@ -104,5 +104,5 @@ def test_a_store_that_is_not_known_keeps_its_password(url: str) -> None:
         open_store(url)
     assert "s3cret" not in str(caught.value)
     assert re.split("[:=]", url)[0] in str(caught.value)
-    with pytest.raises(DurableError, match="'runs.db'"):
+    with pytest.raises(DurableError, match="'runs\\.db'"):
         open_store("runs.db")
