@@ -220,7 +220,17 @@ async def test_two_schemas_do_not_see_each_other(postgres_url: str) -> None:
     assert meta(postgres_url)["store_id"] != meta(postgres_url, "other_app")["store_id"]
 
 
-@pytest.mark.parametrize("name", ["", "Durable", "my-app", "1st", "x" * 52, 'a"; DROP TABLE runs; --', "naïve", "a\n"])
+async def test_a_column_that_is_gone(postgres_url: str) -> None:
+    """Tables that were changed behind the store's back are named as that."""
+    async with opened(postgres_url) as store:
+        run_sql(postgres_url, "ALTER TABLE durable.runs RENAME COLUMN workflow TO flow")
+        with pytest.raises(StoreError, match="changed or removed by others"):
+            await store.get(["r"])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Durable", "my-app", "1st", "x" * 52, "pg_mine", 'a"; DROP TABLE runs; --', "naïve", "a\n"]
+)
 def test_a_schema_named_badly_is_refused(name: str) -> None:
     """A name that would need quoting is refused before anything is asked."""
     with pytest.raises(StoreError, match="small letters, digits and underscores"):

@@ -474,7 +474,8 @@ async def _first(lost: asyncio.Future[None], seconds: float) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Its first line: the driver goes on with guesses."""
+    return next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
 
 
 def _retrieve(done: asyncio.Future[Any]) -> None:

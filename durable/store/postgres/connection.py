@@ -306,7 +306,7 @@ def translate(error: BaseException, place: str = "PostgreSQL") -> DurableError:
             return StoreError(f"{place} does not exist ({said}); create it: createdb NAME")
         case "42501":
             return StoreError(f"{place}: a right is missing ({said}); grant it, or give a user who may")
-        case "42P01" | "42883" | "3F000":
+        case "42P01" | "42703" | "42883" | "3F000":
             return StoreError(f"{place}: the tables have been changed or removed by others ({said})")
     # Without a state it is the driver that speaks: InternalError is its word for a connection that ended under a query.
     lost = isinstance(error, psycopg.InternalError) and not state

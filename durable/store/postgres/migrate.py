@@ -24,8 +24,11 @@ def known() -> list[tuple[int, str]]:
 
 def check_schema(name: str) -> str:
     """Raises StoreError for a name that would need quoting."""
-    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,50}", name):
-        raise StoreError(f"{name!r} cannot be a schema's name here: use small letters, digits and underscores")
+    if not re.fullmatch(r"(?!pg_)[a-z_][a-z0-9_]{0,50}", name):
+        raise StoreError(
+            f"{name!r} cannot be a schema's name here: use at most 51 small letters, digits and underscores,"
+            " not beginning with pg_ or a digit"
+        )
     return name
 
 
