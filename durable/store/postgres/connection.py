@@ -48,6 +48,7 @@ _SESSION = {
     "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "60s",
+    "default_transaction_isolation": r"read\ committed",
     "client_min_messages": "warning",
     "timezone": "UTC",
 }
