@@ -225,7 +225,7 @@ def _effects(batch: Sequence[Commit]) -> str | None:
             elif isinstance(effect, (OpenWaiter, CloseWaiter)):
                 waiters[effect.id] = effect  # the last word counts
             elif isinstance(effect, SetAttributes):
-                change = {"of": one.run_id, "attributes": effect.attributes, "tags": effect.tags}
+                change = {"of": one.run_id, "attributes": runs.attributes(effect.attributes), "tags": effect.tags}
                 kinds["attributes"].append(change)
             elif isinstance(effect, FreeSlots):
                 kinds["freed"].append({"of": one.run_id, "keys": effect.keys})
