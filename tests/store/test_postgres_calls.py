@@ -9,9 +9,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from msgspec import structs
 from psycopg.conninfo import make_conninfo
 
-from durable.core.errors import StoreUnavailable
+from durable.core.errors import DurableError, StoreUnavailable
 from durable.store.interface import Store
 from durable.store.postgres import PostgresStore, connection
 from durable.store.records import (
@@ -379,3 +380,25 @@ async def test_S48_a_store_that_was_closed_amid_a_hint_says_hints_again(postgres
         await begin(store, new(f"s{round_}"))
         await store.close()
     await other.close()
+
+
+@pytest.mark.parametrize(
+    "broken", [{"key": "a\0b"}, {"key": "\ud800"}, {"attempt": 2**40}, {"ordinal": 2**31}], ids=str
+)
+async def test_S5_commit_with_says_what_is_wrong_with_a_commit_as_commit_does(
+    store: PostgresStore, broken: dict[str, Any]
+) -> None:
+    """A commit that no store takes is answered, not raised in the driver's words; the work is not done, nothing is written."""
+    await begin(store, new(owner="a"))
+    bad = commit("r")
+    bad.entries = [structs.replace(entry(1), **broken)]
+
+    async def work(connection: Any) -> None:
+        raise AssertionError("not to be done")
+
+    [said] = await store.commit([bad])
+    outcome = await store.commit_with(work, bad)
+    assert outcome.status is CommitStatus.FENCED
+    assert isinstance(outcome.failure, DurableError)
+    assert type(outcome.failure) is type(said.failure)
+    assert (await read(store)).seq == 0

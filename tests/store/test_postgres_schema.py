@@ -335,8 +335,10 @@ async def test_a_word_of_sql_is_no_schema(postgres_url: str, schema: str) -> Non
 async def test_another_isolation_level_of_the_database_changes_nothing(postgres_url: str) -> None:
     """In a database whose default is SERIALIZABLE, forty senders to one run at once all succeed: the functions count on a fresh
     look after waiting for a row."""
-    run_sql(postgres_url, f"ALTER DATABASE {conninfo_to_dict(postgres_url)['dbname']} "
-            "SET default_transaction_isolation = 'serializable'")
+    run_sql(
+        postgres_url,
+        f"ALTER DATABASE {conninfo_to_dict(postgres_url)['dbname']} SET default_transaction_isolation = 'serializable'",
+    )
     async with opened(postgres_url) as store:
         await begin(store, new())
         await asyncio.gather(*(store.send([Message("r", f"m{n}", "signal")]) for n in range(40)))

@@ -98,7 +98,9 @@ def as_json(run: NewRun) -> dict[str, Any]:
 def attributes(values: Mapping[str, Any]) -> dict[str, Any]:
     """Large floats are written out: of `1e22` jsonb makes an integer, of `10000000000000000000000.0` it does not."""
     return {
-        name: msgspec.Raw(format(value, ".1f").encode()) if isinstance(value, float) and 1e15 < abs(value) < inf else value
+        name: msgspec.Raw(format(value, ".1f").encode())
+        if isinstance(value, float) and 1e15 < abs(value) < inf
+        else value
         for name, value in values.items()
     }
 

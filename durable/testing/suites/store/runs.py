@@ -10,8 +10,28 @@ from durable.core.errors import PayloadTooLarge
 from durable.core.journal import Entry
 from durable.protocol.states import Activity, Status
 from durable.store.interface import Store
-from durable.store.records import CommitStatus, Parent, RunQuery, RunRecord, SetAttributes, StartOutcome, StartRun, StartStatus
-from durable.testing.suites.store.builder import FAR, StoreBuilder, Tests, begin, claimed_ids, commit, done, entry, new, read
+from durable.store.records import (
+    CommitStatus,
+    Parent,
+    RunQuery,
+    RunRecord,
+    SetAttributes,
+    StartOutcome,
+    StartRun,
+    StartStatus,
+)
+from durable.testing.suites.store.builder import (
+    FAR,
+    StoreBuilder,
+    Tests,
+    begin,
+    claimed_ids,
+    commit,
+    done,
+    entry,
+    new,
+    read,
+)
 
 ODD = 'Žluťoučký 🐎 \'; DROP TABLE runs; -- %_\\ \t\n\x7f\u2028 "{}"'
 
