@@ -338,6 +338,25 @@ async def test_views_decode_payloads(postgres_url: str) -> None:
     assert rows == [("plain", "1"), ("sealed", mark)]
 
 
+@pytest.mark.parametrize("schema", ["order", "user", "between", "pg_durable"])
+async def test_a_word_of_sql_is_no_schema(postgres_url: str, schema: str) -> None:
+    """A schema that would need quoting, or that the server keeps for itself, is refused with a sentence that says so."""
+    assert "give another schema=" in await refused(postgres_url, StoreError, schema=schema)
+
+
+async def test_another_isolation_level_of_the_database_changes_nothing(postgres_url: str) -> None:
+    """In a database whose default is SERIALIZABLE, forty senders to one run at once all succeed: the functions count on a fresh
+    look after waiting for a row."""
+    run_sql(
+        postgres_url,
+        f"ALTER DATABASE {conninfo_to_dict(postgres_url)['dbname']} SET default_transaction_isolation = 'serializable'",
+    )
+    async with opened(postgres_url) as store:
+        await begin(store, new())
+        await asyncio.gather(*(store.send([Message("r", f"m{n}", "signal")]) for n in range(40)))
+        assert (await read(store)).inbox_last == 40
+
+
 # ------------------------------------------------------------------ the journal's months
 
 

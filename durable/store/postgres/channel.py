@@ -62,7 +62,8 @@ _SETTINGS = {
 def connector(url: str, *, application_name: str = "durable channel") -> Connect:
     """What opens connections for a `Channel`: autocommit, nothing prepared, a dead link noticed within half a minute.
     What the URL says goes first. Raises StoreError for one that is none."""
-    conninfo = make_conninfo("", **{"application_name": application_name, **_SETTINGS, **parse(url)})
+    settings: dict[str, str | int | None] = {"application_name": application_name, **_SETTINGS, **parse(url)}
+    conninfo = make_conninfo("", **settings)
 
     async def connect() -> Connection:
         return await psycopg.AsyncConnection.connect(conninfo, autocommit=True, prepare_threshold=None)

@@ -48,6 +48,7 @@ _SESSION = {
     "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "60s",
+    "default_transaction_isolation": r"read\ committed",
     "client_min_messages": "warning",
     "timezone": "UTC",
 }
@@ -308,6 +309,8 @@ def translate(error: BaseException, place: str = "PostgreSQL") -> DurableError:
             return StoreError(f"{place}: a right is missing ({said}); grant it, or give a user who may")
         case "42P01" | "42703" | "42883" | "3F000":
             return StoreError(f"{place}: the tables have been changed or removed by others ({said})")
+    if isinstance(error, psycopg.DataError) and not state and "NUL" in said:  # the driver's own, before it asked
+        return PayloadText("text that PostgreSQL cannot keep: replace NUL")
     # Without a state it is the driver that speaks: InternalError is its word for a connection that ended under a query.
     lost = isinstance(error, psycopg.InternalError) and not state
     if lost or isinstance(error, psycopg.errors.OperationalError) or state[:2] in ("08", "40", "53", "55", "57", "58"):

@@ -10,7 +10,16 @@ from durable.core.errors import PayloadTooLarge
 from durable.core.journal import Entry
 from durable.protocol.states import Activity, Status
 from durable.store.interface import Store
-from durable.store.records import CommitStatus, Parent, RunQuery, RunRecord, StartOutcome, StartRun, StartStatus
+from durable.store.records import (
+    CommitStatus,
+    Parent,
+    RunQuery,
+    RunRecord,
+    SetAttributes,
+    StartOutcome,
+    StartRun,
+    StartStatus,
+)
 from durable.testing.suites.store.builder import (
     FAR,
     StoreBuilder,
@@ -89,6 +98,16 @@ class RunTests(Tests):
         assert {name: type(value) for name, value in run.attributes.items()} == {
             name: type(value) for name, value in given.attributes.items()
         }
+
+    async def test_a_large_float_stays_a_float(self, store: Store) -> None:
+        """Attributes keep their type also where a number's shortest form has no point, at a start and in a commit."""
+        given = {"a": 1e22, "b": -1e16, "c": 1.5e300, "d": 2.0, "e": 1e-9, "f": 10**16}
+        await begin(store, new(owner="a", attributes=given))
+        for name in ("at the start", "set"):
+            found = (await read(store)).attributes
+            assert {k: (type(v), v) for k, v in found.items()} == {k: (type(v), v) for k, v in given.items()}, name
+            if name == "at the start":
+                await done(store, commit("r", effects=(SetAttributes(given),)))
 
     async def test_starting_the_same_id_again_makes_nothing(self, store: Store) -> None:
         """A start whose reply was lost can be repeated."""
