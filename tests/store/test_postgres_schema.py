@@ -338,7 +338,7 @@ async def test_views_decode_payloads(postgres_url: str) -> None:
     assert rows == [("plain", "1"), ("sealed", mark)]
 
 
-@pytest.mark.parametrize("schema", ["order", "user", "between", "pg_durable"])
+@pytest.mark.parametrize("schema", ["order", "user", "between"])
 async def test_a_word_of_sql_is_no_schema(postgres_url: str, schema: str) -> None:
     """A schema that would need quoting, or that the server keeps for itself, is refused with a sentence that says so."""
     assert "give another schema=" in await refused(postgres_url, StoreError, schema=schema)
