@@ -184,6 +184,11 @@ class Heart:
         ).fetchone()
         if row is not None and row[0]:
             self._locked.add(incarnation)
+            # Who found it free meanwhile must begin to count anew, not at our next heartbeat only.
+            connection.execute(
+                f"UPDATE {self._schema}.engines SET missed_at = NULL WHERE incarnation = %s AND missed_at IS NOT NULL",
+                [incarnation],
+            )
 
     def _hold(self, incarnation: str, here: bool = True) -> None:
         (self._held.add if here else self._held.discard)(incarnation)
