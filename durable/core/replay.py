@@ -224,7 +224,7 @@ class Machine:
                 return
             loop.now = entry.at
             self._turn_from = len(self._issued)
-            loop.turn(self._hand_over, entry)
+            loop.turn(self._answer if entry.kind in COMMAND_KINDS else self._hand_over, entry)
             main = self._main
             if main is not None and main.done():
                 self._finish(main)
@@ -236,9 +236,7 @@ class Machine:
 
     def _hand_over(self, entry: Entry) -> None:
         kind = entry.kind
-        if kind in COMMAND_KINDS:
-            self._answer(entry)
-        elif kind == TIMER:
+        if kind == TIMER:
             self._fire(entry)
         elif kind == SIGNAL:
             self._signal(entry)
