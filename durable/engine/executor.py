@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context as Variables
+from operator import attrgetter
 from typing import Any
 
 from durable.core.clock import SECOND, StoreClock
@@ -55,9 +56,9 @@ class Executor:
             deps.store.commit,
             max_items=deps.store.capabilities.max_batch,
             in_flight=deps.store.capabilities.in_flight,
-            size=lambda commit: commit.size,
+            size=attrgetter("size"),
             # A run that was dropped with a commit still queued may be claimed anew and commit again.
-            alone=lambda commit: commit.run_id,
+            alone=attrgetter("run_id"),
         )
         self.steps = LocalSteps(self)
         self.dispatch = Dispatch(self)
@@ -129,6 +130,8 @@ class Executor:
 
     def _pump(self) -> None:
         self._pumping = False
+        monotonic = self.clock.monotonic
+        began = monotonic()
         for _ in range(len(self._ready)):
             run = self._ready.popleft()
             run.queued = False
@@ -138,6 +141,15 @@ class Executor:
                 # Ours to fix. The run goes back to the store unharmed, others go on.
                 log.exception("run %s could not be driven; it is given back", run.run_id)
                 self.forsake(run)
+            ended = monotonic()
+            if ended - began > SLOW_SECONDS:
+                log.warning(
+                    "run %s held the event loop for %.2f s; every other run waited. Is there blocking work, such as "
+                    "time.sleep, in the workflow? It belongs in a step.",
+                    run.run_id,
+                    ended - began,
+                )
+            began = ended
         if self._ready and not self._pumping:
             self._pumping = True
             self.loop.call_soon(self._pump, context=self.variables)
@@ -148,7 +160,6 @@ class Executor:
         if run.dropped or run.suspending or run.ended or run.held:
             return
         self.executing = run.run_id
-        began = self.clock.monotonic()
         try:
             if run.opening is not None:
                 self._open(run)
@@ -163,14 +174,6 @@ class Executor:
             run.final = Final(Status.FAILED, error=encode_error(describe(error)))
         finally:
             self.executing = None
-            took = self.clock.monotonic() - began
-            if took > SLOW_SECONDS:
-                log.warning(
-                    "run %s held the event loop for %.2f s; every other run waited. Is there blocking work, such as "
-                    "time.sleep, in the workflow? It belongs in a step.",
-                    run.run_id,
-                    took,
-                )
         self.settler.settle(run)
 
     def _open(self, run: Resident) -> None:
@@ -199,8 +202,7 @@ class Executor:
         for command in list(run.machine.outstanding.values()):
             if command.key not in issued:
                 apply.resume(self, run, command, run.machine.trace(command.key))
-        for asked in fresh:
-            apply.apply(self, run, asked)
+        apply.apply(self, run, fresh)
 
     def _recall(self, run: Resident, entry: Entry) -> None:
         """Take the run's own deadlines from its journal."""
@@ -260,8 +262,7 @@ class Executor:
         if kind == RUN:
             self._recall(run, entry)
         if entry.delivers:
-            for command in run.machine.deliver(entry):
-                apply.apply(self, run, command)
+            apply.apply(self, run, run.machine.deliver(entry))
 
     def append(self, run: Resident, arrival: Arrival, command: Command | None = None) -> Entry:
         """Stamp and journal: never earlier than the run's last entry. Committed later. `command`: whose entry it is,

@@ -62,7 +62,7 @@ class Settler:
             if not run.looking:
                 self._executor.wake(run)
             return
-        if self._parked(run):
+        if not run.bodies and self._parked(run):
             wake = run.next_wake()
             if run.recovery_attempts:
                 # It has come to rest, so it was not what killed its engine. The next suspect may begin once that is stored.
@@ -232,9 +232,10 @@ class Settler:
     # ------------------------------------------------------------------ commit
 
     def _commit(self, run: Resident, *, suspend: bool = False, blocked: bytes | None = None) -> None:
-        for mark in run.marks.values():
-            self._executor.append(run, mark)
-        run.marks.clear()
+        if run.marks:
+            for mark in run.marks.values():
+                self._executor.append(run, mark)
+            run.marks.clear()
         self._commits_made += 1
         commit = Commit(
             run.run_id,
@@ -256,7 +257,10 @@ class Settler:
             commit.output = run.final.output
             commit.error = run.final.error
         else:
-            activity = Activity.BLOCKED if blocked is not None else self._activity(run)
+            if blocked is not None:
+                activity = Activity.BLOCKED
+            else:
+                activity = Activity.EXECUTING if run.bodies else self._activity(run)
             if activity is not run.activity:
                 commit.activity = activity
             if suspend:
@@ -328,7 +332,8 @@ class Settler:
     def _release_barrier(
         self, run: Resident, actions: list[Callable[[], None]], acks: list[Callable[[BaseException | None], None]]
     ) -> None:
-        tell(acks, None)
+        if acks:
+            tell(acks, None)
         for action in actions:
             action()
 
