@@ -48,6 +48,8 @@ _ABANDONED: list[object] = []
 class Promise(asyncio.Future[Any]):
     """A future of this loop. `release`, where there is one, hears of a cancellation at once."""
 
+    __slots__ = ("number", "release")  # asyncio's future has a dict too, made when something is put into it
+
     def __init__(self, loop: Loop, release: Callable[[Promise], None] | None = None) -> None:
         super().__init__(loop=loop)
         self.number = next(loop.numbers)
@@ -68,15 +70,15 @@ class Promise(asyncio.Future[Any]):
 class WorkflowTask(asyncio.Task[Any]):
     """A task of this loop."""
 
-    number: int | None = None
+    __slots__ = ("home", "number", "variables")
 
     def __init__(
         self, coro: Coroutine[Any, Any, Any], *, loop: Loop, number: int, context: contextvars.Context, **options: Any
     ) -> None:
         self.home = loop
         self.variables = context
-        if options.get("eager_start"):  # its body runs before this returns, and may put it into a set
-            self.number = number
+        # An eager one's body runs before this returns, and may put it into a set.
+        self.number: int | None = number if options.get("eager_start") else None
         # asyncio's own weak set of all tasks hashes the task here. It is shared by all loops: numbers, small and the
         # same in each, would collide there by the thousand. So until then the hash is the usual one.
         super().__init__(coro, loop=loop, context=context, **options)
@@ -396,9 +398,13 @@ class Loop(asyncio.AbstractEventLoop):
     # ------------------------------------------------------------------ the end
 
     def finish(self) -> None:
-        """The main task is over: cancel the others in order of creation. To be called inside a turn."""
+        """The main task is over: cancel the others in order of creation, and let them wind up in a last turn."""
         self.closing = True
         self.alarms.clear()
+        if self.living():
+            self.turn(self._cancel_living)
+
+    def _cancel_living(self) -> None:
         for task in self.living():
             task.cancel()
 
@@ -420,11 +426,12 @@ class Loop(asyncio.AbstractEventLoop):
         self.closing = self.dropping = True
         self._ready.clear()
         self.alarms.clear()
-        outside = self._enter()
-        try:
-            self._unwind()
-        finally:
-            self._leave(outside)
+        if self._generators or self.living():
+            outside = self._enter()
+            try:
+                self._unwind()
+            finally:
+                self._leave(outside)
         for task in self.tasks.values():
             task._log_traceback = False
         self.tasks.clear()

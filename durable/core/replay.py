@@ -75,6 +75,8 @@ class _Failure(NamedTuple):
 class Asked(Promise):
     """The promise of a command's answer."""
 
+    __slots__ = ("alarm", "command", "read")
+
     def __init__(
         self, loop: Loop, release: Callable[[Promise], None], command: Command, read: Callable[[bytes], Any]
     ) -> None:
@@ -300,7 +302,7 @@ class Machine:
     def _finish(self, main: WorkflowTask) -> None:
         self.outcome = self._outcome_of(main)
         loop = self.loop
-        loop.turn(loop.finish)
+        loop.finish()
         if self.outstanding:
             loop.turn(self._abandon_rest)
         loop.tell_unretrieved(main)

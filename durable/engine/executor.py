@@ -79,6 +79,8 @@ class Executor:
 
         self._ready: deque[Resident] = deque()
         self._pumping = False
+        self._leaving: list[Resident] = []
+        """Dropped, their machines not unwound yet."""
         self._keep: set[asyncio.Task[None]] = set()
         self.variables = Variables()
         self.loop: asyncio.AbstractEventLoop
@@ -188,7 +190,8 @@ class Executor:
         if entries:
             run.last_at = entries[-1].at
             try:
-                fresh = run.machine.replay(entries)
+                # With nothing recorded but the start, a replay is a live turn.
+                fresh = run.machine.deliver(entries[0]) if len(entries) == 1 else run.machine.replay(entries)
             except NonDeterminism:
                 raise  # it is parked as it is
             except DeterminismError:
@@ -198,10 +201,11 @@ class Executor:
             begun = apply.started(self, run)
             self._recall(run, begun)
             fresh = run.machine.deliver(begun)
-        issued = {command.key for command in fresh if isinstance(command, Command)}
-        for command in list(run.machine.outstanding.values()):
-            if command.key not in issued:
-                apply.resume(self, run, command, run.machine.trace(command.key))
+        if len(entries) > 1:
+            issued = {command.key for command in fresh if isinstance(command, Command)}
+            for command in list(run.machine.outstanding.values()):
+                if command.key not in issued:
+                    apply.resume(self, run, command, run.machine.trace(command.key))
         apply.apply(self, run, fresh)
 
     def _recall(self, run: Resident, entry: Entry) -> None:
@@ -334,7 +338,9 @@ class Executor:
         run.arrivals.clear()
         tell(run.acks, left())
         # Not here: a commit's answer comes inside a task, and workflow code runs in none.
-        self.loop.call_soon(self._unwind, run, context=self.variables)
+        if not self._leaving:
+            self.loop.call_soon(self._unwind, context=self.variables)
+        self._leaving.append(run)
         self.on_calm(run)
 
     def rest(self, run: Resident) -> None:
@@ -348,8 +354,10 @@ class Executor:
             self.full = False
             self.on_due()
 
-    def _unwind(self, run: Resident) -> None:
-        try:
-            run.machine.drop()
-        except Exception:
-            log.exception("run %s could not be unwound cleanly", run.run_id)
+    def _unwind(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        for run in leaving:
+            try:
+                run.machine.drop()
+            except Exception:
+                log.exception("run %s could not be unwound cleanly", run.run_id)

@@ -233,7 +233,9 @@ class Settler:
 
     def _commit(self, run: Resident, *, suspend: bool = False, blocked: bytes | None = None) -> None:
         if run.marks:
-            for mark in run.marks.values():
+            for key, began in run.marks.items():
+                attempt = run.attempts.get(key, 1)
+                mark = Arrival(began, STEP, "started", key=key, attempt=attempt, started_at=began)
                 self._executor.append(run, mark)
             run.marks.clear()
         self._commits_made += 1
@@ -284,15 +286,8 @@ class Settler:
         answer: CommitOutcome | BaseException,
     ) -> None:
         run.committing = False
-        if not run.dropped and not isinstance(answer, BaseException) and answer.failure is not None:
-            tell(acks, None)
-            self._refused(run, commit, answer.failure)
-            return
         if run.dropped or isinstance(answer, BaseException) or answer.status is not CommitStatus.DONE:
-            if not run.dropped and not isinstance(answer, BaseException):
-                log.warning("run %s belongs to another engine now; dropped here", run.run_id)
-            tell(acks, left())
-            self._executor.drop(run)
+            self._not_committed(run, commit, acks, answer)
             return
         run.seq += len(commit.entries)
         if commit.inbox_read:
@@ -328,6 +323,22 @@ class Settler:
             self._executor.on_mail(run)
         self._release_barrier(run, actions, acks)
         self.settle(run)
+
+    def _not_committed(
+        self,
+        run: Resident,
+        commit: Commit,
+        acks: list[Callable[[BaseException | None], None]],
+        answer: CommitOutcome | BaseException,
+    ) -> None:
+        if not run.dropped and isinstance(answer, CommitOutcome):
+            if answer.failure is not None:
+                tell(acks, None)
+                self._refused(run, commit, answer.failure)
+                return
+            log.warning("run %s belongs to another engine now; dropped here", run.run_id)
+        tell(acks, left())
+        self._executor.drop(run)
 
     def _release_barrier(
         self, run: Resident, actions: list[Callable[[], None]], acks: list[Callable[[BaseException | None], None]]

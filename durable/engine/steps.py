@@ -75,7 +75,7 @@ class LocalSteps:
         # A copy each time: an attempt must not see what the one before has set.
         task = executor.loop.create_task(self._run(run, command, attempt, now), context=command.variables.copy())
         run.bodies[key] = task
-        run.marks[key] = Arrival(now, STEP, "started", key, None, None, attempt, None, None, now)
+        run.marks[key] = now
         if not run.flushing:
             executor.settler.later(run)
 
@@ -114,7 +114,7 @@ class LocalSteps:
             # SystemExit and whatever else is no Exception too: a body that ends without an answer would wedge its run.
             status = "failed"
             payload = encode_error(describe(error))
-        if run.bodies.get(key) is asyncio.current_task():
+        if run.bodies.get(key) is asyncio.current_task(self._executor.loop):
             del run.bodies[key]
             run.marks.pop(key, None)
         now = self._executor.clock.now()
