@@ -52,9 +52,10 @@ class StoreClock:
         self._told = store_now, answered_at
 
     def now(self) -> int:
-        return self.at(self.monotonic())
+        base, told_at = self._told
+        return base + int((self.monotonic() - told_at) * SECOND)
 
     def at(self, instant: float) -> int:
-        """What `now` was, or will be, at an instant of `monotonic`: for whoever has just read that."""
+        """The same for an instant of `monotonic` that has just been read."""
         base, told_at = self._told
         return base + int((instant - told_at) * SECOND)

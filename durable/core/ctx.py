@@ -208,8 +208,7 @@ class Context:
         if isinstance(name, str):
             if not args:
                 raise DefinitionError(f"Step {name!r} needs a body: ctx.step({name!r}, fn, *args).")
-            fn, *args = args  # type: ignore[assignment]
-            args = tuple(args)
+            fn, args = args[0], args[1:]
         plan = _plan_of(fn)
         if fn is name:
             name = plan.name

@@ -48,12 +48,14 @@ class Settler:
         if not run.ended and (run.machine.outcome is not None or run.final is not None):
             self._end(run)
         uncommitted = run.pending or run.effects or run.inbox_read > run.inbox_written
-        # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
-        unnamed = run.bodies and run.activity is not Activity.EXECUTING
-        if run.ended or run.effects or ((run.actions or run.acks) and (uncommitted or unnamed)):
+        if run.ended or run.effects:
             self._commit(run)
             return
         if run.actions or run.acks:
+            # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
+            if uncommitted or (run.bodies and run.activity is not Activity.EXECUTING):
+                self._commit(run)
+                return
             self._release_barrier(run, run.actions, run.acks)
             run.actions, run.acks = [], []
             if self._taken_away(run):
@@ -289,22 +291,23 @@ class Settler:
         if run.dropped or isinstance(answer, BaseException) or answer.status is not CommitStatus.DONE:
             self._not_committed(run, commit, acks, answer)
             return
+        executor = self._executor
         run.seq += len(commit.entries)
         if commit.inbox_read:
             run.inbox_written = max(run.inbox_written, commit.inbox_read)
         if commit.progressed:
             run.recovery_attempts = 0
             run.progressed = False
-            self._executor.on_calm(run)
+            executor.on_calm(run)
         if commit.activity:
             run.activity = commit.activity
-        if answer.wake:
-            for effect in commit.effects:
-                if isinstance(effect, PutMessage):
-                    self._executor.on_nudge(effect.message.run_id, answer.wake[0])
         if commit.effects:
-            self._executor.on_due()
-        self._executor.on_committed(run, commit)
+            if answer.wake:
+                for effect in commit.effects:
+                    if isinstance(effect, PutMessage):
+                        executor.on_nudge(effect.message.run_id, answer.wake[0])
+            executor.on_due()
+        executor.on_committed(run, commit)
         if run.ended:
             tell(acks, None)
             final = run.final

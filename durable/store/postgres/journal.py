@@ -72,11 +72,6 @@ def _blobs(values: Sequence[bytes | None]) -> Blobs:
     return NO_BLOBS if _empty(values) else blobs(values)
 
 
-def as_json(entry: Entry) -> dict[str, Any]:
-    """One entry as `start_runs` takes it."""
-    return {name: getattr(entry, name) for name in Entry.__struct_fields__}
-
-
 async def load(db: Database, schema: str, run_ids: Sequence[str]) -> list[Journal]:
     rows = await db.read(
         f"SELECT run_id, {COLUMNS} FROM {schema}.journal WHERE run_id = ANY (%s) AND kind <> '{LOG}' ORDER BY run_id, seq",

@@ -90,7 +90,7 @@ def as_json(run: NewRun) -> dict[str, Any]:
         "owner": run.owner,
         "seq": len(run.entries),
         "wake_at": run.wake_at,
-        "entries": [journal.as_json(entry) for entry in run.entries],
+        "entries": run.entries,
     }
 
 
