@@ -266,7 +266,8 @@ class Machine:
         if command is None or not _same(command, entry):
             raise self._mismatch(entry, self._asked_instead(entry))
         del self.outstanding[key]
-        self._traces.pop(key, None)
+        if self._traces:
+            self._traces.pop(key, None)
         promise = self._promises.pop(key)
         promise.release = None
         if entry.status == "completed":

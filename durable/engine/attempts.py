@@ -26,7 +26,7 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     """Take in what came of a command. True if the entry is to be journaled as it is; otherwise it has been dealt with."""
     key, outstanding = arrival.key, run.machine.outstanding
     command = outstanding.get(key) if key is not None else _by_ordinal(outstanding.values(), arrival)
-    if isinstance(command, StartChild) and arrival.child_id not in (None, command.child_id):
+    if arrival.child_id is not None and isinstance(command, StartChild) and arrival.child_id != command.child_id:
         _late(executor, run, arrival)  # of an earlier life, left behind
         return False
     if command is not None and arrival.lines:
@@ -35,11 +35,11 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
         if arrival.status in ("completed", "failed"):
             _late(executor, run, arrival)
         return False
-    key = command.key
+    if key is None:
+        key = arrival.key = command.key
     if arrival.kind == REMOTE and arrival.status == "failed" and key in run.retries:
         _late(executor, run, arrival)  # the failure that is being retried, once more: this worker echoes no attempt
         return False
-    arrival.key = key
     if arrival.kind == REMOTE:
         sent = run.sent.get(key)
         if arrival.status == "published":
@@ -55,7 +55,8 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     if arrival.kind != CHILD and run.recovery_attempts:
         run.progressed = True
     run.attempts.pop(key, None)
-    run.retries.pop(key, None)
+    if run.retries:
+        run.retries.pop(key, None)
     return True
 
 
