@@ -240,12 +240,9 @@ def an_output_of_another_journal(evidence: Evidence) -> bool:
 
 @plant("replays")
 def an_order_that_never_was(evidence: Evidence) -> bool:
-    for stored, index, _ in entries(evidence, "timer", "fired"):
-        journal = stored.journal
-        if index + 2 < len(journal) and journal[index + 1].delivers and journal[index + 1].kind == "step":
-            journal[index], journal[index + 1] = journal[index + 1], journal[index]
-            return True
-    return False
+    stored, index, _ = next(entries(evidence, "step", "completed"))
+    stored.journal.insert(0, stored.journal.pop(index))  # answered before the run had begun to ask
+    return True
 
 
 @plant("replays")

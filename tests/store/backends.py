@@ -11,6 +11,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from durable.testing.facts import PATIENCE, PAUSE
 
+MINE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+"""Of locks: those in this database. Tests beside this one have theirs on the same server."""
 OTHERS = "datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
 
 CHANNELS = "query ~ 'LISTEN|pg_notify'"

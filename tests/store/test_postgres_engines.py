@@ -15,14 +15,14 @@ import psycopg
 import pytest
 
 from durable.core.clock import SECOND
-from durable.core.errors import StoreUnavailable
+from durable.core.errors import StoreRestored, StoreUnavailable
 from durable.store.postgres import PostgresStore
 from durable.store.postgres.embedded import EmbeddedPostgres
 from durable.store.records import Message
 from durable.testing.facts import PATIENCE, PAUSE
 from durable.testing.suites.store.builder import begin, claim, claimed_ids, commit, done, new, read
 from tests.services import require
-from tests.store.backends import OTHERS
+from tests.store.backends import MINE, OTHERS
 from tests.store.processes import Peer, heard, running
 
 LEASE = 60 * SECOND
@@ -96,11 +96,14 @@ async def test_D7_a_cut_heart_is_not_dead(store: PostgresStore, postgres_url: st
     await other.open()
     other.beat("other", LEASE)
     await begin(other, new(owner="other"))
-    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted"
+    held = (
+        f"SELECT count(*) FROM pg_locks WHERE {MINE} AND locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted"
+    )
     async with await watch(postgres_url) as watcher:
         for _ in range(20):
             await watcher.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'"
+                f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {MINE} AND locktype = 'advisory'"
+                " AND mode = 'ExclusiveLock'"
             )
             assert await claimed_ids(store, "me") == []
             await eventually_(lambda: _is(watcher, held, 2), "both engines' locks are there again")
@@ -129,7 +132,7 @@ async def test_D7_a_lock_that_another_connection_still_holds(store: PostgresStor
     other.beat("other", LEASE)
     async with await watch(postgres_url) as watcher:
         assert await value(watcher, "SELECT present FROM durable.engines WHERE incarnation = 'other'") is True
-        held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted"
+        held = f"SELECT count(*) FROM pg_locks WHERE {MINE} AND locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted"
         assert await value(watcher, held) == 2, "the next heartbeat takes the lock"
     await other.close()
 
@@ -149,7 +152,7 @@ async def test_S43_without_sessions(postgres_url: str) -> None:
     assert await claimed_ids(two, "me") == []
     assert await one._db.all("SELECT name FROM pg_prepared_statements") == []
     async with await watch(postgres_url) as watcher:
-        locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+        locks = f"SELECT count(*) FROM pg_locks WHERE {MINE} AND locktype = 'advisory'"
         assert await value(watcher, locks) == 0
         listening = f"SELECT count(*) FROM pg_stat_activity WHERE {OTHERS} AND query ILIKE 'listen%%'"
         assert await value(watcher, listening) == 0
@@ -195,7 +198,8 @@ async def test_a_stopped_process_holds_no_lock(store: PostgresStore, peer: Peer,
     worker = await peer("toil")
     numbers = Random(7)
     held = (
-        "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE a.application_name = 'durable'"
+        "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+        " WHERE a.datname = current_database() AND a.application_name = 'durable'"
         " AND a.datname = current_database() AND a.client_port = -1 AND locktype <> 'advisory' AND locktype <> 'virtualxid'"
         " AND l.granted"
     )
@@ -213,3 +217,34 @@ async def test_a_stopped_process_holds_no_lock(store: PostgresStore, peer: Peer,
                 await store.send([Message(f"r{n}", f"m{stop}", "signal") for n in range(10)])
             worker.send_signal(signal.SIGCONT)
             assert await heard(worker)
+
+
+async def test_S40_a_store_that_went_back_is_refused(postgres_url: str) -> None:
+    """Fewer heartbeats than were confirmed: writes are lost. The engine's process stops, for good; a new one goes on."""
+    store, other = PostgresStore(postgres_url), PostgresStore(postgres_url)
+    await store.open()
+    for _ in range(3):
+        assert store.beat("a", LEASE).alive
+    with psycopg.connect(postgres_url, autocommit=True) as cx:
+        cx.execute("UPDATE durable.engines SET beats = 1")
+    for engine in ("a", "a", "b"):
+        with pytest.raises(StoreRestored, match="had confirmed 3"):
+            store.beat(engine, LEASE)
+    await other.open()
+    assert other.beat("c", LEASE).alive
+    await store.close()
+    await other.close()
+
+
+async def test_S40_a_row_that_is_gone_has_gone_back(postgres_url: str) -> None:
+    """A backup from before the engine's time has no row of it; leaving takes the row away and is no loss."""
+    store = PostgresStore(postgres_url)
+    await store.open()
+    store.beat("a", LEASE)
+    await store.leave("a")
+    assert store.beat("a", LEASE).alive
+    with psycopg.connect(postgres_url, autocommit=True) as cx:
+        cx.execute("DELETE FROM durable.engines")
+    with pytest.raises(StoreRestored):
+        store.beat("a", LEASE)
+    await store.close()

@@ -20,7 +20,7 @@ from durable.store.records import Commit, Message
 from durable.testing.facts import PATIENCE, PAUSE
 from durable.testing.suites.store.builder import FAR, begin, claimed_ids, commit, done, entry, new, read
 from tests.postgres_server import PostgresServer
-from tests.store.backends import OTHERS
+from tests.store.backends import MINE, OTHERS
 from tests.store.processes import heard, running
 
 
@@ -106,7 +106,9 @@ async def test_S37_B36_a_process_dies_in_the_migration(postgres_url: str) -> Non
             async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as watcher:
                 await until_waiting(watcher, 1)
                 [[locks]] = await (
-                    await watcher.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted")
+                    await watcher.execute(
+                        f"SELECT count(*) FROM pg_locks WHERE {MINE} AND locktype = 'advisory' AND granted"
+                    )
                 ).fetchall()
                 assert locks == 1, "it holds the migration's lock"
                 store = PostgresStore(postgres_url)

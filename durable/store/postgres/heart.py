@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 
 import psycopg
 
-from durable.core.errors import DurableError, StoreError
+from durable.core.errors import DurableError, StoreError, StoreRestored
 from durable.store.postgres.connection import Address, Row, close_quietly, translate
 from durable.store.records import Beat
 
@@ -52,6 +52,9 @@ class Heart:
         self._watcher: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
         self._closed = False
+        self._beats: dict[str, int] = {}
+        """How many heartbeats of each engine the store has confirmed."""
+        self._restored: StoreRestored | None = None
         self._patience = LEAST_PATIENCE_S
         self._silent = 0.0
         """For how long the last connection had been silent when it was cut; 0: it was not."""
@@ -62,10 +65,12 @@ class Heart:
         return self._incarnations
 
     def beat(self, incarnation: str, lease_us: int) -> Beat:
-        """From any thread. Raises StoreError."""
+        """From any thread. Raises StoreError; StoreRestored, from then on for ever, when the store has gone back (S40)."""
         with self._mutex:
             if self._closed:
                 raise StoreError(f"{self._address} is not open; await store.open() first")
+            if self._restored is not None:
+                raise self._restored
             if incarnation not in self._held:
                 self._hold(incarnation)
             self._patience = max(LEAST_PATIENCE_S, lease_us / 1_000_000 * PATIENCE_SHARE)
@@ -78,7 +83,7 @@ class Heart:
                         if incarnation not in self._locked:
                             self._nudge()  # to try again
                     row = connection.execute(
-                        f"SELECT now_us, alive FROM {self._schema}.beat(%s, %s, %s)",
+                        f"SELECT now_us, alive, beats FROM {self._schema}.beat(%s, %s, %s)",
                         [incarnation, lease_us, incarnation in self._locked],
                     ).fetchone()
             except psycopg.Error as error:
@@ -91,7 +96,21 @@ class Heart:
                 self._on_silence(silent)
             if not row[1]:
                 self._hold(incarnation, False)
-            return Beat(row[0], row[1])
+                return Beat(row[0], False)
+            self._count(incarnation, row[2])
+            return Beat(row[0], True)
+
+    def _count(self, incarnation: str, beats: int) -> None:
+        """What the store has confirmed it may not forget: it has been set back, or its standby had not got that far."""
+        known = self._beats.get(incarnation, 0)
+        if beats <= known:
+            self._restored = StoreRestored(
+                f"{self._address} has gone back in time: it knows {beats - 1} heartbeats of this engine, and had confirmed"
+                f" {known}. A backup was restored, or a standby took over that lagged; work done since is missing there. This"
+                " process does nothing more. Start it anew to go on with what the database has"
+            )
+            raise self._restored
+        self._beats[incarnation] = beats
 
     def forget(self, incarnation: str) -> None:
         """It has left: its lock goes. Waits for the server, so not on a loop's thread."""
@@ -99,6 +118,7 @@ class Heart:
             if incarnation not in self._held:
                 return
             self._hold(incarnation, False)
+            self._beats.pop(incarnation, None)
             self._locked.discard(incarnation)
             if self._connection is not None and self._presence:
                 try:

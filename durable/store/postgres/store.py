@@ -48,6 +48,9 @@ from durable.store.records import (
 
 T = TypeVar("T")
 
+TOMBSTONE_US = 30 * 24 * 3600 * 1_000_000
+"""How long an engine that has expired is remembered as gone."""
+
 
 class PostgresStore:
     """Runs in the schema `schema` of the database that `url` names.
@@ -115,6 +118,10 @@ class PostgresStore:
             await self._check_durability(connection)
             await migrate(connection, self._schema, str(self._address))
             await self._make_partitions(connection)
+            # Engines that said long ago that they are gone need no tombstone any more.
+            await connection.execute(
+                f"DELETE FROM {self._schema}.engines WHERE expires_at < {self._schema}.now_us() - {TOMBSTONE_US}"
+            )
         except psycopg.Error as error:
             raise translate(error, str(self._address)) from error
         finally:

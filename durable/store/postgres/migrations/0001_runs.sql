@@ -11,7 +11,8 @@ CREATE TABLE @schema@.engines (
   expires_at bigint NOT NULL,
   dead boolean NOT NULL DEFAULT false,
   present boolean NOT NULL DEFAULT false,  -- holds an advisory lock: its death can be seen
-  missed_at bigint                         -- since when that lock was found free
+  missed_at bigint,                        -- since when that lock was found free
+  beats bigint NOT NULL DEFAULT 1          -- only ever rises: fewer than its engine remembers means writes were lost
 ) WITH (fillfactor = 50);
 
 CREATE TABLE @schema@.runs (
@@ -488,14 +489,16 @@ END $$;
 CREATE FUNCTION @schema@.presence_key(p_incarnation text) RETURNS bigint LANGUAGE sql IMMUTABLE
 RETURN hashtextextended('@schema@:' || p_incarnation, 0);
 
-CREATE FUNCTION @schema@.beat(p_incarnation text, p_lease_us bigint, p_present boolean, OUT now_us bigint, OUT alive boolean)
+CREATE FUNCTION @schema@.beat(p_incarnation text, p_lease_us bigint, p_present boolean, OUT now_us bigint, OUT alive boolean,
+  OUT beats bigint)
 LANGUAGE plpgsql AS $$
 BEGIN
   now_us := @schema@.now_us();
   INSERT INTO @schema@.engines AS e (incarnation, expires_at, present)
   VALUES (p_incarnation, now_us + p_lease_us, p_present)
   ON CONFLICT (incarnation) DO UPDATE
-  SET expires_at = excluded.expires_at, present = excluded.present, missed_at = NULL WHERE NOT e.dead;
+  SET expires_at = excluded.expires_at, present = excluded.present, missed_at = NULL, beats = e.beats + 1 WHERE NOT e.dead
+  RETURNING e.beats INTO beats;
   alive := FOUND;
 END $$;
 
