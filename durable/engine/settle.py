@@ -261,10 +261,7 @@ class Settler:
             commit.output = run.final.output
             commit.error = run.final.error
         else:
-            if blocked is not None:
-                activity = Activity.BLOCKED
-            else:
-                activity = Activity.EXECUTING if run.bodies else self._activity(run)
+            activity = Activity.BLOCKED if blocked is not None else self._activity(run)
             if activity is not run.activity:
                 commit.activity = activity
             if suspend:

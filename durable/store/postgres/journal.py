@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from durable.core.journal import LOG, Entry
 from durable.store.postgres.connection import Database, Row

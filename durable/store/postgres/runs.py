@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from durable.protocol.states import Activity, Status
-from durable.store.postgres import journal
 from durable.store.postgres.connection import Database, Row
 from durable.store.postgres.packing import texts
 from durable.store.records import (
