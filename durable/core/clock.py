@@ -31,8 +31,7 @@ class SystemClock:
     def now(self) -> int:
         return time.time_ns() // 1_000
 
-    def monotonic(self) -> float:
-        return time.monotonic()
+    monotonic = staticmethod(time.monotonic)
 
 
 class StoreClock:
@@ -42,7 +41,8 @@ class StoreClock:
     """
 
     def __init__(self, local: Clock) -> None:
-        self._local = local
+        self.monotonic = local.monotonic
+        """The local one, unchanged: seconds."""
         self._told = local.now(), local.monotonic()
         """One value: the lease's thread writes it while the loop reads."""
 
@@ -52,8 +52,10 @@ class StoreClock:
         self._told = store_now, answered_at
 
     def now(self) -> int:
-        base, at = self._told
-        return base + int((self._local.monotonic() - at) * SECOND)
+        base, told_at = self._told
+        return base + int((self.monotonic() - told_at) * SECOND)
 
-    def monotonic(self) -> float:
-        return self._local.monotonic()
+    def at(self, instant: float) -> int:
+        """The same for an instant of `monotonic` that has just been read."""
+        base, told_at = self._told
+        return base + int((instant - told_at) * SECOND)

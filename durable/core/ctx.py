@@ -208,12 +208,16 @@ class Context:
         if isinstance(name, str):
             if not args:
                 raise DefinitionError(f"Step {name!r} needs a body: ctx.step({name!r}, fn, *args).")
-            fn, *args = args  # type: ignore[assignment]
-            args = tuple(args)
+            fn, args = args[0], args[1:]
         plan = _plan_of(fn)
         if fn is name:
             name = plan.name
-        return self._step(name, plan, args, _step_options(plan.options, retries, timeout), returns)
+        options = plan.options
+        if retries is not None or timeout is not None:
+            options = StepOptions(
+                _policy(retries) or options.retry, options.timeout if timeout is None else seconds(timeout)
+            )
+        return self._step(name, plan, args, options, returns)
 
     def side_effect(self, fn: Callable[[], T], *, name: str = "side_effect", returns: Any = _UNSET) -> Future[T]:
         """Record what a small function returns, without retries: a random number, the time, a flag."""
@@ -675,12 +679,6 @@ def _policy(retries: Retries) -> RetryPolicy | None:
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise DefinitionError(f"retries is a number from 0 or a RetryPolicy, not {retries!r}.")
     return RetryPolicy(max_attempts=retries + 1)
-
-
-def _step_options(base: StepOptions, retries: Retries, timeout: Duration | None) -> StepOptions:
-    if retries is None and timeout is None:
-        return base
-    return StepOptions(_policy(retries) or base.retry, base.timeout if timeout is None else seconds(timeout))
 
 
 def _named(given: Any, what: str, decorator: str) -> str:

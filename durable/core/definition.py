@@ -72,11 +72,12 @@ class _Definition:
 
     def encode_input(self, value: Any = None, *, limit: int = payload.DEFAULT_LIMIT) -> bytes:
         """The value as the bytes `call` takes. Raises PayloadError here, at the caller's, if it is not the input."""
-        if self.input_type is None:
+        wanted = self.input_type
+        if wanted is None:
             if value is not None:
                 raise PayloadError(f"{self._shape.label} takes no input, but was given a {type(value).__name__}.")
             return b"null"
-        data = payload.encode(value, self.input_type, what=self._input, limit=limit)
+        data = payload.encode(value, wanted, what=self._input, limit=limit)
         self._arguments(data)
         return data
 
@@ -90,9 +91,10 @@ class _Definition:
         return f"the input of {self._shape.label}"
 
     def _arguments(self, data: bytes) -> tuple[Any, ...]:
-        if self.input_type is None or (self._shape.has_default and data in (b"", b"null")):
+        wanted = self.input_type
+        if wanted is None or (self._shape.has_default and data in (b"", b"null")):
             return ()
-        return (payload.decode(data or b"null", self.input_type, what=self._input),)
+        return (payload.decode(data or b"null", wanted, what=self._input),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,8 +95,12 @@ def canonical(value: Any, *, what: str) -> bytes:
 
 def through(value: Any, annotation: Any, *, what: str, limit: int = DEFAULT_LIMIT) -> tuple[bytes, Any]:
     """The bytes to store and the value to go on with, which is what a replay will read from them."""
-    data = encode(value, annotation, what=what, limit=limit)
-    return data, decode(data, annotation, what=what)
+    read = decoder(annotation)  # one that can never be read back is refused before anything is written
+    data = encode(value, what=what, limit=limit)
+    try:
+        return data, read(data)
+    except PayloadError as error:
+        raise PayloadError(f"{what}: {error}") from error
 
 
 def check(data: bytes, *, what: str, limit: int = DEFAULT_LIMIT) -> None:

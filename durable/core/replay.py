@@ -75,6 +75,8 @@ class _Failure(NamedTuple):
 class Asked(Promise):
     """The promise of a command's answer."""
 
+    __slots__ = ("alarm", "command", "read")
+
     def __init__(
         self, loop: Loop, release: Callable[[Promise], None], command: Command, read: Callable[[bytes], Any]
     ) -> None:
@@ -224,7 +226,7 @@ class Machine:
                 return
             loop.now = entry.at
             self._turn_from = len(self._issued)
-            loop.turn(self._hand_over, entry)
+            loop.turn(self._answer if entry.kind in COMMAND_KINDS else self._hand_over, entry)
             main = self._main
             if main is not None and main.done():
                 self._finish(main)
@@ -236,9 +238,7 @@ class Machine:
 
     def _hand_over(self, entry: Entry) -> None:
         kind = entry.kind
-        if kind in COMMAND_KINDS:
-            self._answer(entry)
-        elif kind == TIMER:
+        if kind == TIMER:
             self._fire(entry)
         elif kind == SIGNAL:
             self._signal(entry)
@@ -266,7 +266,8 @@ class Machine:
         if command is None or not _same(command, entry):
             raise self._mismatch(entry, self._asked_instead(entry))
         del self.outstanding[key]
-        self._traces.pop(key, None)
+        if self._traces:
+            self._traces.pop(key, None)
         promise = self._promises.pop(key)
         promise.release = None
         if entry.status == "completed":
@@ -302,7 +303,7 @@ class Machine:
     def _finish(self, main: WorkflowTask) -> None:
         self.outcome = self._outcome_of(main)
         loop = self.loop
-        loop.turn(loop.finish)
+        loop.finish()
         if self.outstanding:
             loop.turn(self._abandon_rest)
         loop.tell_unretrieved(main)

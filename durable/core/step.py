@@ -9,31 +9,22 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from msgspec import Struct
+
 from durable.core.errors import DurableError
 
 
-class StepScope:
+class StepScope(Struct, eq=False):
     """The step under way."""
 
-    __slots__ = ("_write", "attempt", "key", "name", "run_id", "step_id")
-
-    def __init__(
-        self,
-        run_id: str,
-        step_id: str,
-        key: str,
-        name: str,
-        attempt: int,
-        write: Callable[[str, str, dict[str, Any]], None],
-    ) -> None:
-        self.run_id = run_id
-        self.step_id = step_id
-        """`<runId>:<ordinal>`: the same for every attempt and redelivery."""
-        self.key = key
-        self.name = name
-        self.attempt = attempt
-        """From 1."""
-        self._write = write
+    run_id: str
+    step_id: str
+    """`<runId>:<ordinal>`: the same for every attempt and redelivery."""
+    key: str
+    name: str
+    attempt: int
+    """From 1."""
+    _write: Callable[[str, str, dict[str, Any]], None]
 
     @property
     def idempotency_key(self) -> str:

@@ -6,7 +6,7 @@ Nothing here touches the world: it journals, adds effects to the coming commit, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -53,9 +53,10 @@ def started(executor: Executor, run: Resident) -> Entry:
     )
 
 
-def apply(executor: Executor, run: Resident, command: Command | Note) -> None:
+def apply(executor: Executor, run: Resident, commands: Iterable[Command | Note]) -> None:
     """Do what a turn asks for."""
-    _APPLY[type(command)](executor, run, command)
+    for command in commands:
+        _APPLY[type(command)](executor, run, command)
 
 
 def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[Entry]) -> None:

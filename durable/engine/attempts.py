@@ -5,7 +5,7 @@ A retry is a journal entry and a time: no worker is held while it waits, and it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,21 +24,22 @@ if TYPE_CHECKING:
 
 def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     """Take in what came of a command. True if the entry is to be journaled as it is; otherwise it has been dealt with."""
-    command = _command(run, arrival)
-    if isinstance(command, StartChild) and arrival.child_id not in (None, command.child_id):
+    key, outstanding = arrival.key, run.machine.outstanding
+    command = outstanding.get(key) if key is not None else _by_ordinal(outstanding.values(), arrival)
+    if arrival.child_id is not None and isinstance(command, StartChild) and arrival.child_id != command.child_id:
         _late(executor, run, arrival)  # of an earlier life, left behind
         return False
-    if command is not None:
+    if command is not None and arrival.lines:
         _write_lines(executor, run, command.key, arrival)
     if command is None or (arrival.attempt and arrival.attempt != run.attempts.get(command.key, arrival.attempt)):
         if arrival.status in ("completed", "failed"):
             _late(executor, run, arrival)
         return False
-    key = command.key
+    if key is None:
+        key = arrival.key = command.key
     if arrival.kind == REMOTE and arrival.status == "failed" and key in run.retries:
         _late(executor, run, arrival)  # the failure that is being retried, once more: this worker echoes no attempt
         return False
-    arrival.key = key
     if arrival.kind == REMOTE:
         sent = run.sent.get(key)
         if arrival.status == "published":
@@ -54,15 +55,14 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     if arrival.kind != CHILD and run.recovery_attempts:
         run.progressed = True
     run.attempts.pop(key, None)
-    run.retries.pop(key, None)
+    if run.retries:
+        run.retries.pop(key, None)
     return True
 
 
-def _command(run: Resident, arrival: Arrival) -> Command | None:
-    if arrival.key is not None:
-        return run.machine.outstanding.get(arrival.key)
-    # A result that came through the inbox knows its ordinal only.
-    for command in run.machine.outstanding.values():
+def _by_ordinal(outstanding: Iterable[Command], arrival: Arrival) -> Command | None:
+    """A result that came through the inbox knows its ordinal only."""
+    for command in outstanding:
         if command.ordinal == arrival.ordinal and command.kind == arrival.kind:
             return command
     return None

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from typing import Generic, TypeVar
 
 from durable.core.errors import EngineStopped, StoreError, StoreFull, StoreReadOnly, StoreUnavailable
@@ -116,20 +117,23 @@ class Group(Generic[Q, A]):
             self._tasks.discard(me)
 
     def _take(self) -> list[tuple[Q, Callable[[A | BaseException], None]]]:
-        queue = self._queue
-        batch = [queue.popleft()]
-        total = self._size(batch[0][0])
-        names = {self._alone(batch[0][0])} if self._alone is not None else set()
-        while queue and len(batch) < self._max_items:
-            total += self._size(queue[0][0])
-            if total > self._max_bytes:
+        queue, size, alone = self._queue, self._size, self._alone
+        batch: list[tuple[Q, Callable[[A | BaseException], None]]] = []
+        names = set()
+        left = self._max_bytes
+        for asked in islice(queue, self._max_items):
+            item = asked[0]
+            left -= size(item)
+            if left < 0 and batch:
                 break
-            if self._alone is not None:
-                name = self._alone(queue[0][0])
+            if alone is not None:
+                name = alone(item)
                 if name in names:
                     break
                 names.add(name)
-            batch.append(queue.popleft())
+            batch.append(asked)
+        for _ in batch:
+            queue.popleft()
         return batch
 
     async def _answer(self, batch: list[tuple[Q, Callable[[A | BaseException], None]]]) -> None:

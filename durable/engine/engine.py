@@ -230,17 +230,15 @@ class WorkflowEngine:
     async def start_run(self, workflow: Any, input: Any = None, **options: Any) -> RunHandle[Any]:
         """Start a run; options as in StartRequest. Durable when this returns."""
         request = StartRequest(workflow=workflow, input=input, **options)
-        run_id = await self._starter.start(request)
-        return self.handle(run_id, self.definition(workflow, request.version).output_type)
+        run_id, definition = await self._starter.start(request)
+        return RunHandle(self, run_id, definition.output_type)
 
     async def start_many(self, requests: Sequence[StartRequest]) -> list[RunHandle[Any] | Exception]:
         """Start runs, each on its own: a handle, or why there is none."""
         answers = await self._starter.start_many(requests)
         return [
-            answer
-            if isinstance(answer, Exception)
-            else self.handle(answer, self.definition(request.workflow, request.version).output_type)
-            for request, answer in zip(requests, answers, strict=True)
+            answer if isinstance(answer, Exception) else RunHandle(self, answer[0], answer[1].output_type)
+            for answer in answers
         ]
 
     async def start_and_wait(

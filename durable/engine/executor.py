@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context as Variables
+from operator import attrgetter
 from typing import Any
 
 from durable.core.clock import SECOND, StoreClock
@@ -55,9 +56,9 @@ class Executor:
             deps.store.commit,
             max_items=deps.store.capabilities.max_batch,
             in_flight=deps.store.capabilities.in_flight,
-            size=lambda commit: commit.size,
+            size=attrgetter("size"),
             # A run that was dropped with a commit still queued may be claimed anew and commit again.
-            alone=lambda commit: commit.run_id,
+            alone=attrgetter("run_id"),
         )
         self.steps = LocalSteps(self)
         self.dispatch = Dispatch(self)
@@ -78,6 +79,8 @@ class Executor:
 
         self._ready: deque[Resident] = deque()
         self._pumping = False
+        self._leaving: list[Resident] = []
+        """Dropped, their machines not unwound yet."""
         self._keep: set[asyncio.Task[None]] = set()
         self.variables = Variables()
         self.loop: asyncio.AbstractEventLoop
@@ -129,6 +132,8 @@ class Executor:
 
     def _pump(self) -> None:
         self._pumping = False
+        monotonic = self.clock.monotonic
+        began = monotonic()
         for _ in range(len(self._ready)):
             run = self._ready.popleft()
             run.queued = False
@@ -138,6 +143,15 @@ class Executor:
                 # Ours to fix. The run goes back to the store unharmed, others go on.
                 log.exception("run %s could not be driven; it is given back", run.run_id)
                 self.forsake(run)
+            ended = monotonic()
+            if ended - began > SLOW_SECONDS:
+                log.warning(
+                    "run %s held the event loop for %.2f s; every other run waited. Is there blocking work, such as "
+                    "time.sleep, in the workflow? It belongs in a step.",
+                    run.run_id,
+                    ended - began,
+                )
+            began = ended
         if self._ready and not self._pumping:
             self._pumping = True
             self.loop.call_soon(self._pump, context=self.variables)
@@ -148,7 +162,6 @@ class Executor:
         if run.dropped or run.suspending or run.ended or run.held:
             return
         self.executing = run.run_id
-        began = self.clock.monotonic()
         try:
             if run.opening is not None:
                 self._open(run)
@@ -163,14 +176,6 @@ class Executor:
             run.final = Final(Status.FAILED, error=encode_error(describe(error)))
         finally:
             self.executing = None
-            took = self.clock.monotonic() - began
-            if took > SLOW_SECONDS:
-                log.warning(
-                    "run %s held the event loop for %.2f s; every other run waited. Is there blocking work, such as "
-                    "time.sleep, in the workflow? It belongs in a step.",
-                    run.run_id,
-                    took,
-                )
         self.settler.settle(run)
 
     def _open(self, run: Resident) -> None:
@@ -185,7 +190,8 @@ class Executor:
         if entries:
             run.last_at = entries[-1].at
             try:
-                fresh = run.machine.replay(entries)
+                # With nothing recorded but the start, a replay is a live turn.
+                fresh = run.machine.deliver(entries[0]) if len(entries) == 1 else run.machine.replay(entries)
             except NonDeterminism:
                 raise  # it is parked as it is
             except DeterminismError:
@@ -195,12 +201,12 @@ class Executor:
             begun = apply.started(self, run)
             self._recall(run, begun)
             fresh = run.machine.deliver(begun)
-        issued = {command.key for command in fresh if isinstance(command, Command)}
-        for command in list(run.machine.outstanding.values()):
-            if command.key not in issued:
-                apply.resume(self, run, command, run.machine.trace(command.key))
-        for asked in fresh:
-            apply.apply(self, run, asked)
+        if len(entries) > 1:
+            issued = {command.key for command in fresh if isinstance(command, Command)}
+            for command in list(run.machine.outstanding.values()):
+                if command.key not in issued:
+                    apply.resume(self, run, command, run.machine.trace(command.key))
+        apply.apply(self, run, fresh)
 
     def _recall(self, run: Resident, entry: Entry) -> None:
         """Take the run's own deadlines from its journal."""
@@ -260,8 +266,7 @@ class Executor:
         if kind == RUN:
             self._recall(run, entry)
         if entry.delivers:
-            for command in run.machine.deliver(entry):
-                apply.apply(self, run, command)
+            apply.apply(self, run, run.machine.deliver(entry))
 
     def append(self, run: Resident, arrival: Arrival, command: Command | None = None) -> Entry:
         """Stamp and journal: never earlier than the run's last entry. Committed later. `command`: whose entry it is,
@@ -333,7 +338,9 @@ class Executor:
         run.arrivals.clear()
         tell(run.acks, left())
         # Not here: a commit's answer comes inside a task, and workflow code runs in none.
-        self.loop.call_soon(self._unwind, run, context=self.variables)
+        if not self._leaving:
+            self.loop.call_soon(self._unwind, context=self.variables)
+        self._leaving.append(run)
         self.on_calm(run)
 
     def rest(self, run: Resident) -> None:
@@ -347,8 +354,10 @@ class Executor:
             self.full = False
             self.on_due()
 
-    def _unwind(self, run: Resident) -> None:
-        try:
-            run.machine.drop()
-        except Exception:
-            log.exception("run %s could not be unwound cleanly", run.run_id)
+    def _unwind(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        for run in leaving:
+            try:
+                run.machine.drop()
+            except Exception:
+                log.exception("run %s could not be unwound cleanly", run.run_id)

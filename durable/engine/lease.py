@@ -61,7 +61,11 @@ class Lease:
 
     def safe(self) -> bool:
         """Whether something may be begun under this lease."""
-        return not self._lost and self._local.monotonic() < self._taken_at + self._seconds * SAFE_SHARE
+        return self.safe_at(self._local.monotonic())
+
+    def safe_at(self, instant: float) -> bool:
+        """The same at an instant of the monotonic clock."""
+        return not self._lost and instant < self._taken_at + self._seconds * SAFE_SHARE
 
     async def start(self) -> None:
         """Take the lease, then keep it. Raises StoreError if the store cannot be reached now."""

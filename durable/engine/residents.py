@@ -174,8 +174,9 @@ class Resident:
 
         self.bodies: dict[str, asyncio.Task[Any] | None] = {}
         """Local bodies by key; None while one waits behind the barrier."""
-        self.marks: dict[str, Arrival] = {}
-        """`started` marks not written yet: they ride with the next commit, or are dropped when the body is faster."""
+        self.marks: dict[str, int] = {}
+        """When bodies began whose `started` is not written yet, µs: that rides with the next commit, or is dropped when the
+        body is faster."""
         self.attempts: dict[str, int] = {}
         self.spent: dict[int, int] = {}
         """Attempts of tasks made before the last requeue, by ordinal: they count against nothing any more."""

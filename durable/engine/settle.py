@@ -48,12 +48,14 @@ class Settler:
         if not run.ended and (run.machine.outcome is not None or run.final is not None):
             self._end(run)
         uncommitted = run.pending or run.effects or run.inbox_read > run.inbox_written
-        # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
-        unnamed = run.bodies and run.activity is not Activity.EXECUTING
-        if run.ended or run.effects or ((run.actions or run.acks) and (uncommitted or unnamed)):
+        if run.ended or run.effects:
             self._commit(run)
             return
         if run.actions or run.acks:
+            # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
+            if uncommitted or (run.bodies and run.activity is not Activity.EXECUTING):
+                self._commit(run)
+                return
             self._release_barrier(run, run.actions, run.acks)
             run.actions, run.acks = [], []
             if self._taken_away(run):
@@ -62,7 +64,7 @@ class Settler:
             if not run.looking:
                 self._executor.wake(run)
             return
-        if self._parked(run):
+        if not run.bodies and self._parked(run):
             wake = run.next_wake()
             if run.recovery_attempts:
                 # It has come to rest, so it was not what killed its engine. The next suspect may begin once that is stored.
@@ -232,9 +234,12 @@ class Settler:
     # ------------------------------------------------------------------ commit
 
     def _commit(self, run: Resident, *, suspend: bool = False, blocked: bytes | None = None) -> None:
-        for mark in run.marks.values():
-            self._executor.append(run, mark)
-        run.marks.clear()
+        if run.marks:
+            for key, began in run.marks.items():
+                attempt = run.attempts.get(key, 1)
+                mark = Arrival(began, STEP, "started", key=key, attempt=attempt, started_at=began)
+                self._executor.append(run, mark)
+            run.marks.clear()
         self._commits_made += 1
         commit = Commit(
             run.run_id,
@@ -280,32 +285,26 @@ class Settler:
         answer: CommitOutcome | BaseException,
     ) -> None:
         run.committing = False
-        if not run.dropped and not isinstance(answer, BaseException) and answer.failure is not None:
-            tell(acks, None)
-            self._refused(run, commit, answer.failure)
-            return
         if run.dropped or isinstance(answer, BaseException) or answer.status is not CommitStatus.DONE:
-            if not run.dropped and not isinstance(answer, BaseException):
-                log.warning("run %s belongs to another engine now; dropped here", run.run_id)
-            tell(acks, left())
-            self._executor.drop(run)
+            self._not_committed(run, commit, acks, answer)
             return
+        executor = self._executor
         run.seq += len(commit.entries)
         if commit.inbox_read:
             run.inbox_written = max(run.inbox_written, commit.inbox_read)
         if commit.progressed:
             run.recovery_attempts = 0
             run.progressed = False
-            self._executor.on_calm(run)
+            executor.on_calm(run)
         if commit.activity:
             run.activity = commit.activity
-        if answer.wake:
-            for effect in commit.effects:
-                if isinstance(effect, PutMessage):
-                    self._executor.on_nudge(effect.message.run_id, answer.wake[0])
         if commit.effects:
-            self._executor.on_due()
-        self._executor.on_committed(run, commit)
+            if answer.wake:
+                for effect in commit.effects:
+                    if isinstance(effect, PutMessage):
+                        executor.on_nudge(effect.message.run_id, answer.wake[0])
+            executor.on_due()
+        executor.on_committed(run, commit)
         if run.ended:
             tell(acks, None)
             final = run.final
@@ -325,10 +324,27 @@ class Settler:
         self._release_barrier(run, actions, acks)
         self.settle(run)
 
+    def _not_committed(
+        self,
+        run: Resident,
+        commit: Commit,
+        acks: list[Callable[[BaseException | None], None]],
+        answer: CommitOutcome | BaseException,
+    ) -> None:
+        if not run.dropped and isinstance(answer, CommitOutcome):
+            if answer.failure is not None:
+                tell(acks, None)
+                self._refused(run, commit, answer.failure)
+                return
+            log.warning("run %s belongs to another engine now; dropped here", run.run_id)
+        tell(acks, left())
+        self._executor.drop(run)
+
     def _release_barrier(
         self, run: Resident, actions: list[Callable[[], None]], acks: list[Callable[[BaseException | None], None]]
     ) -> None:
-        tell(acks, None)
+        if acks:
+            tell(acks, None)
         for action in actions:
             action()
 

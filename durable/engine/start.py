@@ -38,6 +38,10 @@ class StartRequest(Struct, kw_only=True):
     tags: Sequence[str] = ()
 
 
+Started = tuple[str, WorkflowDefinition]
+"""A run's id, and what it runs."""
+
+
 class Starter:
     """Inserts runs, many at once, and hands those born claimed to the executor."""
 
@@ -62,19 +66,19 @@ class Starter:
         """Why the store takes none right now, or None."""
         return self._group.trouble
 
-    async def start(self, request: StartRequest) -> str:
-        """The run's id, once it is durable. Raises NotRegistered, PayloadError, IdempotencyConflict."""
-        return await self._insert(self._new(request))
+    async def start(self, request: StartRequest) -> Started:
+        """The run's id and what it runs, once it is durable. Raises NotRegistered, PayloadError, IdempotencyConflict."""
+        return await self._insert(*self._new(request))
 
-    async def start_many(self, requests: Sequence[StartRequest]) -> list[str | Exception]:
-        """Each on its own: an id, or why there is none."""
-        waits: list[asyncio.Future[str] | Exception] = []
+    async def start_many(self, requests: Sequence[StartRequest]) -> list[Started | Exception]:
+        """Each on its own: as `start` answers, or why there is no run."""
+        waits: list[asyncio.Future[Started] | Exception] = []
         for request in requests:
             try:
-                waits.append(asyncio.ensure_future(self._insert(self._new(request))))
+                waits.append(asyncio.ensure_future(self._insert(*self._new(request))))
             except Exception as error:
                 waits.append(error)
-        answers: list[str | Exception] = []
+        answers: list[Started | Exception] = []
         for wait in waits:
             try:
                 answers.append(await wait if not isinstance(wait, Exception) else wait)
@@ -87,7 +91,7 @@ class Starter:
         self.open = False
         await self._group.close()
 
-    def _new(self, request: StartRequest) -> NewRun:
+    def _new(self, request: StartRequest) -> tuple[NewRun, WorkflowDefinition]:
         if not self.open:
             raise EngineStopped("This engine is stopping or has not been started; start runs on another.")
         definition = self._resolve(request.workflow, request.version)
@@ -104,7 +108,7 @@ class Starter:
         run_id = executor.deps.ids.run_id()
         if hot:
             self._scheduler.starting.add(run_id)  # now: the next of many must see that there is less room
-        return NewRun(
+        new = NewRun(
             id=run_id,
             workflow=definition.name,
             version=definition.version,
@@ -118,15 +122,16 @@ class Starter:
             entries=(Entry(1, now, RUN, "started", name=definition.name, payload=STARTED),) if hot else (),
             wake_at=request.at,
         )
+        return new, definition
 
-    async def _insert(self, new: NewRun) -> str:
+    async def _insert(self, new: NewRun, definition: WorkflowDefinition) -> Started:
         def born(answer: StartOutcome | BaseException) -> None:
             # Whether or not the caller still waits: a run that is born claimed has nobody but us.
             self._scheduler.starting.discard(new.id)
             # EXISTING under our own fresh id: the reply to an earlier try was lost.
             if not isinstance(answer, BaseException) and answer.run_id == new.id:
                 if new.owner is not None:
-                    self._begin(new)
+                    self._begin(new, definition)
                 else:
                     self._executor.on_nudge(new.id, None)
 
@@ -137,13 +142,12 @@ class Starter:
                 "or look at that run.",
                 run_id=outcome.run_id,
             )
-        return outcome.run_id
+        return outcome.run_id, definition
 
-    def _begin(self, new: NewRun) -> None:
+    def _begin(self, new: NewRun, definition: WorkflowDefinition) -> None:
         executor = self._executor
         if new.owner != executor.lease.incarnation:
             return  # the lease was lost meanwhile; whoever claims it goes on
-        definition = executor.deps.registry.workflow(new.workflow, new.version)
         machine = Machine(definition, run_id=new.id, input=new.input)
         run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, len(new.entries), Activity.EXECUTING)
         executor.admit(run, Journal(list(new.entries)))

@@ -64,25 +64,38 @@ class LocalSteps:
         key = command.key
         if run.dropped or run.bodies.get(key, run) is not None or run.attempts.get(key) != attempt:
             return
-        if self._executor.draining:
+        executor = self._executor
+        if executor.draining:
             return  # the next owner begins it
-        if not self._executor.lease.safe():
+        instant = executor.clock.monotonic()
+        if not executor.lease.safe_at(instant):
             self._held.append(partial(self._begin, run, command, attempt))
             return
-        now = self._executor.clock.now()
+        now = executor.clock.at(instant)
         # A copy each time: an attempt must not see what the one before has set.
-        task = asyncio.get_running_loop().create_task(
-            self._run(run, command, attempt, now), context=command.variables.copy()
-        )
+        task = executor.loop.create_task(self._run(run, command, attempt, now), context=command.variables.copy())
         run.bodies[key] = task
-        run.marks[key] = Arrival(now, STEP, "started", key=key, attempt=attempt, started_at=now)
-        self._executor.settler.later(run)
+        run.marks[key] = now
+        if not run.flushing:
+            executor.settler.later(run)
 
     async def _run(self, run: Resident, command: RunStep, attempt: int, began: int) -> None:
         key = command.key
         status = "completed"
         try:
-            result = await self._body(run, command, attempt)
+            scope = StepScope(
+                run.run_id,
+                step_id(run.run_id, command.ordinal),
+                key,
+                command.name,
+                attempt,
+                partial(self._log, run, key),
+            )
+            enter_step(scope, self._executor.deps.on_step)
+            if command.options.timeout is None:
+                result = await self._bodies.call(command.body, command.args)
+            else:
+                result = await self._timed(run, command, attempt, command.options.timeout)
             # Read back too: what cannot be read as its type fails the step now, and not its every replay.
             payload, _ = through(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
         except asyncio.CancelledError:
@@ -101,7 +114,7 @@ class LocalSteps:
             # SystemExit and whatever else is no Exception too: a body that ends without an answer would wedge its run.
             status = "failed"
             payload = encode_error(describe(error))
-        if run.bodies.get(key) is asyncio.current_task():
+        if run.bodies.get(key) is asyncio.current_task(self._executor.loop):
             del run.bodies[key]
             run.marks.pop(key, None)
         now = self._executor.clock.now()
@@ -110,14 +123,7 @@ class LocalSteps:
             Arrival(now, STEP, status, key, None, None, attempt, payload, None, began, now),
         )
 
-    async def _body(self, run: Resident, command: RunStep, attempt: int) -> Any:
-        task = step_id(run.run_id, command.ordinal)
-        write = partial(self._log, run, command.key)
-        scope = StepScope(run.run_id, task, command.key, command.name, attempt, write)
-        enter_step(scope, self._executor.deps.on_step)
-        timeout = command.options.timeout
-        if timeout is None:
-            return await self._bodies.call(command.body, command.args)
+    async def _timed(self, run: Resident, command: RunStep, attempt: int, timeout: float) -> Any:
         limit = asyncio.timeout(timeout)
         try:
             async with limit:

@@ -47,8 +47,9 @@ class Timeline:
 
     def committed(self, run: Resident) -> None:
         """A run's journal has grown here."""
-        for event in self._watching.get(run.run_id, ()):
-            event.set()
+        if self._watching:
+            for event in self._watching.get(run.run_id, ()):
+                event.set()
 
     def news(self, run_id: str, *, ended: bool) -> None:
         """Another engine says that this run has got further."""

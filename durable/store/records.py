@@ -229,9 +229,10 @@ class Commit(Struct, gc=False):
     @property
     def size(self) -> int:
         """Bytes of payload, for bounding a batch."""
-        total = len(self.output or b"") + len(self.error or b"")
+        total = 96 * len(self.entries) + len(self.output or b"") + len(self.error or b"")
         for entry in self.entries:
-            total += len(entry.payload or b"") + 96
+            if entry.payload:
+                total += len(entry.payload)
         return total
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from durable.core.journal import LOG, Entry
 from durable.store.postgres.connection import Database, Row
@@ -70,11 +69,6 @@ def _bigints(values: Sequence[int | None]) -> BigInts:
 
 def _blobs(values: Sequence[bytes | None]) -> Blobs:
     return NO_BLOBS if _empty(values) else blobs(values)
-
-
-def as_json(entry: Entry) -> dict[str, Any]:
-    """One entry as `start_runs` takes it."""
-    return {name: getattr(entry, name) for name in Entry.__struct_fields__}
 
 
 async def load(db: Database, schema: str, run_ids: Sequence[str]) -> list[Journal]:

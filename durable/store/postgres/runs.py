@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from durable.protocol.states import Activity, Status
-from durable.store.postgres import journal
 from durable.store.postgres.connection import Database, Row
 from durable.store.postgres.packing import texts
 from durable.store.records import (
@@ -91,7 +90,7 @@ def as_json(run: NewRun) -> dict[str, Any]:
         "owner": run.owner,
         "seq": len(run.entries),
         "wake_at": run.wake_at,
-        "entries": [journal.as_json(entry) for entry in run.entries],
+        "entries": run.entries,
     }
 
 
