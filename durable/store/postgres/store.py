@@ -167,10 +167,14 @@ class PostgresStore:
 
     async def close(self) -> None:
         heart, self._heart = self._heart, None
-        await self._hints.close()
-        await self._db.close()
-        if heart is not None:
-            await asyncio.to_thread(heart.close)
+        try:
+            await self._hints.close()
+        finally:
+            try:
+                await self._db.close()
+            finally:
+                if heart is not None:
+                    await asyncio.to_thread(heart.close)
 
     # ------------------------------------------------------------------ runs
 

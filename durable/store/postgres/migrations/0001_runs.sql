@@ -743,6 +743,9 @@ BEGIN
 
   WITH locked AS (
     SELECT r.id FROM @schema@.runs r WHERE r.id = ANY (v_ids) AND r.status <> 'active'
+      -- Once more: a parent may have been requeued since.
+      AND NOT EXISTS (SELECT 1 FROM @schema@.runs p WHERE p.id = r.parent_run_id AND p.status = 'active')
+      AND NOT EXISTS (SELECT 1 FROM @schema@.runs c WHERE c.parent_run_id = r.id AND c.status = 'active')
     ORDER BY r.id FOR UPDATE SKIP LOCKED)
   SELECT array_agg(l.id) INTO v_ids FROM locked l;
   IF v_ids IS NULL THEN
