@@ -342,11 +342,11 @@ async def test_a_run_that_cannot_be_taken_in_does_not_leave_its_starter_hanging(
     starter = app.engine._starter
     begin, failed = starter._begin, []
 
-    def fails_once(new: Any) -> None:
+    def fails_once(new: Any, definition: Any) -> None:
         if not failed:
             failed.append(new.id)
             raise RuntimeError("no memory")
-        begin(new)
+        begin(new, definition)
 
     starter._begin = fails_once  # type: ignore[method-assign]
     async with asyncio.timeout(5):
