@@ -37,6 +37,8 @@ CALL_TIMEOUT_S = 35.0
 """No answer at all for so long, not even the server's own timeout: the link is dead, whatever the socket says."""
 LEND_TIMEOUT_S = 5.0
 """How long a call waits for a connection."""
+AWAY_TIMEOUT_S = 0.5
+"""How long once the server is known to be away: stopping an engine asks a few times, and nobody likes to wait for that."""
 PLANS_S = 10.0
 """How old a plan may be. One that was made while the tables were small reads all of them when they have grown; planned anew
 it does not, since the server looks at their size and not at its statistics alone."""
@@ -138,6 +140,8 @@ class Database:
         self._plans_until: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
         self._lent: dict[Connection, float] = {}
         """Since when."""
+        self._away = False
+        """Nobody has a connection, and nobody got one the last time: who asks next need not wait as long to hear it."""
         self._trusted_from = 0.0
         """Connections made before are not lent again."""
 
@@ -177,7 +181,7 @@ class Database:
 
     async def _borrow(self, pool: AsyncConnectionPool[Connection]) -> Connection:
         while True:
-            connection = await pool.getconn()
+            connection = await pool.getconn(AWAY_TIMEOUT_S if self._away else LEND_TIMEOUT_S)
             if self._made.get(connection, 0.0) >= self._trusted_from:
                 return connection
             connection.pgconn.finish()
@@ -227,7 +231,9 @@ class Database:
             raise StoreError(f"{self.address} is not open; await store.open() first")
         try:
             connection = await self._borrow(pool)
+            self._away = False
         except (PoolTimeout, PoolClosed) as error:
+            self._away = not self._lent
             raise StoreUnavailable(f"{self.address} cannot be reached, or all connections are busy ({error})") from None
         loop = asyncio.get_running_loop()
         self._lent[connection] = loop.time()
