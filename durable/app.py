@@ -6,6 +6,7 @@ It puts the parts together — a store by URL, a transport, an engine — and kn
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -65,8 +66,10 @@ def open_store(store: Store | str) -> Store:
     if store.startswith(("postgresql://", "postgres://")):
         return _postgres(store)
     hint = " `postgres` alone is for the command line: durable dev --store postgres." if store == "postgres" else ""
+    # It may hold a password, and not where one would look for it.
+    shown = re.split("[:=]", store)[0] + "…" if re.search("@|password", store, re.IGNORECASE) else store
     raise DurableError(
-        f"No store is known for {store!r}. Give sqlite:///path/to/file.db, postgresql://user@host/database or memory://.{hint}"
+        f"No store is known for {shown!r}. Give sqlite:///path/to/file.db, postgresql://user@host/database or memory://.{hint}"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from durable import Context, Durable, DurableError, RunFailed
+from durable.app import open_store
 
 NOW = 0
 """Retries."""
@@ -86,3 +87,22 @@ def test_settings_take_durations_as_people_write_them() -> None:
     """Every setting that is a duration reads text, as `lease` does."""
     settings = Durable("memory://", poll_every="500ms", drain_timeout="1m").settings
     assert (settings.poll_every, settings.drain_timeout) == (0.5, 60.0)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+asyncpg://ann:s3cret@db.example/shop",
+        "postgresql:/ann:s3cret@db.example/shop",
+        "mysql://db.example/shop?password=s3cret",
+        "host=db.example password=s3cret",
+    ],
+)
+def test_a_store_that_is_not_known_keeps_its_password(url: str) -> None:
+    """The sentence about a URL that no store reads names its beginning, never what follows."""
+    with pytest.raises(DurableError, match="No store is known for") as caught:
+        open_store(url)
+    assert "s3cret" not in str(caught.value)
+    assert re.split("[:=]", url)[0] in str(caught.value)
+    with pytest.raises(DurableError, match="'runs\\.db'"):
+        open_store("runs.db")

@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 LOOK_EVERY = 0.1
 """Seconds between two looks at the store."""
+SAME_FOR = 2.0
+"""Seconds for which a log line is not said again."""
 
 
 @click.command(epilog=EXIT_HELP)
@@ -117,11 +119,15 @@ async def _closing(app: Durable | Application | None) -> AsyncIterator[None]:
 
 async def _follow(feed: Any, printer: Callable[[RunRecord, Entry], None], until: Any) -> None:
     """Print what happens until something is done, and what has happened by then."""
+    from durable.core.errors import StoreUnavailable
+
     done = asyncio.ensure_future(until)
     while True:
         finished = done.done()
-        for run, entry in await feed.look():
-            printer(run, entry)
+        # A store that is away for a while stops nothing: the engine says so in its log, and what was missed is told later.
+        with suppress(StoreUnavailable):
+            for run, entry in await feed.look():
+                printer(run, entry)
         if finished:
             return await done  # type: ignore[no-any-return]
         await asyncio.wait({done}, timeout=LOOK_EVERY)
@@ -170,20 +176,39 @@ def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as
 
 def _printer(as_json: bool) -> Callable[[RunRecord, Entry], None]:
     from durable.cli.shape import entry_shape
-    from durable.cli.view import EventPrinter
+    from durable.cli.view import EventPrinter, short_id
 
     def json_line(run: RunRecord, entry: Entry) -> None:
         show_json(entry_shape(run.id, entry) | {"workflow": run.workflow, "version": run.version}, indent=None)
 
     if as_json:
         return json_line
-    return EventPrinter(console(), lambda run: f"{run.id[-6:]} {run.workflow}@{run.version}")
+    return EventPrinter(console(), lambda run: f"{short_id(run.id)} {run.workflow}@{run.version}")
 
 
 def _logs_to_stderr() -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    # It tells of every connection and every attempt while a server is away; the engine tells it once.
+    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_not_twice())
+
+
+def _not_twice() -> Callable[[logging.LogRecord], bool]:
+    """Lets a line pass unless it has just been said: the app and the node that looks beside it have the same troubles."""
+    said: dict[tuple[str, str], float] = {}
+
+    def fresh(record: logging.LogRecord) -> bool:
+        line = (record.name, record.getMessage())
+        last = said.get(line, float("-inf"))
+        if len(said) > 100:
+            said.clear()
+        said[line] = record.created
+        return record.created - last > SAME_FOR or record.exc_info is not None
+
+    return fresh
 
 
 # ------------------------------------------------------------------ finding the app

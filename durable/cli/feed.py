@@ -45,9 +45,11 @@ class Feed:
         return len(self._active)
 
     async def look(self) -> list[tuple[RunRecord, Entry]]:
-        """The rows since the last look."""
+        """The rows since the last look. Raises StoreError; the next look then begins where this one did."""
         news: list[tuple[RunRecord, Entry]] = []
-        for run in [*await self._followed(), *await self._fresh()]:
+        told: list[tuple[RunRecord, int]] = []
+        fresh = await self._fresh()
+        for run in [*await self._followed(), *fresh]:
             seen = self._seen.get(run.id, 0)
             while run.seq > seen:
                 entries = await self._app.engine.deps.store.page(run.id, seen, PAGE)
@@ -55,7 +57,11 @@ class Feed:
                     break
                 seen = entries[-1].seq
                 news += [(run, entry) for entry in entries]
+            told.append((run, seen))
+        for run, seen in told:
             self._note(run, seen)
+        if fresh:
+            self._newest = fresh[0].id
         news.sort(key=lambda pair: (pair[1].at, pair[0].id, pair[1].seq))
         return news
 
@@ -82,8 +88,6 @@ class Feed:
                 cursor = page.cursor
             if cursor is None:
                 break
-        if fresh:
-            self._newest = fresh[0].id
         return fresh
 
     def _note(self, run: RunRecord, seq: int) -> None:

@@ -11,7 +11,7 @@ import click
 
 from durable.cli.node import api_node, find_run, json_option, store_option
 from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json, show_table
-from durable.cli.text import ago, moment, pretty, preview, safe, shorten, span
+from durable.cli.text import ago, moment, pretty, preview, safe, shorten, shown_url, span
 
 if TYPE_CHECKING:
     from durable.app import Durable
@@ -479,7 +479,9 @@ def prune(older_than: str | None, keep: int | None, workflow: str | None, yes: b
         [f"beyond the newest {keep}"] if keep is not None else []
     )
     which = f"of {safe(workflow)} " if workflow else ""
-    if not yes and not click.confirm(f"Delete finished runs {which}{safe(' or '.join(bounds))} for good?", err=True):
+    if not yes and not click.confirm(
+        f"Delete finished runs {which}{safe(' or '.join(bounds))} on {shown_url(store)} for good?", err=True
+    ):
         raise Problem("Nothing was deleted.", code="not_confirmed", exit=Exit.REFUSED)
     _go(_prune(store, age, keep, workflow, as_json))
 

@@ -295,6 +295,12 @@ def durations(row: Row) -> list[str]:
     return parts
 
 
+def short_id(run_id: str) -> str:
+    """The end of an id, enough to name it to a command. A child's begins in its oldest parent's: `7f3a51.child.2`."""
+    family = run_id.partition(".child.")[0]
+    return family[-6:] + run_id[len(family) :]
+
+
 def kind_of(run: RunRecord) -> str:
     """`order@2`."""
     return safe(f"{run.workflow}@{run.version}")

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from functools import partial
 
 import msgspec
-import psycopg
 
 from durable.control_plane.interface import ControlHandler
-from durable.core.errors import DefinitionError, PayloadError, TransportError
+from durable.core.errors import DefinitionError, PayloadError, StoreError, TransportError
 from durable.protocol.codec import decode_control, encode
 from durable.protocol.messages import ControlMessage
 from durable.store.postgres.channel import PAYLOAD_MAX, Channel, Connect, connector
@@ -39,7 +38,7 @@ class PostgresControlPlane:
             connect = connector(url, application_name="durable control plane") if isinstance(url, str) else url
             self._build = partial(Channel, connect, name, probe_every=probe_every)
             self._build()
-        except (ValueError, psycopg.ProgrammingError) as error:
+        except (ValueError, StoreError) as error:
             raise DefinitionError(f"This control plane cannot be: {error}") from error
         self._name = name
         self._channel: Channel | None = None

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Literal
 
 from durable.control_plane.interface import ControlPlane
@@ -28,6 +29,9 @@ PAUSE_SECONDS = 0.05
 PROGRESS_MAX = 50
 """Events in a round that tell of anything but the end of a run."""
 EVENTS_MAX = 100
+"""Events in a round."""
+ENDS_MAX = 1_000
+"""Ends of runs that wait for their round: others wait for them."""
 PUBLISH_SECONDS = 1.0
 """The longest one message may take."""
 
@@ -55,7 +59,7 @@ class Announcer:
         """A run executing here has got further."""
         if not self._plane.audience or not commit.entries:
             return
-        limit = EVENTS_MAX if run.ended else PROGRESS_MAX
+        limit = ENDS_MAX if run.ended else PROGRESS_MAX
         if run.run_id in self._events or len(self._events) < limit:
             self._events[run.run_id] = run.definition.name, commit.entries[-1]
             if self._pause is None:
@@ -101,11 +105,9 @@ class Announcer:
             del self._hints[kind, run_id]
             return ControlMessage(sender=sender, kind=kind, run_id=run_id)
         if not self._round and self._events and self._pause is None:
-            events, self._events = self._events, {}
-            self._round.extend(
-                ControlMessage(sender=sender, kind="event", event=event(run_id, workflow, entry))
-                for run_id, (workflow, entry) in events.items()
-            )
+            for run_id in list(islice(self._events, EVENTS_MAX)):
+                workflow, entry = self._events.pop(run_id)
+                self._round.append(ControlMessage(sender=sender, kind="event", event=event(run_id, workflow, entry)))
             self._pause = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._resume)
         return self._round.popleft() if self._round else None
 

@@ -137,7 +137,29 @@ class Group(Generic[Q, A]):
         return batch
 
     async def _answer(self, batch: list[tuple[Q, Callable[[A | BaseException], None]]]) -> None:
-        items = [item for item, _ in batch]
+        parts = [batch]
+        """What has no answer yet, the next one last."""
+        while parts:
+            part = parts[-1]
+            try:
+                answers: Sequence[A | BaseException] = await self._patiently([item for item, _ in part])
+            except asyncio.CancelledError:
+                for part in reversed(parts):
+                    self._tell(part, [EngineStopped("The engine stopped before the store answered.")] * len(part))
+                raise
+            except Exception as error:
+                if len(part) > 1:
+                    # Somebody's is refused: in halves, until it stands alone and its neighbours are through.
+                    half = len(part) // 2
+                    parts[-1:] = [part[half:], part[:half]]
+                    continue
+                log.exception("the store refused one of the %s", self._name)
+                answers = [error]
+            parts.pop()
+            self._tell(part, answers)
+
+    async def _patiently(self, items: Sequence[Q]) -> Sequence[A]:
+        """The answers, however long the store is out of reach."""
         delay = RETRY_SECONDS_MIN
         while True:
             try:
@@ -149,18 +171,10 @@ class Group(Generic[Q, A]):
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY_SECONDS_MAX)
                 continue
-            except asyncio.CancelledError:
-                self._tell(batch, [EngineStopped("The engine stopped before the store answered.")] * len(batch))
-                raise
-            except Exception as error:
-                log.exception("the store refused a batch of %s", self._name)
-                self._tell(batch, [error] * len(batch))
-                return
             if self.trouble is not None:
                 log.warning("the store takes %s again", self._name)
                 self.trouble = None
-            self._tell(batch, answers)
-            return
+            return answers
 
     def _tell(
         self, batch: list[tuple[Q, Callable[[A | BaseException], None]]], answers: Sequence[A | BaseException]

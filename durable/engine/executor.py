@@ -64,6 +64,8 @@ class Executor:
         self.dispatch = Dispatch(self)
         self.settler = Settler(self)
         self.lease: Lease
+        self.unsure = True
+        """Whether the store may call a run ours that is not here: an answer got lost, or was an error nobody foresaw."""
         self.draining = False
         """Nothing new is begun: what waits behind the barrier stays there, for the next owner."""
         self.executing: str | None = None

@@ -35,8 +35,6 @@ class Scheduler:
         self._next_due: int | None = None
         self._sweep = False
         self._beats = 0
-        self._unsure = True
-        """Whether a claim may have succeeded without our hearing of it."""
         self._blocked_after: str | None = ""
         """Where the look at blocked runs stands: once, after a start with possibly new code. None: done."""
         self.starting: set[str] = set()
@@ -61,7 +59,7 @@ class Scheduler:
         """After each heartbeat: see that the store calls no runs mine that are not here. Only an answer that got lost can leave
         such a run behind, so without one it is enough to ask now and then."""
         self._beats += 1
-        if self._unsure or self._beats % SWEEP_BEATS == 0:
+        if self._executor.unsure or self._beats % SWEEP_BEATS == 0:
             self._sweep = True
         self._executor.settler.evict()
 
@@ -77,11 +75,11 @@ class Scheduler:
             try:
                 await self._look()
             except StoreError as error:
-                self._unsure = True
+                self._executor.unsure = True
                 self._next_due = None  # it is past by now: this would look again every 5 ms
                 log.warning("cannot look for work, trying again: %s", error)
             except Exception:
-                self._unsure = True
+                self._executor.unsure = True
                 self._next_due = None
                 log.exception("looking for work went wrong, trying again")
             await self._sleep()
@@ -105,7 +103,7 @@ class Scheduler:
         if self._sweep:
             self._sweep = False
             await self._release_strangers()
-            self._unsure = False
+            self._executor.unsure = False
         if executor.residents:
             for run_id in await store.unread(executor.lease.incarnation):
                 run = executor.residents.get(run_id)

@@ -337,6 +337,8 @@ class Settler:
                 self._refused(run, commit, answer.failure)
                 return
             log.warning("run %s belongs to another engine now; dropped here", run.run_id)
+        if not isinstance(answer, CommitOutcome):
+            self._executor.unsure = True
         tell(acks, left())
         self._executor.drop(run)
 

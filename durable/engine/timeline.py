@@ -182,6 +182,9 @@ class Timeline:
                     except StoreError as error:
                         log.warning("cannot look for outcomes, trying again: %s", error)
                         break
+                    except Exception:
+                        log.exception("looking for outcomes went wrong, trying again")  # whoever waits must not hang
+                        break
                     for run_id, record in zip(part, records, strict=True):
                         if record is None:
                             self._forget(run_id)

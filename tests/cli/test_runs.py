@@ -327,6 +327,7 @@ def test_prune_asks_first(own_world: World) -> None:
     refused = world.run("runs", "prune", "--keep", "0", input="n\n")
     assert refused.exit_code == 4
     assert "Nothing was deleted" in refused.output
+    assert f"on {world.url} for good?" in refused.output
     assert world.json("runs", "list") == before
     assert world.run("runs", "prune", "--keep", "0", input="y\n").exit_code == 0
     assert world.json("runs", "list") != before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from durable.cli.view import Teller, executing_time
+from durable.cli.view import Teller, executing_time, short_id
 from durable.core.journal import REMOTE, RUN, STEP, TIMER, Entry
 
 MS = 1_000
@@ -67,3 +67,10 @@ def test_broken_payloads_are_told_too() -> None:
     ):
         for payload in (None, b"", b"\xff", b"[]", b"3", b'{"error": 5, "fields": 7, "message": {}}'):
             Teller().tell(Entry(1, 1, kind, status, key="k", payload=payload))
+
+
+def test_a_child_is_told_by_its_family() -> None:
+    """The short name of a run is an end of its id, and a child's says whose it is."""
+    parent = "01a1feb5-01bb-7290-888c-97e87a2df9a7"
+    assert short_id(parent) == "2df9a7"
+    assert short_id(f"{parent}.child.3.child.1") == "2df9a7.child.3.child.1"

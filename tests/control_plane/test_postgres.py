@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from typing import Any
 
 import pytest
@@ -171,3 +172,11 @@ def test_what_cannot_be_is_refused_at_once(arguments: dict[str, Any]) -> None:
     """A bad URL or name is an error where it is written, not a log line at night."""
     with pytest.raises(DefinitionError, match="cannot be"):
         PostgresControlPlane(**arguments)
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:secret%zz@h/d", "postgresql://u:secret words@h/d"])
+def test_a_password_that_breaks_the_url_is_in_no_message(url: str) -> None:
+    """The driver quotes what it stumbles over; what is said and printed about a bad URL has none of it."""
+    with pytest.raises(DefinitionError, match="cannot be") as raised:
+        PostgresControlPlane(url)
+    assert "secret" not in "".join(traceback.format_exception(raised.value)).replace(url, "")

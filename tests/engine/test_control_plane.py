@@ -267,6 +267,7 @@ async def test_a_plane_that_hangs_delays_nobody(world: World, monkeypatch: pytes
     monkeypatch.setattr(announce, "PUBLISH_SECONDS", 0.05)
     monkeypatch.setattr(announce, "PROGRESS_MAX", 5)
     monkeypatch.setattr(announce, "EVENTS_MAX", 10)
+    monkeypatch.setattr(announce, "ENDS_MAX", 10)
     plane = Spy()
     plane.overhear(lambda message: None)
     plane.hanging = True
@@ -283,6 +284,24 @@ async def test_a_plane_that_hangs_delays_nobody(world: World, monkeypatch: pytes
     world.apps.remove(app)
     async with asyncio.timeout(10):
         await app.close(1.0)
+
+
+async def test_the_end_of_each_of_many_runs_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More runs end at once than a round holds: those who wait elsewhere hear of all, round by round, without a poll."""
+    monkeypatch.setattr(announce, "EVENTS_MAX", 7)
+    plane = Spy()
+    heard: set[str] = set()
+    plane.overhear(
+        lambda m: heard.add(str(m.event["runId"])) if m.event and m.event["type"] == "run.completed" else None
+    )
+
+    @workflow(name="quick")
+    async def quick(ctx: Context) -> object:
+        return await ctx.step("one", lambda: 1)
+
+    app = await world.engine(quick, control_plane=plane)
+    handles = [await app.start(quick) for _ in range(60)]
+    await eventually(lambda: heard == {handle.id for handle in handles}, "every end was told")
 
 
 async def test_losing_every_message_costs_time_and_nothing_else(world: World) -> None:

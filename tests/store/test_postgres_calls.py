@@ -9,9 +9,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from msgspec import structs
 from psycopg.conninfo import make_conninfo
 
-from durable.core.errors import StoreUnavailable
+from durable.core.errors import DurableError, StoreUnavailable
 from durable.store.interface import Store
 from durable.store.postgres import PostgresStore, connection
 from durable.store.records import (
@@ -25,7 +26,7 @@ from durable.store.records import (
     SendStatus,
     StartStatus,
 )
-from durable.testing.facts import PATIENCE, PAUSE
+from durable.testing.facts import PATIENCE, PAUSE, eventually
 from durable.testing.suites.store.builder import FAR, ROUTE, begin, commit, done, entry, new, read
 from tests.store.backends import OTHERS, Proxy
 from tests.store.interrupted import interrupt_everywhere
@@ -361,3 +362,43 @@ async def test_S5_a_fence_that_cannot_be_had(postgres_url: str) -> None:
         for _ in range(2):
             assert (await store.commit_with(work, commit("r"))).status is CommitStatus.DONE
         assert worked == ["once"]
+
+
+async def test_S48_a_store_that_was_closed_amid_a_hint_says_hints_again(postgres_url: str) -> None:
+    """Closed right after it had said something and opened again, a store tells others of new work, as before."""
+    store, other = PostgresStore(postgres_url), PostgresStore(postgres_url)
+    heard = asyncio.Event()
+    await other.open()
+    other.listen(heard.set)
+    for round_ in range(2):
+        await store.open()
+        store.listen(lambda: None)
+        await eventually(lambda: store._hints._channel is not None and store._hints._channel.others, "they have met")
+        heard.clear()
+        await begin(store, new(f"r{round_}"))
+        await eventually(heard.is_set, "the other was told")
+        await begin(store, new(f"s{round_}"))
+        await store.close()
+    await other.close()
+
+
+@pytest.mark.parametrize(
+    "broken", [{"key": "a\0b"}, {"key": "\ud800"}, {"attempt": 2**40}, {"ordinal": 2**31}], ids=str
+)
+async def test_S5_commit_with_says_what_is_wrong_with_a_commit_as_commit_does(
+    store: PostgresStore, broken: dict[str, Any]
+) -> None:
+    """A commit that no store takes is answered, not raised in the driver's words; the work is not done, nothing is written."""
+    await begin(store, new(owner="a"))
+    bad = commit("r")
+    bad.entries = [structs.replace(entry(1), **broken)]
+
+    async def work(connection: Any) -> None:
+        raise AssertionError("not to be done")
+
+    [said] = await store.commit([bad])
+    outcome = await store.commit_with(work, bad)
+    assert outcome.status is CommitStatus.FENCED
+    assert isinstance(outcome.failure, DurableError)
+    assert type(outcome.failure) is type(said.failure)
+    assert (await read(store)).seq == 0

@@ -89,6 +89,7 @@ CALLS: dict[str, tuple[int, Callable[[PostgresStore, int], Awaitable[Any]]]] = {
     "release": (50, lambda s, n: s.release([("a6", 99)])),
     "find": (500, lambda s, n: s.find(RunQuery(workspace="default", limit=10))),
     "prune": (500, lambda s, n: s.prune(PruneRequest(5, older_than_us=1))),
+    "prune nothing": (500, lambda s, n: s.prune(PruneRequest(5, older_than_us=2 * 10**15))),
     "prune to keep": (1000, lambda s, n: s.prune(PruneRequest(5, keep=100))),
 }
 

@@ -248,3 +248,19 @@ async def test_S40_a_row_that_is_gone_has_gone_back(postgres_url: str) -> None:
     with pytest.raises(StoreRestored):
         store.beat("a", LEASE)
     await store.close()
+
+
+async def test_D7_an_engine_that_is_back_is_not_counted_as_missed(postgres_url: str) -> None:
+    """Its lock was found free once and it has taken it again: a second short loss before its next heartbeat is a first look
+    again and buries nobody."""
+    locks = f"FROM pg_locks WHERE {MINE} AND locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted"
+    store = PostgresStore(postgres_url)
+    await store.open()
+    await asyncio.to_thread(store.beat, "a", LEASE)
+    async with await watch(postgres_url) as watcher:
+        await watcher.execute("UPDATE durable.engines SET missed_at = 1")  # as a claimer does that found it free
+        await watcher.execute(f"SELECT pg_terminate_backend(pid) {locks}")
+        missed = "SELECT count(*) FROM durable.engines WHERE missed_at IS NOT NULL"
+        await eventually_(lambda: _is(watcher, missed, 0), "it is not missed any more")
+        assert await value(watcher, f"SELECT count(*) {locks}") == 1
+    await store.close()

@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from durable.core.errors import StoreError, StoreReadOnly, StoreTooNew, StoreUnavailable, WeakDurability
 from durable.protocol.states import Status
 from durable.store.postgres import PostgresStore, migrate
-from durable.store.records import Commit, Message
+from durable.store.records import Commit, Message, PruneRequest
 from durable.testing.facts import PATIENCE, PAUSE
 from durable.testing.suites.store.builder import FAR, begin, claimed_ids, commit, done, entry, new, read
 from tests.postgres_server import PostgresServer
@@ -220,7 +220,17 @@ async def test_two_schemas_do_not_see_each_other(postgres_url: str) -> None:
     assert meta(postgres_url)["store_id"] != meta(postgres_url, "other_app")["store_id"]
 
 
-@pytest.mark.parametrize("name", ["", "Durable", "my-app", "1st", "x" * 52, 'a"; DROP TABLE runs; --', "naïve", "a\n"])
+async def test_a_column_that_is_gone(postgres_url: str) -> None:
+    """Tables that were changed behind the store's back are named as that."""
+    async with opened(postgres_url) as store:
+        run_sql(postgres_url, "ALTER TABLE durable.runs RENAME COLUMN workflow TO flow")
+        with pytest.raises(StoreError, match="changed or removed by others"):
+            await store.get(["r"])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Durable", "my-app", "1st", "x" * 52, "pg_mine", 'a"; DROP TABLE runs; --', "naïve", "a\n"]
+)
 def test_a_schema_named_badly_is_refused(name: str) -> None:
     """A name that would need quoting is refused before anything is asked."""
     with pytest.raises(StoreError, match="small letters, digits and underscores"):
@@ -326,3 +336,74 @@ async def test_views_decode_payloads(postgres_url: str) -> None:
     mark = "(9 bytes, sealed or packed)"
     assert runs == [("plain", '{"total": "4 €"}', '"ok"', True), ("sealed", mark, None, None)]
     assert rows == [("plain", "1"), ("sealed", mark)]
+
+
+@pytest.mark.parametrize("schema", ["order", "user", "between"])
+async def test_a_word_of_sql_is_no_schema(postgres_url: str, schema: str) -> None:
+    """A schema that would need quoting, or that the server keeps for itself, is refused with a sentence that says so."""
+    assert "give another schema=" in await refused(postgres_url, StoreError, schema=schema)
+
+
+async def test_another_isolation_level_of_the_database_changes_nothing(postgres_url: str) -> None:
+    """In a database whose default is SERIALIZABLE, forty senders to one run at once all succeed: the functions count on a fresh
+    look after waiting for a row."""
+    run_sql(
+        postgres_url,
+        f"ALTER DATABASE {conninfo_to_dict(postgres_url)['dbname']} SET default_transaction_isolation = 'serializable'",
+    )
+    async with opened(postgres_url) as store:
+        await begin(store, new())
+        await asyncio.gather(*(store.send([Message("r", f"m{n}", "signal")]) for n in range(40)))
+        assert (await read(store)).inbox_last == 40
+
+
+# ------------------------------------------------------------------ the journal's months
+
+
+def months(url: str) -> list[str]:
+    with psycopg.connect(url) as cx:
+        rows = cx.execute(
+            r"SELECT tablename FROM pg_tables WHERE schemaname = 'durable' AND tablename ~ '^journal_\d' ORDER BY 1"
+        ).fetchall()
+    return [name for (name,) in rows]
+
+
+async def test_S37_engines_that_start_together_in_a_new_month_all_open(postgres_url: str) -> None:
+    """Partitions for the coming months are missing: six stores open at once, each succeeds, and the partitions are there."""
+    async with opened(postgres_url):
+        expected = months(postgres_url)
+    assert len(expected) == 3
+    for _ in range(3):
+        run_sql(postgres_url, *(f"DROP TABLE durable.{name}" for name in expected))
+        async with AsyncExitStack() as stack:
+            await asyncio.gather(*(stack.enter_async_context(opened(postgres_url)) for _ in range(6)))
+        assert months(postgres_url) == expected
+
+
+async def test_S37_opening_waits_shortly_for_a_reader_of_the_journal(postgres_url: str) -> None:
+    """A long reader, as of a dump, keeps new partitions from being made: the store opens all the same, and soon, so that other
+    readers do not queue behind it; also where a pooler keeps our settings away."""
+    async with opened(postgres_url):
+        expected = months(postgres_url)
+    run_sql(postgres_url, *(f"DROP TABLE durable.{name}" for name in expected))
+    with psycopg.connect(postgres_url) as reader:
+        reader.execute("SELECT count(*) FROM durable.journal")
+        async with asyncio.timeout(5), opened(postgres_url, notifications=False):
+            assert months(postgres_url) == []
+
+
+async def test_B69_months_are_made_and_dropped_while_engines_run(postgres_url: str) -> None:
+    """Whoever prunes makes the coming months' partitions too, and drops those of months that are over once no run is left in
+    them, with side by side calls that all succeed."""
+    async with opened(postgres_url) as store, opened(postgres_url) as other:
+        expected = months(postgres_url)
+        run_sql(
+            postgres_url,
+            *(f"DROP TABLE durable.{name}" for name in expected),
+            "SELECT durable.make_partitions('2025-01-15', 1)",
+        )
+        old = "0194ab00-0000-7000-8000-000000000001"  # of January
+        await begin(store, new(old))
+        request = PruneRequest(10, older_than_us=1)
+        assert await asyncio.gather(store.prune(request), other.prune(request)) == [0, 0]
+        assert months(postgres_url) == ["journal_2025_01", *expected]

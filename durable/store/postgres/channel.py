@@ -18,9 +18,9 @@ from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import Notify, sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 
-from durable.store.postgres.connection import cut
+from durable.store.postgres.connection import cut, parse
 
 log = logging.getLogger("durable.channel")
 
@@ -61,8 +61,9 @@ _SETTINGS = {
 
 def connector(url: str, *, application_name: str = "durable channel") -> Connect:
     """What opens connections for a `Channel`: autocommit, nothing prepared, a dead link noticed within half a minute.
-    What the URL says goes first. Raises psycopg.ProgrammingError for one that is none."""
-    conninfo = make_conninfo("", **{"application_name": application_name, **_SETTINGS, **conninfo_to_dict(url)})
+    What the URL says goes first. Raises StoreError for one that is none."""
+    settings: dict[str, str | int | None] = {"application_name": application_name, **_SETTINGS, **parse(url)}
+    conninfo = make_conninfo("", **settings)
 
     async def connect() -> Connection:
         return await psycopg.AsyncConnection.connect(conninfo, autocommit=True, prepare_threshold=None)
@@ -474,7 +475,8 @@ async def _first(lost: asyncio.Future[None], seconds: float) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Its first line: the driver goes on with guesses."""
+    return next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
 
 
 def _retrieve(done: asyncio.Future[Any]) -> None:

@@ -14,7 +14,7 @@ from durable.core.errors import StoreError
 from durable.core.journal import Entry
 from durable.protocol.states import Status
 from durable.store.postgres import journal, runs
-from durable.store.postgres.connection import Connection, Database, ask, translate
+from durable.store.postgres.connection import Connection, Database, ask, is_culprit, translate
 from durable.store.postgres.packing import (
     NO_BIGINTS,
     NO_BLOBS,
@@ -117,20 +117,35 @@ def _failure(error: Exception) -> Exception:
     return translate(error)
 
 
+class _Refused(Exception):
+    """The way out of a transaction whose commit is broken."""
+
+    def __init__(self, why: psycopg.Error) -> None:
+        super().__init__()
+        self.why = why
+
+
 async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable[None]], one: Commit) -> CommitOutcome:
     """The fence first, so that the author's work begins only where it counts; then both are committed at once."""
-    query, parameters = _statement(schema, [one])
+    try:
+        query, parameters = _statement(schema, [one])
+    except (struct.error, UnicodeEncodeError) as error:
+        return CommitOutcome(CommitStatus.FENCED, failure=_failure(error))
     async with db.lend() as connection:
         try:
             async with connection.transaction():
                 try:
                     [answer] = await ask(connection, query, parameters)
                 except psycopg.Error as error:  # ours, not the work's
+                    if is_culprit(error):
+                        raise _Refused(error) from error
                     raise translate(error, str(db.address)) from error
                 [outcome] = _outcomes([one], answer)
                 if outcome.status is CommitStatus.DONE and not await _done_before(connection, schema, one):
                     await work(connection)
                 return outcome
+        except _Refused as refused:
+            return CommitOutcome(CommitStatus.FENCED, failure=_failure(refused.why))
         except psycopg.Error as error:
             if connection.closed:
                 raise translate(error, str(db.address)) from error
@@ -225,7 +240,7 @@ def _effects(batch: Sequence[Commit]) -> str | None:
             elif isinstance(effect, (OpenWaiter, CloseWaiter)):
                 waiters[effect.id] = effect  # the last word counts
             elif isinstance(effect, SetAttributes):
-                change = {"of": one.run_id, "attributes": effect.attributes, "tags": effect.tags}
+                change = {"of": one.run_id, "attributes": runs.attributes(effect.attributes), "tags": effect.tags}
                 kinds["attributes"].append(change)
             elif isinstance(effect, FreeSlots):
                 kinds["freed"].append({"of": one.run_id, "keys": effect.keys})

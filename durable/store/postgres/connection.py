@@ -48,6 +48,7 @@ _SESSION = {
     "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "60s",
+    "default_transaction_isolation": r"read\ committed",
     "client_min_messages": "warning",
     "timezone": "UTC",
 }
@@ -65,21 +66,26 @@ Row = tuple[Any, ...]
 Connection = psycopg.AsyncConnection[Row]
 
 
+def parse(url: str) -> dict[str, str]:
+    """The parts of a URL or conninfo string. Raises StoreError, which quotes nothing of it: it may hold a password."""
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError as error:
+        said = str(error).strip()
+        # Other words of the driver's may quote the password.
+        why = f" ({said})" if said.startswith(("invalid URI query parameter", "invalid connection option")) else ""
+        raise StoreError(
+            f"this is no PostgreSQL address{why}; write postgresql://user:password@host:5432/database"
+        ) from None
+    return {key: str(value) for key, value in given.items() if value is not None}
+
+
 class Address:
     """Where the database is: a URL or conninfo string, with our defaults for whatever it leaves open."""
 
     def __init__(self, url: str, *, pooler: bool) -> None:
-        try:
-            given = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
-            said = str(error).strip()
-            # Other words of the driver's may quote the password.
-            why = f" ({said})" if said.startswith(("invalid URI query parameter", "invalid connection option")) else ""
-            raise StoreError(
-                f"this is no PostgreSQL address{why}; write postgresql://user:password@host:5432/database"
-            ) from None
+        self._given = parse(url)
         self.pooler = pooler
-        self._given = {key: str(value) for key, value in given.items() if value is not None}
 
     @property
     def conninfo(self) -> str:
@@ -301,8 +307,10 @@ def translate(error: BaseException, place: str = "PostgreSQL") -> DurableError:
             return StoreError(f"{place} does not exist ({said}); create it: createdb NAME")
         case "42501":
             return StoreError(f"{place}: a right is missing ({said}); grant it, or give a user who may")
-        case "42P01" | "42883" | "3F000":
+        case "42P01" | "42703" | "42883" | "3F000":
             return StoreError(f"{place}: the tables have been changed or removed by others ({said})")
+    if isinstance(error, psycopg.DataError) and not state and "NUL" in said:  # the driver's own, before it asked
+        return PayloadText("text that PostgreSQL cannot keep: replace NUL")
     # Without a state it is the driver that speaks: InternalError is its word for a connection that ended under a query.
     lost = isinstance(error, psycopg.InternalError) and not state
     if lost or isinstance(error, psycopg.errors.OperationalError) or state[:2] in ("08", "40", "53", "55", "57", "58"):

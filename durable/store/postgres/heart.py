@@ -15,6 +15,7 @@ import os
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -184,6 +185,11 @@ class Heart:
         ).fetchone()
         if row is not None and row[0]:
             self._locked.add(incarnation)
+            # Who found it free meanwhile must begin to count anew, not at our next heartbeat only.
+            connection.execute(
+                f"UPDATE {self._schema}.engines SET missed_at = NULL WHERE incarnation = %s AND missed_at IS NOT NULL",
+                [incarnation],
+            )
 
     def _hold(self, incarnation: str, here: bool = True) -> None:
         (self._held.add if here else self._held.discard)(incarnation)
@@ -215,21 +221,28 @@ class Heart:
         heard, told = self._wake
         try:
             while not self._closed:
-                with selectors.DefaultSelector() as selector:
-                    selector.register(heard, selectors.EVENT_READ)
-                    with self._mutex:
-                        connection = self._connection
-                        if connection is not None:
-                            selector.register(connection.fileno(), selectors.EVENT_READ)
-                        waiting = connection is None or bool(self._held - self._locked)
-                    ready = [key.fileobj for key, _ in selector.select(RETRY_S if waiting else None)]
-                if heard in ready:
-                    os.read(heard, 1024)
-                self._look(connection)
+                try:
+                    self._wait_and_look(heard)
+                except OSError as error:  # no descriptor left, most likely; the beats go on meanwhile
+                    log.warning("cannot watch the heartbeat's connection, trying again: %s", error)
+                    time.sleep(1.0)
         finally:
             self._wake = None
             os.close(heard)
             os.close(told)
+
+    def _wait_and_look(self, heard: int) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(heard, selectors.EVENT_READ)
+            with self._mutex:
+                connection = self._connection
+                if connection is not None:
+                    selector.register(connection.fileno(), selectors.EVENT_READ)
+                waiting = connection is None or bool(self._held - self._locked)
+            ready = [key.fileobj for key, _ in selector.select(RETRY_S if waiting else None)]
+        if heard in ready:
+            os.read(heard, 1024)
+        self._look(connection)
 
     def _look(self, seen: psycopg.Connection[Row] | None) -> None:
         """Something came on the socket, or there is none. Replace a connection that has ended."""

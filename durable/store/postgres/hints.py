@@ -58,6 +58,8 @@ class Hints:
     async def close(self) -> None:
         if self._paused is not None:
             self._paused.cancel()
+            self._paused = None
+            self._pending = False
         if self._lone:
             await asyncio.wait(self._lone, timeout=1)
         channel, self._channel = self._channel, None

@@ -23,9 +23,12 @@ def known() -> list[tuple[int, str]]:
 
 
 def check_schema(name: str) -> str:
-    """Raises StoreError for a name that would need quoting."""
-    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,50}", name):
-        raise StoreError(f"{name!r} cannot be a schema's name here: use small letters, digits and underscores")
+    """Raises StoreError for a name that would need quoting; words of SQL, which the server knows, `migrate` refuses."""
+    if not re.fullmatch(r"(?!pg_)[a-z_][a-z0-9_]{0,50}", name):
+        raise StoreError(
+            f"{name!r} cannot be a schema's name here: use at most 51 small letters, digits and underscores,"
+            " not beginning with pg_ or a digit"
+        )
     return name
 
 
@@ -48,6 +51,9 @@ async def migrate(
             if found is not None and found >= newest:
                 return
             if found is None:
+                [[quoted]] = await ask(connection, "SELECT quote_ident(%s)", [schema])
+                if quoted != schema or schema.startswith("pg_"):
+                    raise StoreError(f"{schema!r} is a word of PostgreSQL's own; give another schema=")
                 if not await ask(connection, "SELECT FROM pg_catalog.pg_namespace WHERE nspname = %s", [schema]):
                     # Asked only where it is needed: an administrator may have made the schema for a user who may not.
                     await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")

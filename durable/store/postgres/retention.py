@@ -41,7 +41,9 @@ class Retention:
         return int(count)
 
     async def tidy(self) -> None:
-        """Months that are over and empty go, and give back their space at once. A table that is busy is left for later."""
+        """The next months get their partitions, also where no engine has started for long; months that are over and empty go,
+        and give back their space at once. A table that is busy is left for later."""
         self._tidied_at = time.monotonic()
         with suppress(StoreUnavailable):
+            await self._db.all(f"SELECT {self._schema}.make_partitions(now(), %s)", [MONTHS_AHEAD])
             await self._db.all(f"SELECT {self._schema}.drop_partitions(now())")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 import msgspec
@@ -84,12 +85,22 @@ def as_json(run: NewRun) -> dict[str, Any]:
         "idempotency_key": run.idempotency_key,
         "priority": run.priority,
         "tags": run.tags or None,
-        "attributes": run.attributes or None,
+        "attributes": attributes(run.attributes) or None,
         "parent": run.parent,
         "owner": run.owner,
         "seq": len(run.entries),
         "wake_at": run.wake_at,
         "entries": run.entries,
+    }
+
+
+def attributes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Large floats are written out: of `1e22` jsonb makes an integer, of `10000000000000000000000.0` it does not."""
+    return {
+        name: msgspec.Raw(format(value, ".1f").encode())
+        if isinstance(value, float) and 1e15 < abs(value) < inf
+        else value
+        for name, value in values.items()
     }
 
 

@@ -137,9 +137,7 @@ class PostgresStore:
 
     async def _make_partitions(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Nothing depends on it: rows of a month without a partition stand in the default one."""
-        with suppress(
-            psycopg.errors.LockNotAvailable, psycopg.errors.DuplicateTable, psycopg.errors.InsufficientPrivilege
-        ):
+        with suppress(psycopg.errors.LockNotAvailable, psycopg.errors.InsufficientPrivilege):
             await ask(connection, f"SELECT {self._schema}.make_partitions(now(), %s)", [MONTHS_AHEAD])
 
     async def _check_durability(self, connection: psycopg.AsyncConnection[Any]) -> None:
@@ -169,10 +167,14 @@ class PostgresStore:
 
     async def close(self) -> None:
         heart, self._heart = self._heart, None
-        await self._hints.close()
-        await self._db.close()
-        if heart is not None:
-            await asyncio.to_thread(heart.close)
+        try:
+            await self._hints.close()
+        finally:
+            try:
+                await self._db.close()
+            finally:
+                if heart is not None:
+                    await asyncio.to_thread(heart.close)
 
     # ------------------------------------------------------------------ runs
 

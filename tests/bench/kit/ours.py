@@ -22,6 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any
 
+import psycopg
+
 from durable import Context, Durable, current_step, workflow
 from durable.app import open_store
 from durable.core.ids import SystemIds
@@ -205,8 +207,18 @@ class Engine:
         }
 
     async def cold(self) -> None:
-        while self.app.engine._executor.residents:
-            await asyncio.sleep(0.05)
+        """Until no run is in memory, and none waits in the store to be taken up."""
+        waiting = (
+            "SELECT EXISTS (SELECT 1 FROM durable.runs WHERE status = 'active' AND activity IN ('queued', 'executing'))"
+        )
+        async with await psycopg.AsyncConnection.connect(sys.argv[1], autocommit=True) as cx:
+            while True:
+                while self.app.engine._executor.residents:
+                    await asyncio.sleep(0.05)
+                row = await (await cx.execute(waiting)).fetchone()
+                if row is not None and not row[0]:
+                    return
+                await asyncio.sleep(0.1)
 
     async def timers(self, count: int, ahead: float, within: float) -> dict[str, Any]:
         """Seconds from due time to the workflow going on, of `count` timers due within `within` seconds."""

@@ -129,15 +129,19 @@ CREATE FUNCTION @schema@.first_id(p_at timestamptz) RETURNS text LANGUAGE sql IM
 RETURN regexp_replace(lpad(to_hex((extract(epoch FROM p_at) * 1000)::bigint), 12, '0'), '(.{8})(.{4})', '\1-\2');
 
 -- See that the journal has a partition for this month (UTC) and the next ones. Rows of months that have none stand in
--- journal_default, and such a month is left there. Returns how many were made.
+-- journal_default, and such a month is left there. Returns how many were made; one at a time: two would wait for each other,
+-- each having looked into journal_default, which the other must lock. Readers queue behind that lock, so it waits shortly.
 CREATE FUNCTION @schema@.make_partitions(p_now timestamptz, p_months integer) RETURNS integer LANGUAGE plpgsql
-SET timezone = 'UTC'
+SET timezone = 'UTC' SET lock_timeout = '500ms'
 AS $$
 DECLARE
   v_month timestamptz;
   v_name text;
   v_made integer := 0;
 BEGIN
+  IF NOT pg_try_advisory_xact_lock(hashtextextended('@schema@', 2)) THEN
+    RETURN 0;
+  END IF;
   FOR n IN 0 .. p_months LOOP
     v_month := date_trunc('month', p_now) + make_interval(months => n);
     v_name := to_char(v_month, '"journal_"YYYY_MM');
@@ -152,7 +156,7 @@ BEGIN
 END $$;
 SELECT @schema@.make_partitions(now(), 2);
 
--- Drop the partitions of months long past in which no run is left. Returns their names.
+-- Drop the partitions of months long past in which no run is left. Returns their names. One at a time, as above.
 CREATE FUNCTION @schema@.drop_partitions(p_now timestamptz) RETURNS text[] LANGUAGE plpgsql
 SET timezone = 'UTC' SET lock_timeout = '500ms'
 AS $$
@@ -161,6 +165,9 @@ DECLARE
   v_month timestamptz;
   v_dropped text[] := '{}';
 BEGIN
+  IF NOT pg_try_advisory_xact_lock(hashtextextended('@schema@', 2)) THEN
+    RETURN v_dropped;
+  END IF;
   FOR v_name IN SELECT tablename FROM pg_tables
                 WHERE schemaname = '@schema@' AND tablename ~ '^journal_\d{4}_\d{2}$' ORDER BY tablename LOOP
     v_month := to_timestamp(substr(v_name, 9), 'YYYY_MM');
@@ -230,10 +237,15 @@ BEGIN
   SELECT
     n->>'id', e.seq, e.at, e.kind, e.status, e.key, e.ordinal, e.name, e.attempt, e.fingerprint,
     decode(e.payload, 'base64'), e.enqueued_at, e.started_at, e.finished_at
-  FROM jsonb_array_elements(p_runs) n, jsonb_to_recordset(n->'entries') AS e(
+  FROM (
+    SELECT g AS n FROM jsonb_array_elements(p_runs) g WHERE cardinality(v_born) = jsonb_array_length(p_runs)
+    UNION ALL  -- or of each run that is new the first, if it is given twice
+    SELECT f.g FROM (
+      SELECT DISTINCT ON (g->>'id') g FROM jsonb_array_elements(p_runs) WITH ORDINALITY AS x(g, place)
+      WHERE cardinality(v_born) < jsonb_array_length(p_runs) AND g->>'id' = ANY (v_born)
+      ORDER BY g->>'id', place) f) given, jsonb_to_recordset(n->'entries') AS e(
     seq integer, at bigint, kind text, status text, key text, ordinal integer, name text, attempt integer,
-    fingerprint text, payload text, enqueued_at bigint, started_at bigint, finished_at bigint)
-  WHERE cardinality(v_born) = jsonb_array_length(p_runs) OR n->>'id' = ANY (v_born);
+    fingerprint text, payload text, enqueued_at bigint, started_at bigint, finished_at bigint);
   RETURN coalesce(v_born, '{}');
 END $$;
 
@@ -706,20 +718,23 @@ BEGIN
     SELECT (SELECT min(r.workflow) FROM @schema@.runs r
             WHERE r.workspace = p_workspace AND r.status <> 'active' AND r.workflow > w.name)
     FROM workflows w WHERE w.name IS NOT NULL),
-  -- Up to which moment runs of each may go.
+  -- The last run of each that may go. One bound, as the index has it: of two, joined by OR, all that stays is walked through.
   bounds AS (
-    SELECT w.name, k.finished_at AS kept_at, k.id AS kept_id
-    FROM workflows w LEFT JOIN LATERAL (
-      SELECT r.finished_at, r.id FROM @schema@.runs r
-      WHERE r.workspace = p_workspace AND r.workflow = w.name AND r.status <> 'active'
-      ORDER BY r.finished_at DESC, r.id DESC OFFSET p_keep LIMIT 1) k ON p_keep IS NOT NULL
+    SELECT w.name, l.finished_at, l.id
+    FROM workflows w CROSS JOIN LATERAL (
+      SELECT v_before AS finished_at, '' COLLATE "C" AS id WHERE v_before IS NOT NULL
+      UNION ALL
+      (SELECT r.finished_at, r.id FROM @schema@.runs r
+       WHERE p_keep IS NOT NULL AND r.workspace = p_workspace AND r.workflow = w.name AND r.status <> 'active'
+       ORDER BY r.finished_at DESC, r.id DESC OFFSET p_keep LIMIT 1)
+      ORDER BY finished_at DESC, id DESC LIMIT 1) l
     WHERE w.name IS NOT NULL
       AND CASE WHEN p_workflow IS NULL THEN w.name <> ALL (p_but) ELSE w.name = p_workflow END),
   old AS (
     SELECT f.id FROM bounds b CROSS JOIN LATERAL (
       SELECT r.id, r.finished_at FROM @schema@.runs r
       WHERE r.workspace = p_workspace AND r.workflow = b.name AND r.status <> 'active'
-        AND (r.finished_at < v_before OR (r.finished_at, r.id) <= (b.kept_at, b.kept_id))
+        AND (r.finished_at, r.id) <= (b.finished_at, b.id)
         AND NOT EXISTS (SELECT 1 FROM @schema@.runs p WHERE p.id = r.parent_run_id AND p.status = 'active')
         AND NOT EXISTS (SELECT 1 FROM @schema@.runs c WHERE c.parent_run_id = r.id AND c.status = 'active')
       ORDER BY r.finished_at, r.id LIMIT p_limit) f
@@ -728,6 +743,9 @@ BEGIN
 
   WITH locked AS (
     SELECT r.id FROM @schema@.runs r WHERE r.id = ANY (v_ids) AND r.status <> 'active'
+      -- Once more: a parent may have been requeued since.
+      AND NOT EXISTS (SELECT 1 FROM @schema@.runs p WHERE p.id = r.parent_run_id AND p.status = 'active')
+      AND NOT EXISTS (SELECT 1 FROM @schema@.runs c WHERE c.parent_run_id = r.id AND c.status = 'active')
     ORDER BY r.id FOR UPDATE SKIP LOCKED)
   SELECT array_agg(l.id) INTO v_ids FROM locked l;
   IF v_ids IS NULL THEN

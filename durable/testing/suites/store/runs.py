@@ -10,8 +10,28 @@ from durable.core.errors import PayloadTooLarge
 from durable.core.journal import Entry
 from durable.protocol.states import Activity, Status
 from durable.store.interface import Store
-from durable.store.records import Parent, RunQuery, RunRecord, StartOutcome, StartStatus
-from durable.testing.suites.store.builder import FAR, StoreBuilder, Tests, begin, claimed_ids, commit, done, new, read
+from durable.store.records import (
+    CommitStatus,
+    Parent,
+    RunQuery,
+    RunRecord,
+    SetAttributes,
+    StartOutcome,
+    StartRun,
+    StartStatus,
+)
+from durable.testing.suites.store.builder import (
+    FAR,
+    StoreBuilder,
+    Tests,
+    begin,
+    claimed_ids,
+    commit,
+    done,
+    entry,
+    new,
+    read,
+)
 
 ODD = 'Žluťoučký 🐎 \'; DROP TABLE runs; -- %_\\ \t\n\x7f\u2028 "{}"'
 
@@ -79,6 +99,16 @@ class RunTests(Tests):
             name: type(value) for name, value in given.attributes.items()
         }
 
+    async def test_a_large_float_stays_a_float(self, store: Store) -> None:
+        """Attributes keep their type also where a number's shortest form has no point, at a start and in a commit."""
+        given = {"a": 1e22, "b": -1e16, "c": 1.5e300, "d": 2.0, "e": 1e-9, "f": 10**16}
+        await begin(store, new(owner="a", attributes=given))
+        for name in ("at the start", "set"):
+            found = (await read(store)).attributes
+            assert {k: (type(v), v) for k, v in found.items()} == {k: (type(v), v) for k, v in given.items()}, name
+            if name == "at the start":
+                await done(store, commit("r", effects=(SetAttributes(given),)))
+
     async def test_starting_the_same_id_again_makes_nothing(self, store: Store) -> None:
         """A start whose reply was lost can be repeated."""
         await begin(store, new())
@@ -120,6 +150,22 @@ class RunTests(Tests):
             StartOutcome(StartStatus.EXISTING, "r3"),
             StartOutcome(StartStatus.EXISTING, "r1"),
         ]
+
+    async def test_one_start_given_twice_has_one_journal(self, store: Store) -> None:
+        """The same born run twice in one call, or as the effect of two commits of one batch, is made once, with one set of
+        rows; its neighbours with theirs."""
+        first, second = new("r1", owner="a", entries=(entry(1),)), new("r2", owner="a", entries=(entry(1), entry(2)))
+        outcomes = await store.start([first, second, first])
+        assert [outcome.status for outcome in outcomes] == [
+            StartStatus.STARTED,
+            StartStatus.STARTED,
+            StartStatus.EXISTING,
+        ]
+        effects = (StartRun(new("r3", owner="a", entries=(entry(1),))),)
+        batch = [commit("r1", seq=1, effects=effects), commit("r2", seq=2, effects=effects)]
+        assert [outcome.status for outcome in await store.commit(batch)] == [CommitStatus.DONE, CommitStatus.DONE]
+        journals = await store.load(["r1", "r2", "r3"])
+        assert [len(journal.entries) for journal in journals] == [2, 3, 1]
 
     async def test_B24_fifty_concurrent_starts_with_one_key_are_one_run(self, store: Store, other: Store) -> None:
         """Over two connections, fifty starts with one key and fifty ids make one run, and all learn which."""
