@@ -118,8 +118,7 @@ def out_of_order() -> Iterator[None]:
             machine.deliver = deliver
         for entry in reversed(entries):
             if machine.outcome is None:
-                for command in deliver(entry):
-                    apply.apply(self, run, command)
+                apply.apply(self, run, deliver(entry))
         return None
 
     with patch.object(Executor, "_take", instead):
