@@ -76,7 +76,7 @@ class WorkflowEngine:
         self._running = False
         self._rebirth: asyncio.Task[None] | None = None
         executor = self._executor
-        executor.on_finished = self._finished
+        executor.on_finished = self._timeline.finished
         executor.on_committed = self._committed
         executor.on_calm = self._recovery.calm
         executor.on_mail = self._resume.mail
@@ -312,10 +312,6 @@ class WorkflowEngine:
 
     def _message(self, run_id: str, id: str, kind: str, name: str, payload: bytes) -> Message:
         return Message(run_id, id, kind, name, payload, workspace=self.deps.settings.workspace)
-
-    def _finished(self, run: Resident, final: Final) -> None:
-        self._timeline.finished(run, final)
-        self._scheduler.nudge()
 
     def _committed(self, run: Resident, commit: Commit) -> None:
         self._timeline.committed(run)
