@@ -260,7 +260,7 @@ async def test_who_waits_for_a_run_that_goes_is_told(world: World) -> None:
     """A run that ended elsewhere and was deleted before this engine looked: waiting for it ends with RunNotFound."""
     app = await world.engine(waits)
     handle = await app.start(waits)
-    elsewhere = await world.engine(waits, poll_every=0.05)
+    elsewhere = await world.engine(waits, poll_every=0.05, worker=False)  # it claims nothing itself
     waiting = asyncio.ensure_future(elsewhere.run(handle.id).result(20))
     line = world.line(elsewhere)
     await eventually(lambda: line.calls.get("get", 0) >= 2, "it polls")
