@@ -3,11 +3,11 @@ never looks at stored rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from durable.core.errors import PayloadTooLarge, StoreError
 from durable.core.journal import Entry
-from durable.store.records import AddFire, Commit, Message, NewRun, PutMessage, StartRun
+from durable.store.records import AddFire, Commit, CommitOutcome, CommitStatus, Message, NewRun, PutMessage, StartRun
 
 
 def check_batch(batch: Sequence[Commit], max_batch: int) -> None:
@@ -16,6 +16,22 @@ def check_batch(batch: Sequence[Commit], max_batch: int) -> None:
         raise StoreError(f"a batch of {len(batch)} commits is above this store's {max_batch}; send it in parts")
     if len({commit.run_id for commit in batch}) != len(batch):
         raise StoreError("a batch holds two commits of one run; the second must wait for the first's answer")
+
+
+async def commit_storable(
+    batch: Sequence[Commit],
+    max_payload: int,
+    commit: Callable[[Sequence[Commit]], Awaitable[list[CommitOutcome]]],
+) -> list[CommitOutcome]:
+    """`commit` those that can be stored; each of the others is answered with why it never can."""
+    refused = {one.run_id: failure for one in batch if (failure := refusal(one, max_payload)) is not None}
+    if not refused:
+        return await commit(batch) if batch else []
+    rest = [one for one in batch if one.run_id not in refused]
+    answers = {run_id: CommitOutcome(CommitStatus.FENCED, failure=failure) for run_id, failure in refused.items()}
+    if rest:
+        answers.update(zip((one.run_id for one in rest), await commit(rest), strict=True))
+    return [answers[one.run_id] for one in batch]
 
 
 def refusal(commit: Commit, max_payload: int) -> Exception | None:

@@ -43,6 +43,11 @@ class Hints:
         """Something has changed: news to the other engines on this store object."""
         self._listeners.changed(self)
 
+    def everywhere(self) -> None:
+        """Something has changed, and there may be work for other processes."""
+        self.here()
+        self.abroad()
+
     def abroad(self) -> None:
         """There may be work for other processes."""
         if not self._notifications:

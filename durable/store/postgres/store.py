@@ -16,7 +16,7 @@ import psycopg
 
 from durable.core.errors import StoreError, StoreReadOnly, WeakDurability
 from durable.core.journal import Entry
-from durable.store.checks import check_batch, check_message, check_run, refusal
+from durable.store.checks import check_batch, check_message, check_run, commit_storable, refusal
 from durable.store.interface import Capabilities
 from durable.store.postgres import claims, commits, inbox, journal, runs
 from durable.store.postgres.connection import Address, Database, ask, translate
@@ -77,16 +77,19 @@ class PostgresStore:
         self._heart: Heart | None = None
         self._hints = Hints(self._address, self._db, self._schema, notifications=notifications)
         self._retention = Retention(self._db, self._schema)
-        self._durable = True
         self._max_payload = max_payload
+        self._capabilities = self._described(durable=True)
 
     @property
     def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def _described(self, *, durable: bool) -> Capabilities:
         return Capabilities(
             name="postgres",
-            durable=self._durable,
+            durable=durable,
             durability="A commit survives the process and the machine: the server syncs its log at every commit."
-            if self._durable
+            if durable
             else "A commit survives the process; the last ones may be lost when the server's machine stops.",
             shared=True,
             commit_with=True,
@@ -158,7 +161,7 @@ class PostgresStore:
             for name, value in (("fsync", fsync), ("synchronous_commit", synchronous_commit))
             if value == "off"
         ]
-        self._durable = not weak
+        self._capabilities = self._described(durable=not weak)
         if weak and not self._allow_weak:
             raise WeakDurability(
                 f"{self._address} may lose the last commits when its machine stops ({', '.join(weak)}). Turn it on for"
@@ -182,9 +185,10 @@ class PostgresStore:
         for new in runs_:
             check_run(new, self._max_payload)
         outcomes = await self._guard(runs.start(self._db, self._schema, runs_))
-        self._hints.here()
         if any(run.owner is None for run in runs_):
-            self._hints.abroad()
+            self._hints.everywhere()
+        else:
+            self._hints.here()
         return outcomes
 
     async def get(self, run_ids: Sequence[str]) -> list[RunRecord | None]:
@@ -196,19 +200,13 @@ class PostgresStore:
     # ------------------------------------------------------------------ commits
 
     async def commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
-        check_batch(batch, self.capabilities.max_batch)
-        if not batch:
-            return []
-        refused = {one.run_id: failure for one in batch if (failure := refusal(one, self._max_payload)) is not None}
-        if not refused:
-            outcomes = await commits.commit(self._db, self._schema, batch)
-            self._hint_of(batch, outcomes)
-            return outcomes
-        rest = [one for one in batch if one.run_id not in refused]
-        answers = {one.run_id: answer for one, answer in zip(rest, await self.commit(rest), strict=True)}
-        for run_id, failure in refused.items():
-            answers[run_id] = CommitOutcome(CommitStatus.FENCED, failure=failure)
-        return [answers[one.run_id] for one in batch]
+        check_batch(batch, self._capabilities.max_batch)
+        return await commit_storable(batch, self._max_payload, self._commit)
+
+    async def _commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
+        outcomes = await commits.commit(self._db, self._schema, batch)
+        self._hint_of(batch, outcomes)
+        return outcomes
 
     async def commit_with(self, work: Callable[[Any], Awaitable[None]], commit: Commit) -> CommitOutcome:
         failure = refusal(commit, self._max_payload)
@@ -231,8 +229,7 @@ class PostgresStore:
 
     async def requeue(self, run_id: str, *, commit_id: str, entry: Entry, activity: str) -> RunRecord | None:
         run = await self._guard(commits.requeue(self._db, self._schema, run_id, commit_id, entry, activity))
-        self._hints.here()
-        self._hints.abroad()
+        self._hints.everywhere()
         return run
 
     # ------------------------------------------------------------------ claims
@@ -246,16 +243,14 @@ class PostgresStore:
         await self._guard(claims.leave(self._db, self._schema, incarnation))
         if self._heart is not None:
             await asyncio.to_thread(self._heart.forget, incarnation)
-        self._hints.here()
-        self._hints.abroad()
+        self._hints.everywhere()
 
     async def claim(self, request: ClaimRequest) -> Claim:
         return await self._guard(claims.claim(self._db, self._schema, request))
 
     async def release(self, runs_: Sequence[tuple[str, int]]) -> None:
         if await self._guard(claims.release(self._db, self._schema, runs_)):
-            self._hints.here()
-            self._hints.abroad()
+            self._hints.everywhere()
 
     async def owned(self, incarnation: str) -> list[tuple[str, int]]:
         return await self._guard(claims.owned(self._db, self._schema, incarnation))
@@ -267,8 +262,7 @@ class PostgresStore:
             check_message(message, self._max_payload)
         outcomes = await self._guard(inbox.send(self._db, self._schema, messages))
         if any(outcome.status is SendStatus.ACCEPTED for outcome in outcomes):
-            self._hints.here()
-            self._hints.abroad()
+            self._hints.everywhere()
         return outcomes
 
     async def unread(self, incarnation: str) -> list[str]:

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from durable.core.clock import Clock, SystemClock
 from durable.core.errors import StoreError
 from durable.core.journal import Entry
-from durable.store.checks import check_batch, check_message, check_run, refusal
+from durable.store.checks import check_batch, check_message, check_run, commit_storable, refusal
 from durable.store.hints import Listeners
 from durable.store.interface import Capabilities
 from durable.store.records import (
@@ -203,22 +203,13 @@ class SqliteStore:
 
     async def commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
         check_batch(batch, self._capabilities.max_batch)
-        if not batch:
-            return []
-        max_payload = self._capabilities.max_payload
-        refused = {one.run_id: failure for one in batch if (failure := refusal(one, max_payload)) is not None}
-        if refused:
-            return await self._commit_rest(batch, refused)
+        return await commit_storable(batch, self._capabilities.max_payload, self._commit)
+
+    async def _commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
         small = len(batch) == 1 and batch[0].size <= SMALL
         outcomes = await self._writer.call(lambda cx: commits.commit(cx, batch, self._clock.now()), small=small)
         self._listeners.changed(self)
         return outcomes
-
-    async def _commit_rest(self, batch: Sequence[Commit], refused: dict[str, Exception]) -> list[CommitOutcome]:
-        rest = await self.commit([one for one in batch if one.run_id not in refused])
-        outcomes = {run_id: CommitOutcome(CommitStatus.FENCED, failure=failure) for run_id, failure in refused.items()}
-        outcomes.update(zip((one.run_id for one in batch if one.run_id not in refused), rest, strict=True))
-        return [outcomes[one.run_id] for one in batch]
 
     async def commit_with(self, work: Callable[[Any], Awaitable[None]], commit: Commit) -> CommitOutcome:
         if self._lender is None:
