@@ -37,7 +37,7 @@ from durable.store.records import RunPage, RunQuery, RunRecord
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
 from durable.transports.pool import DEFAULT, TransportPool
-from durable.worker.handler import StepHandler
+from durable.worker.handler import StepHandler, groups_of
 
 if TYPE_CHECKING:
     from durable.store.postgres import PostgresStore
@@ -310,6 +310,7 @@ class Durable:
             {name: ends[id(one)] for name, one in given.items()},
             dispatch_timeout=self.settings.dispatch_timeout,
             cool_down=self.settings.cool_down,
+            task_key=self.settings.task_key,
         )
         asked: Any = ends.get(id(self._control_plane), self._control_plane)
         plane = None if asked is None else open_control_plane(asked)
@@ -333,8 +334,7 @@ class Durable:
             )
         pool, _ = self._pool(self._transports)
         await pool.start()
-        steps = [step.name for step in self.registry.steps() if not step.needs_instance]
-        await pool.serve(steps, self._handler())
+        await pool.serve(groups_of(self.registry), self._handler())
         self._serving = pool
 
     async def close(self, timeout: float | None = None) -> None:

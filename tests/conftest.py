@@ -14,11 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.pgbouncer_server import pooled_url, pooler
-from tests.postgres_server import postgres_server, postgres_url
-from tests.services import require
+from tests.servers.pgbouncer import pooled_url, pooler
+from tests.servers.postgres import postgres_server, postgres_url
+from tests.servers.rabbitmq import amqp_url, rabbit_server
+from tests.servers.redis import redis_server, redis_url
+from tests.servers.services import require
+from tests.servers.sqs import sqs_server, sqs_url
 
-__all__ = ["pooled_url", "pooler", "postgres_server", "postgres_url"]  # fixtures for all
+__all__ = [  # fixtures for all
+    "amqp_url",
+    "pooled_url",
+    "pooler",
+    "postgres_server",
+    "postgres_url",
+    "rabbit_server",
+    "redis_server",
+    "redis_url",
+    "sqs_server",
+    "sqs_url",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -36,7 +36,9 @@ DurableError
 │   └── WeakDurability         weak_durability
 ├── TransportError             transport_error
 │   ├── AllTransportsFailed    all_transports_failed: no member of the pool took the task
-│   └── UnknownTransport       unknown_transport: a step is pinned to a member the pool does not have
+│   ├── UnknownTransport       unknown_transport: a step is pinned to a member the pool does not have
+│   └── MessageRefused         message_refused: a message that nobody may take in, however often it comes
+│                              (worker_failed: in `error.code`, of a task the broker has given up on)
 ├── Fenced                     fenced: another engine owns the run now
 └── EngineStopped              engine_stopped
 
@@ -267,6 +269,12 @@ class AllTransportsFailed(TransportError):
 
 class UnknownTransport(TransportError, NonRetryable):
     code = "unknown_transport"
+
+
+class MessageRefused(TransportError):
+    """Raised by a result handler: the message is put away where an operator finds it, and never delivered again."""
+
+    code = "message_refused"
 
 
 class Fenced(DurableError):

@@ -44,6 +44,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How long a cancelled run may go on cleaning up."""
     drain_timeout: float = 15.0
     """How long `async with app` waits, on its way out, for runs that are executing."""
+    task_key: str | None = None
+    """The engines' secret: with it tasks carry a token, and a result with another one is refused. The same on all."""
     dispatch_timeout: float = 5.0
     """How long one transport may take to accept a task, before the next is tried."""
     cool_down: float = 1.0

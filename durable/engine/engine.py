@@ -36,6 +36,7 @@ from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
 from durable.store.records import Commit, Message, PruneRequest, RunPage, RunQuery, RunRecord
 from durable.transports.pool import TransportPool
+from durable.worker.handler import groups_of
 
 log = logging.getLogger("durable.engine")
 
@@ -120,8 +121,7 @@ class WorkflowEngine:
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
         await deps.transport.start()
         if deps.handler is not None:
-            steps = [step.name for step in deps.registry.steps() if not step.needs_instance]
-            await deps.transport.serve(steps, deps.handler)
+            await deps.transport.serve(groups_of(deps.registry), deps.handler)
         if self._plane_apart:
             await deps.control_plane.start()
             self._plane_open = True

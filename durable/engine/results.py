@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from durable.core.errors import ErrorData, RunNotFound
+from durable.core.errors import ErrorData, MessageRefused, RunNotFound
 from durable.core.journal import REMOTE
 from durable.core.payload import clean, encode_error
 from durable.engine.apply import log_payload
@@ -17,7 +17,7 @@ from durable.engine.executor import Executor
 from durable.engine.residents import Arrival, Left, Resident
 from durable.engine.resume import report_of
 from durable.engine.signals import Mail
-from durable.protocol.messages import StepResult
+from durable.protocol.messages import Answer, StepResult
 from durable.protocol.states import Status
 from durable.store.records import Message, SendStatus
 
@@ -31,8 +31,13 @@ class Results:
         self._executor = executor
         self._mail = mail
 
-    async def take(self, result: StepResult) -> None:
-        """Returns once the result is durable, or known to be superfluous. Raises if it must be sent again."""
+    async def take(self, answer: Answer) -> None:
+        """Returns once the answer is durable, or known to be superfluous. Raises if it must be sent again."""
+        if not isinstance(answer, StepResult):
+            raise MessageRefused(f"No workflow of this engine awaits decision {answer.task_id}.")
+        await self._take(answer)
+
+    async def _take(self, result: StepResult) -> None:
         limit = self._executor.deps.store.capabilities.max_payload
         result, payload = _kept(result, limit)
         lines = _lines(result, limit)

@@ -15,9 +15,22 @@ from msgspec import UNSET, Raw, Struct, structs
 
 from durable.core import payload
 from durable.core.errors import ErrorData, PayloadError, PayloadText, PayloadTooLarge
-from durable.protocol.messages import ControlMessage, Heartbeat, RemoteTask, StepEvent, StepResult, step_id
+from durable.protocol.messages import (
+    Answer,
+    ControlMessage,
+    Heartbeat,
+    RemoteTask,
+    StartRunRequest,
+    StepEvent,
+    StepResult,
+    Task,
+    WorkflowDecision,
+    WorkflowStepEvent,
+    WorkflowTask,
+    step_id,
+)
 
-Message = RemoteTask | StepResult | Heartbeat | ControlMessage
+Message = Task | Answer | Heartbeat | ControlMessage | WorkflowStepEvent | StartRunRequest
 M = TypeVar("M", bound=Message)
 
 ENVELOPE = 256 << 10
@@ -53,6 +66,59 @@ def encode(message: Message, *, limit: int = payload.DEFAULT_LIMIT) -> bytes:
             f"{what} is {len(data)} bytes; the limit is {limit + ENVELOPE}. Store the data elsewhere and pass its id."
         )
     return data
+
+
+class _Shape(Struct, rename="camel"):
+    """What tells a step's task or result from a turn's."""
+
+    workflow: str | None = None
+    history: list[Raw] | None = None
+    task_id: str | None = None
+    step_id: str | None = None
+
+
+def decode_any_task(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> Task:
+    """A step's task, or a turn's: `workflow` is a text and `history` a list. Raises PayloadError."""
+    shape = _shape(data)
+    if shape.workflow is not None and shape.history is not None:
+        return decode_turn(data)
+    return decode_task(data, limit=limit)
+
+
+def decode_answer(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> Answer:
+    """A step's result, or a turn's decision, where both come the same way. Raises PayloadError."""
+    shape = _shape(data)
+    if shape.task_id is not None and shape.step_id is None:
+        return decode_decision(data)
+    return decode_result(data, limit=limit)
+
+
+def decode_turn(data: bytes) -> WorkflowTask:
+    """A turn has a history, so it may be as large as any message. Raises PayloadError."""
+    return _decode(data, WorkflowTask, MAX_MESSAGE)
+
+
+def decode_decision(data: bytes) -> WorkflowDecision:
+    """Raises PayloadError."""
+    return _decode(data, WorkflowDecision, MAX_MESSAGE)
+
+
+def decode_step_event(data: bytes) -> WorkflowStepEvent:
+    """Raises PayloadError."""
+    return _decode(data, WorkflowStepEvent, payload.DEFAULT_LIMIT)
+
+
+def decode_start_run(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> StartRunRequest:
+    """Raises PayloadError."""
+    return _decode(data, StartRunRequest, limit)
+
+
+def _shape(data: bytes) -> _Shape:
+    """Nothing at all where it cannot be read; whoever decodes it next says why."""
+    try:
+        return msgspec.json.decode(data, type=_Shape)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return _Shape()
 
 
 def decode_task(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> RemoteTask:

@@ -5,7 +5,7 @@ The JSON Schemas and vectors in `protocol/` say the same for every language.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
@@ -27,7 +27,15 @@ class RemoteTask(Struct, frozen=True, rename="camel", omit_defaults=True, kw_onl
     traceparent: str | None = None
     transport: str | None = None
     priority: int | None = None
+    """Higher is sooner."""
     context: dict[str, Any] | None = None
+    token: str | None = None
+    """Ours, opaque: a worker that echoes it proves that it was sent this very attempt (protocol/token.py)."""
+
+    @property
+    def id(self) -> str:
+        """What cancels, beats and questions name: the same for every attempt."""
+        return self.step_id
 
 
 class StepEvent(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
@@ -43,6 +51,8 @@ class StepEvent(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only
     status: Literal["ok", "failed", "skipped"] | None = None
     phase: str | None = None
     process: str | None = None
+    index: int | None = None
+    """Ours: the line's place in its attempt, from 0. One told live and again with the result is journaled once."""
 
 
 class StepResult(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
@@ -59,6 +69,162 @@ class StepResult(Struct, frozen=True, rename="camel", omit_defaults=True, kw_onl
     """Epoch ms of pick-up."""
     events: list[StepEvent] | None = None
     attempt: int | None = None
+    token: str | None = None
+    """The task's, echoed."""
+
+    @property
+    def id(self) -> str:
+        """The task's."""
+        return self.step_id
+
+
+class HistoryItem(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """What came of one operation of a hosted run. `order` and `at` (epoch ms) are ours: the order of delivery, its time."""
+
+    seq: int
+    kind: Literal["step", "call", "timer", "signal", "child"]
+    name: str | None = None
+    output: Raw | UnsetType = UNSET
+    error: ErrorData | None = None
+    order: int | None = None
+    at: int | None = None
+
+
+class PendingSignal(Struct, frozen=True, rename="camel", kw_only=True):
+    """A signal that has come and that nothing has used."""
+
+    seq: int
+    signal: str
+    payload: Raw
+
+
+class WorkflowTask(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """One turn of a run whose workflow a worker hosts, engine → worker: replay the history, answer with a decision."""
+
+    task_id: str
+    """`<runId>:wf:<8 hex>`, another one for each attempt: only the awaited one's decision counts."""
+    run_id: str
+    workflow: str
+    workflow_version: str
+    input: Raw
+    history: list[HistoryItem]
+    """By seq."""
+    group: str
+    attempt: int
+    pending_signals: list[PendingSignal] | None = None
+    transport: str | None = None
+    traceparent: str | None = None
+    priority: int | None = None
+    at: int | None = None
+    """Ours: the turn's time, epoch ms."""
+
+    @property
+    def id(self) -> str:
+        """What cancels, beats and questions name."""
+        return self.task_id
+
+    @property
+    def name(self) -> str:
+        """Who serves it: a workflow's name, where a step's task has a step's."""
+        return self.workflow
+
+    @property
+    def seq(self) -> int:
+        """A turn has no place among the run's operations."""
+        return -1
+
+
+class _TurnCommand(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True, tag_field="kind"):
+    seq: int
+    parallel_group: str | None = None
+
+
+class Call(_TurnCommand, frozen=True, tag="call", kw_only=True):
+    """Dispatch a step. `group` is a partition; empty or `default`: none."""
+
+    name: str
+    group: str = ""
+    input: Raw = Raw(b"null")
+
+
+class RecordStep(_TurnCommand, frozen=True, tag="recordStep", kw_only=True):
+    """A local step that the worker ran in this turn. Times are epoch ms."""
+
+    name: str
+    output: Raw | UnsetType = UNSET
+    error: ErrorData | None = None
+    started_at: int | None = None
+    finished_at: int | None = None
+    events: list[StepEvent] | None = None
+
+
+class Sleep(_TurnCommand, frozen=True, tag="sleep", kw_only=True):
+    """A timer of `ms` milliseconds from the turn's time."""
+
+    ms: int
+
+
+class AwaitSignal(_TurnCommand, frozen=True, tag="waitSignal", kw_only=True):
+    """Wait for a signal of this name."""
+
+    signal: str
+
+
+class StartChildRun(_TurnCommand, frozen=True, tag="startChild", kw_only=True):
+    """Start a run with the id `<runId>.child.<seq>`, and wait for it."""
+
+    workflow: str
+    input: Raw = Raw(b"null")
+
+
+TurnCommand: TypeAlias = Call | RecordStep | Sleep | AwaitSignal | StartChildRun
+
+
+class WorkflowDecision(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """A turn's answer, worker → engine: what the replay asked for anew, and whether the run is over."""
+
+    task_id: str
+    run_id: str
+    status: Literal["continue", "completed", "failed", "cancelled"]
+    commands: list[TurnCommand] = []
+    output: Raw | UnsetType = UNSET
+    error: ErrorData | None = None
+
+    @property
+    def id(self) -> str:
+        """The turn's."""
+        return self.task_id
+
+
+class WorkflowStepEvent(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """A local step of a turn under way, as it happens. Times are epoch ms."""
+
+    run_id: str
+    seq: int
+    name: str
+    phase: Literal["running", "completed", "failed"]
+    started_at: int
+    finished_at: int | None = None
+    output: Raw | UnsetType = UNSET
+    error: ErrorData | None = None
+    events: list[StepEvent] | None = None
+
+
+Task: TypeAlias = RemoteTask | WorkflowTask
+"""What an engine sends. Both share a queue; a turn is told by its `workflow`, a text, and its `history`, a list."""
+Answer: TypeAlias = StepResult | WorkflowDecision
+"""What a worker sends back."""
+
+
+class StartRunRequest(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """Another system's wish that a run be started here, by message."""
+
+    tenant: str
+    workflow: str
+    input: Raw = Raw(b"null")
+    run_id: str | None = None
+    tags: list[str] | None = None
+    search_attributes: dict[str, str | int | float | bool] | None = None
 
 
 class Heartbeat(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):

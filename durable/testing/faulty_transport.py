@@ -11,8 +11,15 @@ from random import Random
 
 from msgspec import Struct
 
-from durable.protocol.messages import Heartbeat, RemoteTask, StepResult
-from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler, Transport
+from durable.protocol.messages import Answer, Heartbeat, Task
+from durable.transports.interface import (
+    Capabilities,
+    Concurrency,
+    HeartbeatHandler,
+    ResultHandler,
+    TaskHandler,
+    Transport,
+)
 
 
 class Faults(Struct, frozen=True):
@@ -48,17 +55,17 @@ class FaultyTransport:
         await asyncio.gather(*self._late, return_exceptions=True)
         await self.inner.close(timeout)
 
-    async def dispatch(self, task: RemoteTask) -> None:
+    async def dispatch(self, task: Task) -> None:
         await self._send(lambda: self.inner.dispatch(task))
 
-    async def cancel(self, step_id: str) -> None:
-        await self.inner.cancel(step_id)
+    async def cancel(self, task_id: str) -> None:
+        await self.inner.cancel(task_id)
 
-    async def holding(self, step_ids: Sequence[str]) -> Collection[str]:
-        return await self.inner.holding(step_ids)
+    async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
+        return await self.inner.holding(task_ids)
 
     def on_result(self, handler: ResultHandler) -> None:
-        async def hear(result: StepResult) -> None:
+        async def hear(result: Answer) -> None:
             await self._send(lambda: handler(result))
 
         self.inner.on_result(hear)
@@ -66,11 +73,11 @@ class FaultyTransport:
     def on_heartbeat(self, handler: HeartbeatHandler) -> None:
         self.inner.on_heartbeat(handler)
 
-    async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
-        await self.inner.serve(steps, handler, concurrency=concurrency)
+    async def serve(self, groups: Collection[str], handler: TaskHandler, *, concurrency: Concurrency = 16) -> None:
+        await self.inner.serve(groups, handler, concurrency=concurrency)
 
-    async def reply(self, result: StepResult) -> None:
-        await self.inner.reply(result)
+    async def reply(self, answer: Answer) -> None:
+        await self.inner.reply(answer)
 
     async def heartbeat(self, beat: Heartbeat) -> None:
         await self.inner.heartbeat(beat)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from durable.core.errors import ErrorData
-from durable.protocol.messages import RemoteTask, StepResult
+from durable.protocol.messages import Answer, RemoteTask, StepResult, Task, WorkflowDecision
 
 
-def no_handler(task: RemoteTask) -> StepResult:
+def no_handler(task: Task) -> Answer:
     """Nobody here serves this name: trying again would not help."""
     message = f"no handler for {task.name}"
     return failed(task, ErrorData(message=message, code="unknown_step", retryable=False))
 
 
-def crashed(task: RemoteTask, error: BaseException) -> StepResult:
+def crashed(task: Task, error: BaseException) -> Answer:
     """The handler raised where it should have answered: retryable, because nothing is known about the next attempt."""
     message = str(error) or type(error).__name__
     code = str(getattr(error, "code", "error"))
     return failed(task, ErrorData(message=message, code=code, type=type(error).__name__))
 
 
-def too_large(task: RemoteTask, size: int, limit: int) -> StepResult:
+def too_large(task: Task, size: int, limit: int) -> Answer:
     """The output does not fit: it would not fit the next time either."""
     message = (
         f"{task.name} returned {size} bytes, the transport carries {limit}: return a reference to the data instead"
@@ -27,8 +27,24 @@ def too_large(task: RemoteTask, size: int, limit: int) -> StepResult:
     return failed(task, ErrorData(message=message, code="payload_too_large", retryable=False))
 
 
-def failed(task: RemoteTask, error: ErrorData) -> StepResult:
-    """A failed result for this attempt."""
-    return StepResult(
-        run_id=task.run_id, seq=task.seq, step_id=task.step_id, status="failed", error=error, attempt=task.attempt
-    )
+def given_up(task: RemoteTask, reason: str) -> StepResult:
+    """The broker has given up on it: a worker died with it too often, or nobody took it. The step's own retries decide."""
+    message = f"remote step worker failed: {reason}"
+    result = failed(task, ErrorData(message=message, code="worker_failed", type="WorkerFailed"))
+    assert isinstance(result, StepResult)
+    return result
+
+
+def failed(task: Task, error: ErrorData) -> Answer:
+    """A failed answer for this attempt."""
+    if isinstance(task, RemoteTask):
+        return StepResult(
+            run_id=task.run_id,
+            seq=task.seq,
+            step_id=task.step_id,
+            status="failed",
+            error=error,
+            attempt=task.attempt,
+            token=task.token,
+        )
+    return WorkflowDecision(task_id=task.task_id, run_id=task.run_id, status="failed", error=error)

@@ -16,24 +16,23 @@ from msgspec import Raw
 
 from durable.control_plane.interface import ControlHandler
 from durable.control_plane.local import LocalControlPlane
-from durable.core.errors import EngineStopped, TransportError
-from durable.protocol.messages import ControlMessage, Heartbeat, RemoteTask, StepResult
+from durable.core.errors import EngineStopped, MessageRefused, TransportError
+from durable.protocol.messages import Answer, ControlMessage, Heartbeat, Task, sanitize
 from durable.transports.answers import crashed, no_handler, too_large
-from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler
+from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
+from durable.transports.serving import REFUSAL_MAX, ROOM_SECONDS, beat_of
 
 log = logging.getLogger("durable.transports")
 
 REDELIVERY_FIRST = 0.05
 REDELIVERY_MAX = 5.0
 """Seconds between two attempts to hand over a result nobody could make durable."""
-REFUSAL_MAX = 1.0
-"""Seconds a handler may go on after `close` has cancelled it. Then it is left behind, and said so."""
 
 
 class _Held:
     """A task from `dispatch` until its result was taken."""
 
-    def __init__(self, task: RemoteTask, number: int) -> None:
+    def __init__(self, task: Task, number: int) -> None:
         self.task = task
         self.order = (-(task.priority or 0), number)
         self.work: asyncio.Task[None] | None = None
@@ -50,11 +49,19 @@ class _Held:
 class _Server:
     """One `serve`: a set of names with its own bound."""
 
-    def __init__(self, end: EventEmitterTransport, steps: Collection[str], handler: TaskHandler, free: int) -> None:
+    def __init__(
+        self, end: EventEmitterTransport, groups: Collection[str], handler: TaskHandler, concurrency: Concurrency
+    ) -> None:
         self.end = end
-        self.steps = tuple(dict.fromkeys(steps))
+        self.groups = tuple(dict.fromkeys(sanitize(group) for group in groups))
         self.handler = handler
-        self.free = free
+        self.concurrency = concurrency
+        self.under_way = 0
+
+    @property
+    def free(self) -> int:
+        bound = self.concurrency if isinstance(self.concurrency, int) else self.concurrency()
+        return bound - self.under_way
 
 
 class _Shelf:
@@ -74,37 +81,43 @@ class _Shelf:
 
     def put(self, held: _Held) -> None:
         """Start it where there is room, or let it wait."""
-        name = held.task.name
-        candidates = [s for s in self.servers if s.free > 0 and name in s.steps and s.end._starts]
+        group = self.group_of(held.task)
+        candidates = [s for s in self.servers if group in s.groups and s.end._starts and s.free > 0]
         if candidates:
             # The freest, and of equals the first: two engines of one process share the load.
             server = max(candidates, key=lambda s: s.free)
             server.end._begin(server, held)
         else:
-            heapq.heappush(self.waiting.setdefault(name, []), held)
+            heapq.heappush(self.waiting.setdefault(group, []), held)
 
     def refill(self, server: _Server) -> None:
         """Give a server with room what has waited longest among its names, higher priority first."""
         while server.free > 0 and server in self.servers and server.end._starts:
-            heaps = [heap for name in server.steps if (heap := self.waiting[name])]
+            heaps = [heap for group in server.groups if (heap := self.waiting[group])]
             if not heaps:
                 return
             held = heapq.heappop(min(heaps, key=lambda heap: heap[0].order))
             if not held.gone:
                 server.end._begin(server, held)
 
+    def group_of(self, task: Task) -> str:
+        """Where it waits: its partition's group if that has been served, else its plain name's. In one process partitions
+        keep nobody apart."""
+        own = sanitize(task.name)
+        return task.group if task.group.startswith(own + "@") and task.group in self.waiting else own
+
     def holds(self, held: _Held) -> bool:
-        return self.held.get(held.task.step_id, {}).get(held.task.attempt) is held
+        return self.held.get(held.task.id, {}).get(held.task.attempt) is held
 
     def hold(self, held: _Held) -> None:
-        self.held.setdefault(held.task.step_id, {})[held.task.attempt] = held
+        self.held.setdefault(held.task.id, {})[held.task.attempt] = held
 
     def forget(self, held: _Held) -> None:
         if self.holds(held):
-            attempts = self.held[held.task.step_id]
+            attempts = self.held[held.task.id]
             del attempts[held.task.attempt]
             if not attempts:
-                del self.held[held.task.step_id]
+                del self.held[held.task.id]
 
     def take_back(self, held: _Held) -> None:
         """Of a task that waits."""
@@ -192,18 +205,18 @@ class EventEmitterTransport:
 
     # -- engine end
 
-    async def dispatch(self, task: RemoteTask) -> None:
-        """Take a task. The same attempt while it is held is the same task, unless it was cancelled since; a newer one
-        takes the place of one that still waits."""
+    async def dispatch(self, task: Task) -> None:
+        """Take a task, whatever its partition. The same attempt while it is held is the same task, unless it was cancelled
+        since; a newer one takes the place of one that still waits."""
         self._open()
         size, limit = len(bytes(task.input)), self._capabilities.max_message
         if size > limit:
             raise TransportError(
-                f"The input of {task.step_id} has {size} bytes and {self._capabilities.name} carries {limit}: "
+                f"The input of {task.id} has {size} bytes and {self._capabilities.name} carries {limit}: "
                 "send a reference to the data instead, or raise max_message."
             )
         shelf = self._shelf
-        attempts = shelf.held.get(task.step_id, {})
+        attempts = shelf.held.get(task.id, {})
         same = attempts.get(task.attempt)
         if same and not same.dropped:
             return
@@ -213,23 +226,23 @@ class EventEmitterTransport:
         shelf.number += 1
         held = _Held(task, shelf.number)
         shelf.hold(held)
-        if task.name in shelf.waiting:
+        if shelf.group_of(task) in shelf.waiting:
             shelf.put(held)
         else:
             self._follow(held)  # with no server it answers that there is no handler
 
-    async def cancel(self, step_id: str) -> None:
+    async def cancel(self, task_id: str) -> None:
         """Cancel every attempt held. No result follows, unless the handler insists on returning one."""
-        for held in list(self._shelf.held.get(step_id, {}).values()):
+        for held in list(self._shelf.held.get(task_id, {}).values()):
             if not held.work:
                 self._shelf.take_back(held)
             elif held.server:
                 held.dropped = True
                 held.work.cancel()
 
-    async def holding(self, step_ids: Sequence[str]) -> Collection[str]:
+    async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
         """Queued, under way, or finished and not yet taken by an engine."""
-        return [step_id for step_id in step_ids if step_id in self._shelf.held]
+        return [task_id for task_id in task_ids if task_id in self._shelf.held]
 
     def on_result(self, handler: ResultHandler) -> None:
         """Hear results. Several may: each result goes to one of them, in turn, and to the next if that one raises."""
@@ -241,18 +254,26 @@ class EventEmitterTransport:
 
     # -- worker end
 
-    async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
-        """Take tasks of these names, from `start` on. Each call has its own bound; calls for the same name share tasks."""
-        server = _Server(self, steps, handler, concurrency)
-        for name in server.steps:
-            self._shelf.waiting.setdefault(name, [])
+    async def serve(self, groups: Collection[str], handler: TaskHandler, *, concurrency: Concurrency = 16) -> None:
+        """Take tasks of these groups, from `start` on. Each call has its own bound; calls for the same group share tasks."""
+        server = _Server(self, groups, handler, concurrency)
+        for group in server.groups:
+            self._shelf.waiting.setdefault(group, [])
         self._shelf.servers.append(server)
         self._shelf.refill(server)
+        if not isinstance(concurrency, int):
+            self._ask_again(server)
 
-    async def reply(self, result: StepResult) -> None:
-        """Hand a result to an engine, soon."""
+    def _ask_again(self, server: _Server) -> None:
+        """A bound that changes by itself is asked now and then, for as long as the server is there."""
+        if server in self._shelf.servers:
+            self._shelf.refill(server)
+            asyncio.get_running_loop().call_later(ROOM_SECONDS, self._ask_again, server)
+
+    async def reply(self, answer: Answer) -> None:
+        """Hand an answer to an engine, soon."""
         self._open()
-        reply = asyncio.get_running_loop().create_task(self._deliver(result), name=f"reply {result.step_id}")
+        reply = asyncio.get_running_loop().create_task(self._deliver(answer), name=f"reply {answer.id}")
         self._replies.add(reply)
         reply.add_done_callback(self._replies.discard)
 
@@ -278,14 +299,14 @@ class EventEmitterTransport:
     # -- the life of one task
 
     def _begin(self, server: _Server, held: _Held) -> None:
-        server.free -= 1
+        server.under_way += 1
         held.server = server
         self._follow(held)
         self._arm_heartbeat()
 
     def _follow(self, held: _Held) -> None:
         self._under_way[held] = None
-        held.work = asyncio.get_running_loop().create_task(self._live(held), name=f"step {held.task.step_id}")
+        held.work = asyncio.get_running_loop().create_task(self._live(held), name=f"step {held.task.id}")
         held.work.add_done_callback(lambda _: self._end(held))
 
     async def _live(self, held: _Held) -> None:
@@ -295,7 +316,7 @@ class EventEmitterTransport:
         await self._deliver(result)
         self._shelf.forget(held)
 
-    async def _work(self, held: _Held, server: _Server) -> StepResult:
+    async def _work(self, held: _Held, server: _Server) -> Answer:
         try:
             result = await server.handler(held.task)
         except asyncio.CancelledError as error:
@@ -333,10 +354,10 @@ class EventEmitterTransport:
     def _leave_server(self, held: _Held) -> None:
         server, held.server = held.server, None
         if server:
-            server.free += 1
+            server.under_way -= 1
             self._shelf.refill(server)
 
-    async def _deliver(self, result: StepResult) -> None:
+    async def _deliver(self, result: Answer) -> None:
         """Until one handler took it, or this end closes and nobody is left to take it. A round in which all raised is
         repeated, ever more slowly."""
         delay = REDELIVERY_FIRST
@@ -344,7 +365,7 @@ class EventEmitterTransport:
             await asyncio.sleep(delay)
             delay = min(delay * 2, REDELIVERY_MAX)
 
-    async def _offer(self, result: StepResult) -> bool:
+    async def _offer(self, result: Answer) -> bool:
         shelf = self._shelf
         shelf.turn += 1
         first = shelf.turn % max(1, len(shelf.listeners))
@@ -354,8 +375,11 @@ class EventEmitterTransport:
             except EngineStopped:
                 if listener in shelf.listeners:
                     shelf.listeners.remove(listener)  # it hears again when it starts again
+            except MessageRefused as error:
+                log.warning("The result of %s was refused: %s", result.id, error)
+                return True
             except Exception as error:
-                log.warning("The result of %s was not taken and is delivered again: %r", result.step_id, error)
+                log.warning("The result of %s was not taken and is delivered again: %r", result.id, error)
             else:
                 return True
         return False
@@ -386,7 +410,7 @@ class EventEmitterTransport:
         self._beat_timer = None
         working = [held.task for held in self._under_way if held.server]
         for task in working:
-            self._tell_heartbeat(Heartbeat(run_id=task.run_id, seq=task.seq, step_id=task.step_id, group=task.group))
+            self._tell_heartbeat(beat_of(task))
         if working:
             self._arm_heartbeat()
 

@@ -1,7 +1,8 @@
 """The transport's contract, both ends on one page. Point to point, at least once.
 
-The engine end dispatches tasks and hears results and heartbeats; the worker end serves steps and replies. A message may be
-lost, late, doubled or reordered: the engine counts a result once by task id, so a transport need only not invent any.
+The engine end dispatches tasks and hears answers and heartbeats; the worker end serves groups and replies. A task is a step's
+or a hosted workflow's turn, an answer a step's result or a turn's decision; both ends carry either. A message may be lost,
+late, doubled or reordered: the engine counts an answer once by task id, so a transport need only not invent any.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from durable.protocol.messages import Heartbeat, RemoteTask, StepResult
+from durable.protocol.messages import Answer, Heartbeat, Task
 
-ResultHandler = Callable[[StepResult], Awaitable[None]]
-"""Returns once the result is durable (or known to be superfluous); only then may a transport acknowledge it. If it
-raises, the result must be delivered again; after EngineStopped to another engine, since this one hears no more."""
+ResultHandler = Callable[[Answer], Awaitable[None]]
+"""Returns once the answer is durable (or known to be superfluous); only then may a transport acknowledge it. If it raises,
+the answer must be delivered again; after EngineStopped to another engine, since this one hears no more; after
+MessageRefused to nobody: it is put away where an operator finds it."""
 HeartbeatHandler = Callable[[Heartbeat], None]
-TaskHandler = Callable[[RemoteTask], Awaitable[StepResult]]
+TaskHandler = Callable[[Task], Awaitable[Answer]]
 """Runs one task. Cancelled when the task is cancelled or the transport gives up waiting for it in `close`."""
+Concurrency = int | Callable[[], int]
+"""How many tasks at once; a callable is asked before each is taken, and may say less than there are under way."""
 
 
 class Capabilities(Struct, frozen=True):
@@ -35,6 +39,10 @@ class Capabilities(Struct, frozen=True):
     """Its own worker end beats for tasks under way."""
     max_message: int
     """Bytes a task or result may have."""
+    cancels: bool = True
+    """`cancel` reaches a body under way. False: only a control plane does."""
+    signed: bool = False
+    """Results that do not echo their task's token are refused: strangers can write to it."""
 
 
 class Transport(Protocol):
@@ -52,21 +60,22 @@ class Transport(Protocol):
         ...
 
     # -- engine end
-    async def dispatch(self, task: RemoteTask) -> None:
-        """Accept a task: it is safe with the transport when this returns. Raises TransportError if it is not. The same
-        step id and attempt again is harmless."""
+    async def dispatch(self, task: Task) -> None:
+        """Accept a task for the workers of its group: it is safe with the transport when this returns. Raises TransportError
+        if it is not. The same task id and attempt again is harmless."""
         ...
 
-    async def cancel(self, step_id: str) -> None:
-        """Ask for a task's body to be cancelled. A hint: unknown tasks are passed over."""
+    async def cancel(self, task_id: str) -> None:
+        """Ask for a task's body to be cancelled, all attempts. A hint: unknown tasks are passed over."""
         ...
 
-    async def holding(self, step_ids: Sequence[str]) -> Collection[str]:
-        """Which of these are still queued or under way. Only asked where `capabilities.holds`."""
+    async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
+        """Which of these are still queued or under way, or answered with the answer not yet taken. Only asked where
+        `capabilities.holds`. Raises TransportError if it cannot tell."""
         ...
 
     def on_result(self, handler: ResultHandler) -> None:
-        """Hear results. One handler; set before `start`."""
+        """Hear answers, and failed results for what the transport itself has given up on. One handler; set before `start`."""
         ...
 
     def on_heartbeat(self, handler: HeartbeatHandler) -> None:
@@ -74,16 +83,16 @@ class Transport(Protocol):
         ...
 
     # -- worker end
-    async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
-        """Begin taking tasks of these step names, at most `concurrency` at once, and reply with what `handler` returns.
-        May be called before `start`, which then begins; an engine that recovers finds its steps served.
+    async def serve(self, groups: Collection[str], handler: TaskHandler, *, concurrency: Concurrency = 16) -> None:
+        """Begin taking tasks of these groups (routing tokens), at most `concurrency` at once, and reply with what `handler`
+        returns. May be called before `start`, which then begins; an engine that recovers finds its steps served.
         A task of a name nobody serves here is answered failed, `no handler for <name>`, not retryable."""
         ...
 
-    async def reply(self, result: StepResult) -> None:
-        """Send a result. Raises TransportError; the task is then delivered again."""
+    async def reply(self, answer: Answer) -> None:
+        """Send an answer. Raises TransportError; the task is then delivered again."""
         ...
 
     async def heartbeat(self, beat: Heartbeat) -> None:
-        """Say that a task is being worked on."""
+        """Say that a task is being worked on. A hint: lost where nobody listens."""
         ...

@@ -20,9 +20,17 @@ from typing import cast
 import msgspec
 
 from durable.control_plane.interface import ControlPlane
-from durable.core.errors import AllTransportsFailed, DefinitionError, TransportError, UnknownTransport
-from durable.protocol.messages import Heartbeat, RemoteTask, StepResult
-from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler, Transport
+from durable.core.errors import AllTransportsFailed, DefinitionError, MessageRefused, TransportError, UnknownTransport
+from durable.protocol.messages import Answer, Heartbeat, RemoteTask, StepResult, Task
+from durable.protocol.token import proves, task_token
+from durable.transports.interface import (
+    Capabilities,
+    Concurrency,
+    HeartbeatHandler,
+    ResultHandler,
+    TaskHandler,
+    Transport,
+)
 
 log = logging.getLogger("durable.transports")
 
@@ -107,14 +115,23 @@ class TransportPool:
         dispatch_timeout: float = 5.0,
         cool_down: float = 1.0,
         cool_down_max: float = 30.0,
+        task_key: str | None = None,
     ) -> None:
-        """Durations are seconds. Raises DefinitionError for a pool of nothing, or one transport under two names."""
+        """Durations are seconds. `task_key`: with it tasks carry a token, and results with a wrong one are refused. Raises
+        DefinitionError for a pool of nothing, or one transport under two names."""
         if not members:
             raise DefinitionError("A pool needs at least one transport. Leave `transports` out for the in-process one.")
         if not all(isinstance(id, str) and id for id in members):
             raise DefinitionError(f"Transports are named by texts that are not empty, not by {list(members)!r}.")
         if len({id(transport) for transport in members.values()}) < len(members):
             raise DefinitionError("One transport stands in the pool under two names; build one for each name.")
+        signed = [id for id, transport in members.items() if transport.capabilities.signed]
+        if signed and task_key is None:
+            raise DefinitionError(
+                f"Transport {signed[0]} takes signed results only, and there is no key to sign with: give task_key=, the same "
+                "for all engines."
+            )
+        self._task_key = task_key
         self.members: Mapping[str, Transport] = MappingProxyType(dict(members))
         self.cool_down = cool_down
         self.cool_down_max = cool_down_max
@@ -123,7 +140,7 @@ class TransportPool:
         self._capabilities = _together(list(members.values()))
         self._bound = _Bound(dispatch_timeout)
         self._origin: dict[str, _Member] = {}
-        """Step id → where a task that is being worked on here came from."""
+        """Task id → where a task that is being worked on here came from."""
         self._opening: set[asyncio.Task[None]] = set()
 
     @property
@@ -199,28 +216,33 @@ class TransportPool:
 
     # -- engine end
 
-    async def dispatch(self, task: RemoteTask) -> None:
+    async def dispatch(self, task: Task) -> None:
         """Have some member accept the task. Raises AllTransportsFailed, UnknownTransport."""
         await self.send(task)
 
-    async def send(self, task: RemoteTask) -> str:
+    async def send(self, task: Task, *, avoid: str | None = None) -> str:
         """Have some member accept the task, and say which: the one `task.transport` names first, then the rest in order,
-        the sick ones last of all. It goes out stamped with the id of the member."""
+        the sick ones last of all. It goes out stamped with the id of the member. `avoid`: the member that let an earlier
+        attempt down goes after the well ones, unless the task names it."""
         if task.transport is not None and task.transport not in self._by_id:
             raise self._unknown(task.transport)
+        if self._task_key is not None and isinstance(task, RemoteTask):
+            task = msgspec.structs.replace(task, token=task_token(self._task_key, task))
         causes: dict[str, Exception] = {}
-        for member in self._order(task.transport):
+        for member in self._order(task.transport, avoid):
             error = await self._try(member, task)
             if error is None:
                 return member.id
             causes[member.id] = error
-        raise self._failure(f"No transport took task {task.step_id}", causes)
+        raise self._failure(f"No transport took task {task.id}", causes)
 
-    def _order(self, pinned: str | None) -> Iterator[_Member]:
+    def _order(self, pinned: str | None, avoid: str | None = None) -> Iterator[_Member]:
         """Looked up as the dispatch goes on, since members fall sick and recover meanwhile."""
         members = self._members
         if pinned is not None and members[0].id != pinned:
             members = sorted(members, key=lambda member: member.id != pinned)
+        elif avoid is not None and pinned is None:
+            members = sorted(members, key=lambda member: member.id == avoid)
         last = []
         for member in members:
             if member.error is None or self._due(member):
@@ -232,7 +254,7 @@ class TransportPool:
     def _due(self, member: _Member) -> bool:
         return not member.probing and not member.closed and asyncio.get_running_loop().time() >= member.until
 
-    async def _try(self, member: _Member, task: RemoteTask) -> Exception | None:
+    async def _try(self, member: _Member, task: Task) -> Exception | None:
         """None: accepted."""
         if member.closed and member.error is not None:
             return member.error
@@ -268,23 +290,36 @@ class TransportPool:
         member.error = error
         member.until = now + member.cool
 
-    async def cancel(self, step_id: str) -> None:
+    async def cancel(self, task_id: str) -> None:
         """Tell every member; where it is known who took the task, tell `member(id)` instead."""
-        await self._each("cancel a task", lambda transport: transport.cancel(step_id))
+        await self._each("cancel a task", lambda transport: transport.cancel(task_id))
 
-    async def holding(self, step_ids: Sequence[str]) -> Collection[str]:
+    async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
         """Which of these any member holds, of those that can tell. Raises the first error there is: a member that does
         not answer may hold them all."""
         held: set[str] = set()
         for member in self._members:
             if member.transport.capabilities.holds:
-                held.update(await member.transport.holding(step_ids))
+                held.update(await member.transport.holding(task_ids))
         return held
 
     def on_result(self, handler: ResultHandler) -> None:
-        """Hear results, whichever member brings them."""
+        """Hear results, whichever member brings them. What does not prove that it answers a task of ours is refused."""
         for member in self._members:
-            member.transport.on_result(handler)
+            member.transport.on_result(handler if self._task_key is None else self._proved(member, handler))
+
+    def _proved(self, member: _Member, handler: ResultHandler) -> ResultHandler:
+        """A token that is there must be right; where the member demands one, it must be there."""
+        key, demanded = self._task_key, member.transport.capabilities.signed
+        assert key is not None
+
+        async def hear(answer: Answer) -> None:
+            if isinstance(answer, StepResult) and (demanded or answer.token is not None) and not proves(key, answer):
+                log.warning("a result of %s over transport %s is refused: its token is not ours", answer.id, member.id)
+                raise MessageRefused(f"The result of {answer.id} does not echo the token of its task.")
+            await handler(answer)
+
+        return hear
 
     def on_heartbeat(self, handler: HeartbeatHandler) -> None:
         """Hear heartbeats, whichever member brings them."""
@@ -293,34 +328,34 @@ class TransportPool:
 
     # -- worker end
 
-    async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
+    async def serve(self, groups: Collection[str], handler: TaskHandler, *, concurrency: Concurrency = 16) -> None:
         """Serve on every member, at most `concurrency` tasks on each. A task is answered where it came from."""
         for member in self._members:
             hear = handler if len(self._members) == 1 else self._remembering(member, handler)
-            await member.transport.serve(steps, hear, concurrency=concurrency)
+            await member.transport.serve(groups, hear, concurrency=concurrency)
 
     def _remembering(self, member: _Member, handler: TaskHandler) -> TaskHandler:
-        async def handle(task: RemoteTask) -> StepResult:
-            self._origin[task.step_id] = member
+        async def handle(task: Task) -> Answer:
+            self._origin[task.id] = member
             try:
                 return await handler(task)
             finally:
-                if self._origin.get(task.step_id) is member:
-                    del self._origin[task.step_id]
+                if self._origin.get(task.id) is member:
+                    del self._origin[task.id]
 
         return handle
 
-    async def reply(self, result: StepResult) -> None:
-        """Send a result where its task came from; where that is not known, over the first that takes it: engines hear
+    async def reply(self, answer: Answer) -> None:
+        """Send an answer where its task came from; where that is not known, over the first that takes it: engines hear
         them all. Raises TransportError."""
-        await self._back(result.step_id, lambda transport: transport.reply(result))
+        await self._back(answer.id, lambda transport: transport.reply(answer))
 
     async def heartbeat(self, beat: Heartbeat) -> None:
         """Say that a task is being worked on, where it came from."""
         await self._back(beat.step_id or "", lambda transport: transport.heartbeat(beat))
 
-    async def _back(self, step_id: str, say: Callable[[Transport], Awaitable[None]]) -> None:
-        origin = self._origin.get(step_id)
+    async def _back(self, task_id: str, say: Callable[[Transport], Awaitable[None]]) -> None:
+        origin = self._origin.get(task_id)
         if origin is not None:
             await say(origin.transport)
             return
@@ -332,7 +367,7 @@ class TransportPool:
                 causes[member.id] = error
             else:
                 return
-        raise self._failure(f"No transport took what was to be said of {step_id or 'a run'}", causes)
+        raise self._failure(f"No transport took what was to be said of {task_id or 'a run'}", causes)
 
     async def _each(self, what: str, do: Callable[[Transport], Awaitable[None]]) -> None:
         for member in self._members:
@@ -374,6 +409,6 @@ def _together(transports: Sequence[Transport]) -> Capabilities:
     )
 
 
-def _too_large(task: RemoteTask, transport: Transport) -> bool:
+def _too_large(task: Task, transport: Transport) -> bool:
     """Then the task is to blame, and the transport is well. Asked only after a refusal: it takes a whole encoding."""
     return len(msgspec.json.encode(task)) > transport.capabilities.max_message

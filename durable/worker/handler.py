@@ -12,8 +12,24 @@ from durable.core.errors import ErrorData, NotRegistered, PayloadError, StepTime
 from durable.core.payload import describe, through
 from durable.core.registry import Registry
 from durable.core.step import StepObserver, StepScope, enter_step
-from durable.protocol.messages import RemoteTask, StepEvent, StepResult
+from durable.protocol.messages import Answer, RemoteTask, StepEvent, StepResult, Task, routing_token
+from durable.transports.answers import no_handler
 from durable.worker.bodies import Bodies
+
+
+def groups_of(registry: Registry, partition: str | None = None) -> list[str]:
+    """Where tasks of the registry's steps wait: each under its own name, and with its group where it declares one; or, for
+    a worker of a `partition`, there only."""
+    groups: dict[str, None] = {}
+    for step in registry.steps():
+        if step.needs_instance:
+            continue
+        if partition is not None:
+            groups[routing_token(step.name, partition)] = None
+        else:
+            groups[routing_token(step.name)] = None
+            groups[routing_token(step.name, step.options.group)] = None
+    return list(groups)
 
 
 class StepHandler:
@@ -31,21 +47,24 @@ class StepHandler:
         """Let the threads of plain bodies go."""
         self._bodies.close()
 
-    async def __call__(self, task: RemoteTask) -> StepResult:
+    async def __call__(self, task: Task) -> Answer:
         """Never raises but CancelledError: a failure is an answer."""
+        if not isinstance(task, RemoteTask):
+            return no_handler(task)
         started = self._clock.now() // 1_000
         events: list[StepEvent] = []
 
         def write(level: str, message: str, fields: dict[str, Any]) -> None:
             at = self._clock.now() // 1_000
-            events.append(StepEvent(at=at, level=level, message=message, data=fields or None))  # type: ignore[arg-type]
+            line = StepEvent(at=at, level=level, message=message, data=fields or None, index=len(events))  # type: ignore[arg-type]
+            events.append(line)
 
         output: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
         error: ErrorData | None = None
         try:
             output = msgspec.Raw(await self._run(task, write))
         except NotRegistered:
-            error = ErrorData(message=f"no handler for {task.name}", code="unknown_step", retryable=False)
+            return no_handler(task)
         except PayloadError as refused:
             # The body has done its work; doing it again would give the same value.
             data = describe(refused)
@@ -65,6 +84,7 @@ class StepHandler:
             started_at=started,
             events=events or None,
             attempt=task.attempt,
+            token=task.token,
         )
 
     async def _run(self, task: RemoteTask, write: Any) -> bytes:

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from tests import postgres_server  # noqa: F401 - makes the service known
 from tests.conftest import ROOT
-from tests.services import require
+from tests.servers import postgres  # noqa: F401 - makes the service known
+from tests.servers.services import require
 
 
 @pytest.mark.service

@@ -27,7 +27,7 @@ from durable.store.postgres.embedded import EmbeddedPostgres
 from tests.chaos.proxy import Proxy, executes
 from tests.chaos.site import GRACE, LEASE, Node, Site
 from tests.chaos.traffic import PATIENCE, Traffic
-from tests.postgres_server import SETTINGS, fresh_database
+from tests.servers.postgres import SETTINGS, fresh_database
 
 SKEWS = (0.0, 600.0, -600.0)
 TWO_AT_ONCE = 0.3

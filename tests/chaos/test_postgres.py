@@ -25,8 +25,8 @@ from tests.chaos.proxy import Proxy, executes
 from tests.chaos.site import GRACE, LEASE, Node, Site, over, owners, patiently, share
 from tests.chaos.traffic import Traffic
 from tests.conftest import Budget
-from tests.postgres_server import SETTINGS, fresh_database
-from tests.services import require
+from tests.servers.postgres import SETTINGS, fresh_database
+from tests.servers.services import require
 
 pytestmark = pytest.mark.service
 

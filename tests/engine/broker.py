@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from durable.core.errors import DurableError, ErrorData, TransportError
-from durable.protocol.messages import Heartbeat, RemoteTask, StepResult
+from durable.protocol.messages import Answer, Heartbeat, RemoteTask, StepResult, Task
 from durable.testing.facts import eventually
-from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler
+from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
 
 
 class Broker:
@@ -103,7 +103,8 @@ class BrokerTransport:
     def crashed(self) -> None:
         self.open = False
 
-    async def dispatch(self, task: RemoteTask) -> None:
+    async def dispatch(self, task: Task) -> None:
+        assert isinstance(task, RemoteTask)
         if self.broker.refusing is not None:
             raise TransportError(self.broker.refusing)
         if self.broker.hanging:
@@ -113,12 +114,12 @@ class BrokerTransport:
         if self.broker.doubting:
             raise TransportError("the connection broke")
 
-    async def cancel(self, step_id: str) -> None:
-        self.broker.cancelled.append(step_id)
-        self.broker.held.pop(step_id, None)
+    async def cancel(self, task_id: str) -> None:
+        self.broker.cancelled.append(task_id)
+        self.broker.held.pop(task_id, None)
 
-    async def holding(self, step_ids: Sequence[str]) -> Collection[str]:
-        return [step_id for step_id in step_ids if step_id in self.broker.held]
+    async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
+        return [task_id for task_id in task_ids if task_id in self.broker.held]
 
     def on_result(self, handler: ResultHandler) -> Any:
         self.results = handler
@@ -128,9 +129,9 @@ class BrokerTransport:
         self.beats = handler
         return lambda: None
 
-    async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
-        self.served = list(steps)
+    async def serve(self, groups: Collection[str], handler: TaskHandler, *, concurrency: Concurrency = 16) -> None:
+        self.served = list(groups)
 
-    async def reply(self, result: StepResult) -> None: ...
+    async def reply(self, answer: Answer) -> None: ...
 
     async def heartbeat(self, beat: Heartbeat) -> None: ...

@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from tests import services
 from tests.conftest import Budget
 from tests.house.sources import ROOT
+from tests.servers import services
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from durable.store.postgres import binaries
 from durable.store.postgres.binaries import Account, find_binaries, reachable
 from durable.store.postgres.embedded import EmbeddedPostgres
 from tests.house.sources import ROOT
-from tests.services import require
+from tests.servers.services import require
 
 pytestmark = pytest.mark.service
 as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root has to step down")

@@ -21,7 +21,7 @@ from durable.store.postgres.embedded import EmbeddedPostgres
 from durable.store.records import Message
 from durable.testing.facts import PATIENCE, PAUSE
 from durable.testing.suites.store.builder import begin, claim, claimed_ids, commit, done, new, read
-from tests.services import require
+from tests.servers.services import require
 from tests.store.backends import MINE, OTHERS
 from tests.store.processes import Peer, heard, running
 

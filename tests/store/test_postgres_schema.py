@@ -19,7 +19,7 @@ from durable.store.postgres import PostgresStore, migrate
 from durable.store.records import Commit, Message, PruneRequest
 from durable.testing.facts import PATIENCE, PAUSE
 from durable.testing.suites.store.builder import FAR, begin, claimed_ids, commit, done, entry, new, read
-from tests.postgres_server import PostgresServer
+from tests.servers.postgres import PostgresServer
 from tests.store.backends import MINE, OTHERS
 from tests.store.processes import heard, running
 

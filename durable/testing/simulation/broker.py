@@ -13,10 +13,10 @@ from typing import Any
 
 from durable.control_plane.interface import ControlHandler
 from durable.core.errors import TransportError
-from durable.protocol.messages import ControlMessage, Heartbeat, RemoteTask, StepResult
+from durable.protocol.messages import Answer, ControlMessage, Heartbeat, Task
 from durable.testing.simulation.faults import Faults, Tripwire
 from durable.testing.simulation.loop import Node, SimLoop, SimTask
-from durable.transports.interface import Capabilities, HeartbeatHandler, ResultHandler, TaskHandler
+from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
 
 VISIBILITY = 3.0
 BEAT_EVERY = 0.5
@@ -25,7 +25,7 @@ BEAT_EVERY = 0.5
 class _Job:
     """A task at the broker, until its result has been accepted."""
 
-    def __init__(self, task: RemoteTask) -> None:
+    def __init__(self, task: Task) -> None:
         self.task = task
         self.worker: Worker | None = None
         self.work: SimTask[None] | None = None
@@ -52,7 +52,7 @@ class Broker:
         self.workers: list[Worker] = []
         self.ends: list[SimTransport] = []
         self.jobs: list[_Job] = []
-        self.results: list[StepResult] = []
+        self.results: list[Answer] = []
         self.acknowledged = 0
         self._random = Random(f"broker/{seed}")
 
@@ -62,10 +62,10 @@ class Broker:
 
     # -- tasks
 
-    def accept(self, task: RemoteTask) -> None:
+    def accept(self, task: Task) -> None:
         """A task has arrived."""
         for job in self.jobs:
-            if job.task.step_id == task.step_id and job.task.attempt == task.attempt:
+            if job.task.id == task.id and job.task.attempt == task.attempt:
                 return  # the same again is harmless
         copies = 2 if self.faults.hits("task_doubled", 5) else 1
         for _ in range(copies):
@@ -98,7 +98,7 @@ class Broker:
             return
         self.loop.post(self.loop.world, self.faults.latency(), self._replied, job, worker, result)
 
-    def _replied(self, job: _Job, worker: Worker, result: StepResult) -> None:
+    def _replied(self, job: _Job, worker: Worker, result: Answer) -> None:
         if job not in self.jobs:
             return
         when = self.tripwire.touch(worker.node, "reply") if not worker.node.dead else None
@@ -126,7 +126,7 @@ class Broker:
             return
         job.leased_until = self.loop.time() + VISIBILITY
         task = job.task
-        self.beat(Heartbeat(run_id=task.run_id, seq=task.seq, step_id=task.step_id, group=task.group))
+        self.beat(Heartbeat(run_id=task.run_id, seq=task.seq, step_id=task.id, group=task.group))
         self.loop.post(worker.node, BEAT_EVERY, self._beat, job, worker)
 
     def beat(self, heartbeat: Heartbeat) -> None:
@@ -136,11 +136,11 @@ class Broker:
 
     # -- results
 
-    def _offer_soon(self, result: StepResult) -> None:
+    def _offer_soon(self, result: Answer) -> None:
         delay = self.faults.delay(0.1, 4.0) if self.faults.hits("result_delayed", 5) else self.faults.latency()
         self.loop.post(self.loop.world, delay, self._offer, result)
 
-    def _offer(self, result: StepResult) -> None:
+    def _offer(self, result: Answer) -> None:
         """To an engine, any; again, to another, until one has acknowledged it."""
         if result not in self.results:
             return
@@ -150,13 +150,13 @@ class Broker:
             self.loop.spawn(end.node, self._hand_over(end, result))
         self.loop.post(self.loop.world, VISIBILITY, self._redeliver, result)
 
-    def _redeliver(self, result: StepResult) -> None:
+    def _redeliver(self, result: Answer) -> None:
         if result in self.results:
             if not self.faults.healed and "result_redelivered" in self.faults.swarm.kinds:
                 self.faults.tally["result_redelivered"] += 1
             self._offer(result)
 
-    async def _hand_over(self, end: SimTransport, result: StepResult) -> None:
+    async def _hand_over(self, end: SimTransport, result: Answer) -> None:
         """In the engine's process."""
         assert end.handler is not None
         try:
@@ -165,7 +165,7 @@ class Broker:
             return  # not taken: it comes again
         self.loop.post(self.loop.world, self.faults.latency(), self._acknowledged, end, result)
 
-    def _acknowledged(self, end: SimTransport, result: StepResult) -> None:
+    def _acknowledged(self, end: SimTransport, result: Answer) -> None:
         when = self.tripwire.touch(end.node, "ack") if not end.node.dead else None
         if when != "before" and result in self.results:
             self.results.remove(result)
@@ -203,7 +203,7 @@ class SimTransport:
             self.broker.ends.remove(self)
         self.broker.workers = [worker for worker in self.broker.workers if worker.node is not self.node]
 
-    async def dispatch(self, task: RemoteTask) -> None:
+    async def dispatch(self, task: Task) -> None:
         broker = self.broker
         reply: asyncio.Future[None] = broker.loop.create_future()
         if self.node.dead:
@@ -214,7 +214,7 @@ class SimTransport:
             await broker.loop.never()
         await reply
 
-    def _arrive(self, task: RemoteTask, reply: asyncio.Future[None]) -> None:
+    def _arrive(self, task: Task, reply: asyncio.Future[None]) -> None:
         broker = self.broker
         when = broker.tripwire.touch(self.node, "dispatch") if not self.node.dead else None
         if when == "before":
@@ -231,16 +231,16 @@ class SimTransport:
             broker.loop.crash(self.node)
         broker.loop.post(self.node, broker.faults.latency(), _settle, reply, error)
 
-    async def cancel(self, step_id: str) -> None:
+    async def cancel(self, task_id: str) -> None:
         for job in list(self.broker.jobs):
-            if job.task.step_id == step_id:
+            if job.task.id == task_id:
                 self.broker.drop(job)
                 if job.work is not None and job.worker is not None:
                     self.broker.loop.post(job.worker.node, self.broker.faults.latency(), job.work.cancel)
 
-    async def holding(self, step_ids: Sequence[str]) -> Collection[str]:
-        held = [job.task.step_id for job in self.broker.jobs] + [result.step_id for result in self.broker.results]
-        return [step_id for step_id in step_ids if step_id in held]
+    async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
+        held = [job.task.id for job in self.broker.jobs] + [result.id for result in self.broker.results]
+        return [task_id for task_id in task_ids if task_id in held]
 
     def on_result(self, handler: ResultHandler) -> None:
         self.handler = handler
@@ -248,11 +248,11 @@ class SimTransport:
     def on_heartbeat(self, handler: HeartbeatHandler) -> None:
         self.on_beat = handler
 
-    async def serve(self, steps: Collection[str], handler: TaskHandler, *, concurrency: int = 16) -> None:
+    async def serve(self, groups: Collection[str], handler: TaskHandler, *, concurrency: Concurrency = 16) -> None:
         self.broker.workers.append(Worker(self.node, handler))
 
-    async def reply(self, result: StepResult) -> None:
-        self.broker.results.append(result)
+    async def reply(self, answer: Answer) -> None:
+        self.broker.results.append(answer)
 
     async def heartbeat(self, beat: Heartbeat) -> None:
         self.broker.beat(beat)

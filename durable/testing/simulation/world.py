@@ -45,7 +45,7 @@ from durable.testing.simulation.witness import Body, Witness
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
 from durable.transports.pool import TransportPool
-from durable.worker.handler import StepHandler
+from durable.worker.handler import StepHandler, groups_of
 
 EPOCH = 1_700_000_000 * SECOND
 """When the store's clock begins, µs."""
@@ -376,7 +376,7 @@ class World:
             except StoreUnavailable:
                 await asyncio.sleep(0.1)
         if not self.swarm.shared:
-            await transport.serve([step.name for step in registry.steps()], StepHandler(registry, clock, threads=0))
+            await transport.serve(groups_of(registry), StepHandler(registry, clock, threads=0))
         process.ready = True
 
     def _boot_worker(self, slot: int) -> None:

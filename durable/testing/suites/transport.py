@@ -14,13 +14,31 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-from durable.core.errors import TransportError
-from durable.protocol.messages import Heartbeat, RemoteTask, StepResult, routing_token, step_id
+from durable.core.errors import MessageRefused, TransportError
+from durable.protocol.messages import (
+    Answer,
+    Heartbeat,
+    RemoteTask,
+    StepResult,
+    Task,
+    WorkflowDecision,
+    WorkflowTask,
+    routing_token,
+    step_id,
+)
 from durable.testing.facts import eventually
 from durable.testing.faulty_transport import Faults, FaultyTransport
 from durable.transports.interface import Transport
 
 ECHO = "suite.echo"
+TURN = b"""{"taskId":"r:wf:0123abcd","runId":"r","workflow":"suite:flow","workflowVersion":"2","input":{"n":[1,2.5,null]},
+"history":[{"seq":0,"kind":"call","name":"a","output":{"x":"\\u00fc"}},{"seq":1,"kind":"timer","order":4,"at":1700000000000},
+{"seq":2,"kind":"child","error":{"message":"no","code":"child_failed"}}],"group":"suite-flow","attempt":1,
+"pendingSignals":[{"seq":3,"signal":"go","payload":null}],"at":1700000000001}"""
+DECISION = b"""{"taskId":"r:wf:0123abcd","runId":"r","status":"continue","commands":[
+{"kind":"call","seq":3,"name":"b","group":"eu","input":[1],"parallelGroup":"g"},{"kind":"recordStep","seq":4,"name":"c","output":null},
+{"kind":"sleep","seq":5,"ms":1500},{"kind":"waitSignal","seq":6,"signal":"go"},
+{"kind":"startChild","seq":7,"workflow":"other","input":{"a":1}}]}"""
 
 
 def task(run_id: str, *, name: str = ECHO, seq: int = 0, attempt: int = 1, input: object = None) -> RemoteTask:
@@ -36,8 +54,9 @@ def task(run_id: str, *, name: str = ECHO, seq: int = 0, attempt: int = 1, input
     )
 
 
-def answer(task: RemoteTask, output: object = None) -> StepResult:
-    """A completed result; the input where no output is given."""
+def answer(task: Task, output: object = None) -> StepResult:
+    """A completed result of a step; the input where no output is given."""
+    assert isinstance(task, RemoteTask)
     encoded = task.input if output is None else Raw(msgspec.json.encode(output))
     return StepResult(
         run_id=task.run_id, seq=task.seq, step_id=task.step_id, status="completed", output=encoded, attempt=task.attempt
@@ -49,7 +68,7 @@ def output_of(result: StepResult) -> bytes:
     return bytes(result.output) if isinstance(result.output, Raw) else b""
 
 
-async def echo(task: RemoteTask) -> StepResult:
+async def echo(task: Task) -> StepResult:
     return answer(task)
 
 
@@ -60,7 +79,8 @@ class Results(dict[str, StepResult]):
         super().__init__()
         self.heard: list[StepResult] = []
 
-    async def take(self, result: StepResult) -> None:
+    async def take(self, result: Answer) -> None:
+        assert isinstance(result, StepResult)
         self.heard.append(result)
         self.setdefault(result.step_id, result)
 
@@ -78,14 +98,14 @@ class Gate:
     def open(self) -> None:
         self._open.set()
 
-    async def handle(self, task: RemoteTask) -> StepResult:
-        self.started.append(task.step_id)
+    async def handle(self, task: Task) -> StepResult:
+        self.started.append(task.id)
         self._now += 1
         self.most = max(self.most, self._now)
         try:
             await self._open.wait()
         except asyncio.CancelledError:
-            self.cancelled.append(task.step_id)
+            self.cancelled.append(task.id)
             raise
         finally:
             self._now -= 1
@@ -122,7 +142,8 @@ class TransportSuite:
         """A task reaches the handler unchanged and its result reaches the engine unchanged."""
         seen: list[RemoteTask] = []
 
-        async def handle(task: RemoteTask) -> StepResult:
+        async def handle(task: Task) -> StepResult:
+            assert isinstance(task, RemoteTask)
             seen.append(task)
             return answer(task, {"total": "12.30", "list": [1, 2.5, None, True], "text": "ünï\u2028☃"})
 
@@ -199,12 +220,66 @@ class TransportSuite:
             with pytest.raises(TransportError):
                 await engine.dispatch(task("huge", input="x" * (limit + 1)))
 
+    async def test_a_turn_there_and_back(self) -> None:
+        """A hosted workflow's turn shares its group's queue with steps, and its decision comes back as it was made."""
+        seen: list[Task] = []
+        heard: list[Answer] = []
+
+        async def handle(task: Task) -> Answer:
+            seen.append(task)
+            if isinstance(task, RemoteTask):
+                return answer(task)
+            return msgspec.json.decode(DECISION, type=WorkflowDecision)
+
+        async def take(answer: Answer) -> None:
+            heard.append(answer)
+
+        make = await self.build()
+        engine, worker = make(), make()
+        engine.on_result(take)
+        await engine.start()
+        await worker.start()
+        try:
+            await worker.serve(["suite-flow"], handle)
+            turn = msgspec.json.decode(TURN, type=WorkflowTask)
+            await engine.dispatch(turn)
+            await engine.dispatch(task("r", name="suite:flow"))
+            await eventually(lambda: len(heard) == 2, "both were answered")
+            arrived = next(one for one in seen if isinstance(one, WorkflowTask))
+            unstamped = msgspec.structs.replace(arrived, transport=None)
+            assert msgspec.json.decode(msgspec.json.encode(unstamped)) == msgspec.json.decode(TURN)
+            decision = next(one for one in heard if isinstance(one, WorkflowDecision))
+            assert msgspec.json.decode(msgspec.json.encode(decision)) == msgspec.json.decode(DECISION)
+        finally:
+            await worker.close(0.1)
+            await engine.close(0.1)
+
+    async def test_the_bound_may_change_while_serving(self) -> None:
+        """A bound given as a callable is asked before each task is taken: nothing begins at 0, and all goes on above."""
+        gate, bound = Gate(), 0
+        gate.open()
+        async with self.ends() as (engine, worker, results):
+            await worker.serve([ECHO], gate.handle, concurrency=lambda: bound)
+            await engine.dispatch(task("r"))
+            await asyncio.sleep(0.1)
+            assert gate.started == []
+            bound = 2
+            await eventually(lambda: "r:0" in results, "it was taken once there was room")
+
+    async def test_partitions_are_kept_apart(self) -> None:
+        """A task of a partition reaches the workers that serve the partition."""
+        async with self.ends() as (engine, worker, results):
+            await worker.serve([routing_token(ECHO, "eu")], echo)
+            await engine.dispatch(msgspec.structs.replace(task("r"), group=routing_token(ECHO, "eu")))
+            await eventually(lambda: "r:0" in results, "the partition's worker answered")
+            assert results["r:0"].status == "completed"
+
     # -- answers that are failures
 
     async def test_a_raising_handler_is_a_retryable_failure(self) -> None:
         """A handler that raises is answered failed and retryable, with its message, and the worker goes on."""
 
-        async def handle(task: RemoteTask) -> StepResult:
+        async def handle(task: Task) -> StepResult:
             if task.run_id == "bad":
                 raise ValueError("the card reader is on fire")
             return answer(task)
@@ -238,7 +313,7 @@ class TransportSuite:
         """When the engine's handler raises, the result is not acknowledged: it comes again until it is taken."""
         results, raised = Results(), 0
 
-        async def take(result: StepResult) -> None:
+        async def take(result: Answer) -> None:
             nonlocal raised
             if raised < 2:
                 raised += 1
@@ -255,6 +330,32 @@ class TransportSuite:
             await engine.dispatch(task("r"))
             await eventually(lambda: "r:0" in results, "it came again")
             assert raised == 2
+        finally:
+            await worker.close(0.1)
+            await engine.close(0.1)
+
+    async def test_a_refused_result_comes_no_more(self) -> None:
+        """A result the engine refuses for good is put away: it is not delivered again, and others still are."""
+        results, refused = Results(), 0
+
+        async def take(result: Answer) -> None:
+            nonlocal refused
+            if result.id == "forged:0":
+                refused += 1
+                raise MessageRefused("it does not echo its token")
+            await results.take(result)
+
+        make = await self.build()
+        engine, worker = make(), make()
+        engine.on_result(take)
+        await engine.start()
+        await worker.start()
+        try:
+            await worker.reply(answer(task("forged")))
+            await eventually(lambda: refused == 1, "it came")
+            await worker.reply(answer(task("r")))
+            await eventually(lambda: "r:0" in results, "the next one was heard")
+            assert refused == 1
         finally:
             await worker.close(0.1)
             await engine.close(0.1)
@@ -331,6 +432,8 @@ class TransportSuite:
         """Cancelling a task under way cancels its handler, and frees the worker for the next."""
         gate = Gate()
         async with self.ends() as (engine, worker, results):
+            if not engine.capabilities.cancels:
+                pytest.skip("says of itself that only a control plane reaches a body (cancels=False)")
             await worker.serve([ECHO], gate.handle, concurrency=1)
             await engine.dispatch(task("unwanted"))
             await eventually(lambda: gate.started == ["unwanted:0"], "it is under way")

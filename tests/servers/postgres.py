@@ -19,7 +19,7 @@ import pytest
 from durable.core.errors import StoreError
 from durable.store.postgres.binaries import REMEDY, find_binaries
 from durable.store.postgres.embedded import EmbeddedPostgres
-from tests.services import require, service
+from tests.servers.services import require, service
 
 SETTINGS = {"shared_buffers": "128MB", "max_connections": "200"}
 

@@ -33,7 +33,9 @@ def service(name: str, at_hand: Callable[[], bool] | str, remedy: str, *, option
 def require(name: str) -> None:
     """Go on if the service is at hand. Otherwise skip with its remedy; with DURABLE_TEST_REQUIRE=all (or naming it), fail."""
     if name not in SERVICES:
-        raise LookupError(f"unknown service {name!r}: register it with tests.services.service(name, check, remedy)")
+        raise LookupError(
+            f"unknown service {name!r}: register it with tests.servers.services.service(name, check, remedy)"
+        )
     at_hand, remedy = SERVICES[name]
     if at_hand():
         return

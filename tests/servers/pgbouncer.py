@@ -16,8 +16,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from durable.store.postgres.binaries import account
-from tests.postgres_server import PostgresServer
-from tests.services import require, service
+from tests.servers.postgres import PostgresServer
+from tests.servers.services import require, service
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 

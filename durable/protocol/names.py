@@ -1,0 +1,100 @@
+"""How queues, channels, keys and tables are called on every transport. A wrong name is a silent black hole: a queue that
+somebody fills and nobody reads. So every name is built here, and `protocol/vectors/names.json` pins each.
+"""
+
+from __future__ import annotations
+
+import re
+
+from durable.core.errors import DefinitionError
+
+DEFAULT_PREFIX = "durable"
+_ESCAPED = re.compile(r"_x([0-9A-F]{2})_")
+
+
+def effective_prefix(prefix: str = DEFAULT_PREFIX, namespace: str | None = None) -> str:
+    """`<prefix>`, or `<prefix>-<namespace>` where there is one that says something. Raises DefinitionError for one with a
+    colon, which the queues' own grammar takes, or an empty one."""
+    suffix = f"-{namespace}" if namespace and namespace != "default" else ""
+    whole = prefix + suffix
+    if not prefix or ":" in whole or not whole.isprintable() or " " in whole:
+        raise DefinitionError(f"A prefix is a text without colons and spaces, not {whole!r}.")
+    return whole
+
+
+def tasks(prefix: str, token: str) -> str:
+    """Where tasks of one routing token wait: one queue for each step name, or hosted workflow."""
+    return f"{prefix}-tasks-{token}"
+
+
+def results(prefix: str) -> str:
+    """Where all results go: any engine takes any."""
+    return f"{prefix}-results"
+
+
+def decisions(prefix: str) -> str:
+    """Where decisions of hosted workflows go."""
+    return f"{prefix}-decisions"
+
+
+def step_events(prefix: str) -> str:
+    """Where local steps of turns under way are told of."""
+    return f"{prefix}-step-events"
+
+
+def start_run(prefix: str) -> str:
+    """Where others ask for runs."""
+    return f"{prefix}-start-run"
+
+
+def dead(prefix: str) -> str:
+    """Where a broker puts tasks it has given up on, and we put messages nobody may read."""
+    return f"{prefix}-dead"
+
+
+def control(prefix: str) -> str:
+    """The control plane's channel."""
+    return f"{prefix}-control"
+
+
+def heartbeat(prefix: str) -> str:
+    """The channel of heartbeats of tasks."""
+    return f"{prefix}-heartbeat"
+
+
+def worker_heartbeat(prefix: str, token: str, instance: str) -> str:
+    """The key that says that a worker is alive."""
+    return f"{prefix}-worker-heartbeat:{token}:{instance}"
+
+
+def worker_descriptor(prefix: str, token: str, instance: str) -> str:
+    """The key that says what a worker is."""
+    return f"{prefix}-worker-descriptor:{token}:{instance}"
+
+
+def tasks_table(prefix: str) -> str:
+    """The DB transport's rows of tasks. Quoted as it is: a prefix may contain a dash."""
+    return f"{prefix}_transport_tasks"
+
+
+def results_table(prefix: str) -> str:
+    """The DB transport's rows of results."""
+    return f"{prefix}_transport_results"
+
+
+def restricted(name: str) -> str:
+    """A name for a place that takes only letters, digits, `-` and `_` (SQS): plain names stay as they are, every other
+    byte becomes `_x<HH>_`, and so does the underscore of what would read as such an escape. `unrestricted` is its inverse."""
+    guarded = _ESCAPED.sub(lambda found: f"_x5F_x{found[1]}_", name)
+    return re.sub(r"[^A-Za-z0-9_-]", lambda found: "".join(f"_x{byte:02X}_" for byte in found[0].encode()), guarded)
+
+
+def unrestricted(name: str) -> str:
+    """What `restricted` was given."""
+    out = bytearray()
+    at = 0
+    for found in _ESCAPED.finditer(name):
+        out += name[at : found.start()].encode()
+        out.append(int(found[1], 16))
+        at = found.end()
+    return (out + name[at:].encode()).decode()

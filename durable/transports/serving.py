@@ -1,0 +1,252 @@
+"""The worker end that every broker's transport shares: tasks under way, their bound, their beats, cancels, and the way out.
+
+An adapter brings messages and settles them; in between, a task is here. It asks a `Server` for room, `begin`s what it has
+taken, and is told what to do with the message: answer and acknowledge, only acknowledge, or give it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+from durable.protocol.codec import encode
+from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, routing_token
+from durable.transports.answers import crashed, no_handler, too_large
+from durable.transports.interface import Concurrency, TaskHandler
+
+log = logging.getLogger("durable.transports")
+
+REFUSAL_MAX = 1.0
+"""Seconds a handler may go on after `drain` has cancelled it. Then it is left behind, and said so."""
+ROOM_SECONDS = 0.25
+"""How often a bound that is a callable is asked again while there is no room."""
+
+
+class GivenBack(Exception):
+    """The task was cut short because this end closes: give it back to the broker."""
+
+
+class Server:
+    """One `serve`: groups with their handler and their own bound."""
+
+    def __init__(self, groups: Collection[str], handler: TaskHandler, concurrency: Concurrency) -> None:
+        self.groups = tuple(dict.fromkeys(groups))
+        self.handler = handler
+        self._concurrency = concurrency
+        self.under_way = 0
+        self._freed = asyncio.Event()
+
+    @property
+    def room(self) -> int:
+        """How many more may be taken now."""
+        bound = self._concurrency if isinstance(self._concurrency, int) else self._concurrency()
+        return max(0, bound - self.under_way)
+
+    def serves(self, task: Task) -> bool:
+        """Whether a task that waited in one of the groups is for this handler at all."""
+        own = routing_token(task.name)
+        return any(group == own or group.startswith(own + "@") for group in self.groups)
+
+    async def has_room(self) -> int:
+        """Wait until at least one more may be taken; how many."""
+        while not (room := self.room):
+            self._freed.clear()
+            if isinstance(self._concurrency, int):
+                await self._freed.wait()
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._freed.wait(), ROOM_SECONDS)
+        return room
+
+    def leave(self) -> None:
+        """One less is under way."""
+        self.under_way -= 1
+        self._freed.set()
+
+
+class _Job:
+    """A task under way."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.work: asyncio.Future[Answer] | None = None
+        self.dropped = False
+        """Cancelled by the engine: nobody waits for an answer."""
+
+
+class Workbench:
+    """All tasks under way at one worker end. `beat` sends a heartbeat; None: this transport's workers do not beat."""
+
+    def __init__(
+        self,
+        *,
+        max_message: int,
+        heartbeat_interval: float = 5.0,
+        beat: Callable[[Heartbeat], Awaitable[None]] | None = None,
+    ) -> None:
+        self.servers: list[Server] = []
+        self._max_message = max_message
+        self._interval = heartbeat_interval
+        self._beat = beat
+        self._jobs: dict[_Job, None] = {}
+        self._settling: set[asyncio.Task[None]] = set()
+        self._beating: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def add(self, groups: Collection[str], handler: TaskHandler, concurrency: Concurrency) -> Server:
+        """What `serve` begins with."""
+        server = Server(groups, handler, concurrency)
+        self.servers.append(server)
+        return server
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Under way now."""
+        return [job.task for job in self._jobs]
+
+    def begin(
+        self,
+        server: Server,
+        task: Task,
+        done: Callable[[Answer | None], Awaitable[None]],
+        back: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Work on it in the background. Then `done`: send the answer (None: nobody wants one) and acknowledge the message; or
+        `back`, where it was cut short or `done` raised: have it delivered again."""
+        server.under_way += 1
+        settling = asyncio.get_running_loop().create_task(
+            self._settle(server, task, done, back), name=f"step {task.id}"
+        )
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+
+    async def work(self, server: Server, task: Task) -> Answer | None:
+        """Run the handler. The answer; None: the engine has cancelled it and wants none. Raises GivenBack. For adapters whose
+        client calls back for each message; its own bound counts then."""
+        server.under_way += 1
+        try:
+            return await self._work(server, task)
+        finally:
+            server.leave()
+
+    def cancel(self, task_id: str) -> None:
+        """Cancel every attempt of a task."""
+        self._cancel(lambda task: task.id == task_id)
+
+    def cancel_run(self, run_id: str) -> None:
+        """Cancel all tasks of a run."""
+        self._cancel(lambda task: task.run_id == run_id)
+
+    async def drain(self, timeout: float) -> None:
+        """Wait for what is under way, cancel the rest. The adapter takes nothing more by then."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while (waiting := self._unfinished()) and (left := deadline - loop.time()) > 0:
+            await asyncio.wait(waiting, timeout=left)
+        self._closing = True
+        for job in self._jobs:
+            if job.work is not None:
+                job.work.cancel()
+        if waiting := self._unfinished():
+            _, refusing = await asyncio.wait(waiting, timeout=REFUSAL_MAX)
+            for future in refusing:
+                future.cancel()
+                log.error("a task went on after it was cancelled; it is left behind")
+        if self._beating is not None:
+            self._beating.cancel()
+            self._beating = None
+        self._closing = False
+
+    def _unfinished(self) -> set[asyncio.Future[Any]]:
+        unfinished: set[asyncio.Future[Any]] = set(self._settling)
+        return unfinished | {job.work for job in self._jobs if job.work is not None}
+
+    async def _settle(
+        self,
+        server: Server,
+        task: Task,
+        done: Callable[[Answer | None], Awaitable[None]],
+        back: Callable[[], Awaitable[None]],
+    ) -> None:
+        try:
+            try:
+                answer = await self._work(server, task)
+            finally:
+                server.leave()
+            await done(answer)
+        except GivenBack:
+            await self._give_back(task, back)
+        except Exception as error:
+            log.warning("task %s could not be answered and is given back: %r", task.id, error)
+            await self._give_back(task, back)
+
+    async def _give_back(self, task: Task, back: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await back()
+        except Exception as error:
+            log.warning("task %s could not be given back; it comes again by itself: %r", task.id, error)
+
+    async def _work(self, server: Server, task: Task) -> Answer | None:
+        if not server.serves(task):
+            return no_handler(task)
+        job = _Job(task)
+        self._jobs[job] = None
+        self._arm()
+        job.work = asyncio.ensure_future(server.handler(task))
+        try:
+            await asyncio.wait({job.work})
+        except asyncio.CancelledError:
+            job.work.cancel()  # whoever waits for it is going
+            await asyncio.wait({job.work}, timeout=REFUSAL_MAX)
+            raise
+        finally:
+            del self._jobs[job]
+        if job.work.cancelled():
+            if job.dropped:
+                return None
+            if self._closing:
+                raise GivenBack
+            return crashed(task, asyncio.CancelledError("The handler cancelled itself."))
+        error = job.work.exception()
+        if error is not None:
+            log.warning("The handler of %s raised; the task is answered as failed", task.name, exc_info=error)
+            return crashed(task, error)
+        return self._fitting(task, job.work.result())
+
+    def _fitting(self, task: Task, answer: Answer) -> Answer:
+        size = len(encode(answer, limit=1 << 40))
+        return answer if size <= self._max_message else too_large(task, size, self._max_message)
+
+    def _cancel(self, meant: Callable[[Task], bool]) -> None:
+        for job in list(self._jobs):
+            if meant(job.task) and job.work is not None:
+                job.dropped = True
+                job.work.cancel()
+
+    def _arm(self) -> None:
+        if self._beat is not None and self._beating is None:
+            self._beating = asyncio.get_running_loop().create_task(self._beats(self._beat), name="durable-beats")
+
+    async def _beats(self, beat: Callable[[Heartbeat], Awaitable[None]]) -> None:
+        """One task for all; it ends when there are none."""
+        try:
+            while True:
+                await asyncio.sleep(self._interval)
+                if not self._jobs:
+                    return
+                for task in self.tasks:
+                    try:
+                        await beat(beat_of(task))
+                    except Exception as error:
+                        log.debug("a heartbeat of %s was not sent: %r", task.id, error)
+        finally:
+            self._beating = None
+
+
+def beat_of(task: Task) -> Heartbeat:
+    """A step's beat names it; a turn's is for its whole run."""
+    step = task.step_id if isinstance(task, RemoteTask) else None
+    return Heartbeat(run_id=task.run_id, seq=max(task.seq, 0), step_id=step, group=task.group)
