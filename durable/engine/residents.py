@@ -55,7 +55,13 @@ class Sent(Struct):
     published: bool = False
     transport: str | None = None
     """The member of the pool that accepted it; None: not known (yet)."""
+    avoid: str | None = None
+    """The member that let the attempt before down."""
     last_beat: int = 0
+    asked_at: int = 0
+    """When its transport was last asked after it."""
+    missed: bool = False
+    """It did not hold it then."""
 
     def silent_at(self) -> int | None:
         """When silence alone says that the attempt is lost; None where it never does."""
