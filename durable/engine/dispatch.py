@@ -98,6 +98,7 @@ class Dispatch:
         if not sent.published:
             run.actions.append(partial(self._publish, run, command, sent.attempt))
         elif self._executor.deps.transport.member(sent.transport).capabilities.holds:
+            sent.asking = True
             # Not the coroutine itself: an action may never be called.
             run.actions.append(lambda: self._spawn(self._ask(run, command, sent)))
 
@@ -232,10 +233,13 @@ class Dispatch:
             delay = min(delay * 2, ASK_SECONDS_MAX)
             if run.dropped or run.sent.get(command.key) is not sent:
                 return
+        sent.asking = False
         if task not in held and run.sent.get(command.key) is sent:
             sent.published = False
             sent.avoid = sent.transport
             self._publish(run, command, sent.attempt)
+        elif not run.dropped:
+            self._executor.wake(run)  # nothing keeps it here any more
 
     def ask_at(self, sent: Sent, now: int) -> int | None:
         """When its transport is to be asked after a task, µs: as long again as it has been out. None: it could not tell."""

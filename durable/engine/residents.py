@@ -58,6 +58,8 @@ class Sent(Struct):
     avoid: str | None = None
     """The member that let the attempt before down."""
     last_beat: int = 0
+    asking: bool = False
+    """Its transport is being asked after it: the run stays until there is an answer."""
     asked_at: int = 0
     """When its transport was last asked after it."""
     missed: bool = False

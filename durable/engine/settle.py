@@ -92,7 +92,7 @@ class Settler:
         if run.bodies or run.arrivals or run.actions or run.fetching or run.asking:
             return False
         for sent in run.sent.values():
-            if not sent.published or sent.command.options.heartbeat_timeout is not None:
+            if not sent.published or sent.asking or sent.command.options.heartbeat_timeout is not None:
                 return False
         # A task in this process lives and dies with it, so its run must be seen to die too.
         return not self.has_task_here(run)
