@@ -85,8 +85,9 @@ async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
 async def _serve(
     found: Durable | Application | None, loaded: Durable | None, place: Store | str, as_json: bool
 ) -> None:
-    from durable.app import Durable, open_store
+    from durable.app import Durable
     from durable.cli.feed import Feed
+    from durable.opening import open_store
 
     stopping = _stop_signals(as_json)
     opened = open_store(place)

@@ -25,7 +25,7 @@ from typing import Any
 import psycopg
 
 from durable import Context, Durable, current_step, workflow
-from durable.app import open_store
+from durable.opening import open_store
 from durable.core.ids import SystemIds
 from durable.core.journal import Entry
 from durable.engine.start import StartRequest
