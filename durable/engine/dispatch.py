@@ -101,12 +101,14 @@ class Dispatch:
         self.tell_worker(run, key)
         self.settle(run, key)
         run.attempts.pop(key, None)
+        run.told.pop(key, None)
 
     def tell_worker(self, run: Resident, key: str) -> None:
         """Ask for the body to be cancelled; a hint."""
         sent = run.sent.get(key)
         if sent is not None:
             self._spawn(self._cancel(sent.transport, step_id(run.run_id, sent.command.ordinal)))
+            self._executor.on_unwanted(run, sent)
 
     def forget(self, run: Resident) -> None:
         """The run leaves memory; its tasks go on."""

@@ -40,5 +40,5 @@ def stop_signals(draining: Callable[[], None], forced: Callable[[], None]) -> It
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):
                 loop.remove_signal_handler(number)
-        for number, before in plain.items():
-            signal.signal(number, before)  # type: ignore[arg-type]
+        for known, before in plain.items():
+            signal.signal(known, before)  # type: ignore[arg-type]

@@ -61,6 +61,7 @@ class _Job:
     def __init__(self, task: Task, work: asyncio.Task[Any]) -> None:
         self.task = task
         self.work = work
+        self.over = asyncio.Event()
         self.told = False
         """Cancelled because the control plane said so."""
 
@@ -169,7 +170,8 @@ class Worker:
             raise DefinitionError(f"This worker has no steps to serve: {why}.")
         pool, plane = open_pool(self._given, self._asked_plane, options=self._transport_options)
         self._plane = plane or pool.control_plane
-        self._plane_apart = all(self._plane is not member for member in pool.members.values())
+        shared: object = self._plane
+        self._plane_apart = all(shared is not member for member in pool.members.values())
         self._teller = None if self._plane is None else Teller(self._plane, self.id)
         bound = self._concurrency.max if isinstance(self._concurrency, Adaptive) else self._concurrency
         threads = max(THREADS, bound if isinstance(bound, int) else 0)
@@ -230,7 +232,7 @@ class Worker:
         key = (task.id, task.attempt)
         began = self._clock.monotonic()
         while (first := self._jobs.get(key)) is not None:
-            await asyncio.wait({first.work})
+            await first.over.wait()
         known = self._answered.get(task)
         if known is not None:
             self._done(task, "repeated", began, known.error)
@@ -244,23 +246,29 @@ class Worker:
             # By the transport: the engine wants no answer, or this end closes and gives the task back.
             self._done(task, "cancelled" if self._pool is not None else "given_back", began)
             raise
+        else:
+            if job.told:
+                self._done(task, "cancelled", began)
+            else:
+                self._answered.put(task, answer)
+                self._done(task, "completed" if answer.error is None else "failed", began, answer.error)
+            return answer
         finally:
             del self._jobs[key]
-        if not job.told:
-            self._answered.put(task, answer)
-        outcome = "cancelled" if job.told else "failed" if answer.error is not None else "completed"
-        self._done(task, outcome, began, answer.error)
-        return answer
+            job.over.set()
 
     async def _run(self, job: _Job) -> Answer:
         assert self._handler is not None
         try:
-            return await self._handler(job.task)
+            answer = await self._handler(job.task)
         except asyncio.CancelledError:
             if not job.told or job.work.uncancel() > 0:
                 raise
             error = ErrorData(message="The step was cancelled.", code=CANCELLED, type="StepCancelled")
             return failed(job.task, error)
+        if job.told:
+            job.work.uncancel()  # the body insists on its answer
+        return answer
 
     def _done(self, task: Task, outcome: str, began: float, error: ErrorData | None = None) -> None:
         self.counts[outcome] += 1
