@@ -60,9 +60,9 @@ class Durable:
 
     `store`: a URL or a Store. `transport`: carries remote steps, a URL or a Transport; default in-process. `transports`:
     several, by id, in order of preference. `control_plane`: a URL or an object; default the first transport, if it can
-    broadcast to other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept, a rule or
-    an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of
-    docs/operate.md, durations in any spelling ("10s").
+    broadcast to other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept,
+    a rule or an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of docs/operate.md,
+    durations in any spelling ("10s").
 
     `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
     (`worker=False` says the same); a `worker` serves steps over the transports and opens no store.

@@ -21,6 +21,7 @@ from durable.control_plane.interface import ControlPlane
 from durable.control_plane.local import LocalControlPlane
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, DurableError, StoreError
+from durable.protocol.names import DEFAULT_PREFIX, control, effective_prefix
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
 from durable.transports.event_emitter import EventEmitterTransport
@@ -75,16 +76,17 @@ TRANSPORTS: Mapping[str, tuple[_Kind, str]] = {
 TRANSPORT_URLS = (
     "redis://host, bullmq://host, sqs://region, postgresql://user@host/database, sqlite:///path/to/file.db, amqp://host"
 )
+_REDIS_PLANE = _Kind("durable.control_plane.redis", "RedisControlPlane", "redis", ("redis",), _REDIS_OWN)
+_POSTGRES_PLANE = _Kind("durable.control_plane.postgres", "PostgresControlPlane", "postgres", _DB.drivers, None)
 CONTROL_PLANES: Mapping[str, tuple[_Kind, str]] = {
-    **dict.fromkeys(
-        ["postgresql", "postgres"],
-        (
-            _Kind("durable.control_plane.postgres", "PostgresControlPlane", "postgres", _DB.drivers, None),
-            "postgresql",
-        ),
-    ),
+    "redis": (_REDIS_PLANE, "redis"),
+    "rediss": (_REDIS_PLANE, "rediss"),
+    "amqp": (_RABBIT, "amqp"),
+    "amqps": (_RABBIT, "amqps"),
+    "postgresql": (_POSTGRES_PLANE, "postgresql"),
+    "postgres": (_POSTGRES_PLANE, "postgresql"),
 }
-CONTROL_PLANE_URLS = "postgresql://user@host/database"
+CONTROL_PLANE_URLS = "postgresql://user@host/database, redis://host or amqp://host"
 SPELLED = {"endpoint": "endpoint_url"}
 """Options that are called shorter in a URL."""
 
@@ -135,15 +137,16 @@ def open_transport(transport: Transport | str, **options: Any) -> Transport:
     return cast(Transport, _open(transport, TRANSPORTS, "transport", f"{TRANSPORT_URLS} or event-emitter://", options))
 
 
-def open_control_plane(plane: ControlPlane | str) -> ControlPlane:
-    """A control plane by its URL: `postgresql://user@host/database`. A control plane is itself. Raises DefinitionError."""
+def open_control_plane(plane: ControlPlane | str, **options: Any) -> ControlPlane:
+    """A control plane by its URL: `postgresql://user@host/database`, `redis://host/0`, `amqp://host`. A control plane is
+    itself. `options` as of `open_transport`. Raises DefinitionError."""
     if not isinstance(plane, str):
         return plane
     known = (
         f"{CONTROL_PLANE_URLS} or a ControlPlane, or leave it out: the first transport or the store's database is used "
         "where it can broadcast"
     )
-    return cast(ControlPlane, _open(plane, CONTROL_PLANES, "control plane", known, {}))
+    return cast(ControlPlane, _open(plane, CONTROL_PLANES, "control plane", known, options))
 
 
 def open_pool(
@@ -164,7 +167,7 @@ def open_pool(
     if same is not None and members[same].capabilities.broadcast:
         plane = members[same]
     elif plane is not None:
-        plane = open_control_plane(plane)
+        plane = open_control_plane(plane, **(options or {}))
     return TransportPool(members, **pool), plane
 
 
@@ -197,15 +200,20 @@ def _open(
     build = _class(kind, what)
     parameters = _parameters(build)
     options = {name: value for name, value in wished.items() if name in parameters and value is not None}
+    named = {name: wished.get(name) for name in ("prefix", "namespace")}
     kept: list[tuple[str, str]] = []
     for name, text in parse_qsl(parts.query, keep_blank_values=True):
         name = SPELLED.get(name, name)
         if name in parameters and name != "url":
             options[name] = _value(text, parameters[name], name)
+        elif kind is _REDIS_PLANE and name in named:
+            named[name] = text
         elif kind.own is None or name in kind.own:
             kept.append((name, text))
         else:
             raise _no_option(name, parameters, kind, what)
+    if kind is _REDIS_PLANE and "channel" not in options:
+        options["channel"] = control(effective_prefix(named.get("prefix") or DEFAULT_PREFIX, named.get("namespace")))
     if not spelled:  # of sqs:// the place is a region
         if parts.netloc:
             options["region"] = unquote(parts.netloc)
@@ -245,7 +253,8 @@ def _plain(annotation: Any) -> set[Any]:
 
 
 def _readable(annotation: Any) -> bool:
-    return annotation == Duration or bool(_plain(annotation) & {str, int, float, bool})
+    kinds = _plain(annotation)
+    return annotation == Duration or bool(kinds & {str, int, float, bool}) or all(isinstance(one, str) for one in kinds)
 
 
 def _value(text: str, annotation: Any, name: str) -> Any:

@@ -12,7 +12,7 @@ from durable.core.errors import StoreError
 from durable.core.replay import Machine
 from durable.engine import lines
 from durable.engine.executor import Executor
-from durable.engine.recovery import Recovery
+from durable.engine.recovery import Recovery, back_from_the_dead
 from durable.engine.requeue import dropped_lines
 from durable.engine.residents import Resident
 from durable.engine.resume import Resume
@@ -188,7 +188,7 @@ class Scheduler:
         )
         run.told = told
         self._resume.take(run, rows)  # first: a run that is buried at once is to be seen with its mail
-        if record.recovery_attempts > 0:
+        if record.recovery_attempts > 0 or back_from_the_dead(journal.entries):
             self._recovery.admit(run, journal)
         else:
             executor.admit(run, journal)
