@@ -24,7 +24,7 @@ from durable.engine.handle import RunHandle, outcome
 from durable.engine.lease import Lease
 from durable.engine.recovery import Recovery
 from durable.engine.requeue import requeue
-from durable.engine.lines import LIVE_LINE, hear
+from durable.engine.lines import LIVE_LINE, Hearing
 from durable.engine.residents import Final, Resident, Sent
 from durable.engine.results import Results
 from durable.engine.resume import Resume
@@ -66,6 +66,7 @@ class WorkflowEngine:
         self._starter = Starter(self._executor, self._scheduler, self.definition)
         self._mail = Mail(deps, self._nudge)
         self._results = Results(self._executor, self._mail)
+        self._hearing = Hearing(self._executor, self._mail)
         self._timeline = Timeline(deps, self._executor.residents.__contains__)
         self._pruner = Pruner(deps)
         self._announcer = Announcer(deps.control_plane, lambda: self.incarnation)
@@ -335,7 +336,7 @@ class WorkflowEngine:
         if message.kind == "event":
             event = message.event or {}
             if event.get("type") == LIVE_LINE:
-                hear(self._executor, event)
+                self._hearing.hear(event)
                 return
             self._timeline.news(str(event.get("runId")), ended=event.get("type") in _ENDED)
         elif message.run_id is not None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from durable.core.errors import StoreError
-from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL
+from durable.core.journal import CHILD, LOG, REMOTE, RUN, SIGNAL
 from durable.engine.executor import Executor
 from durable.engine.residents import Arrival, Line, Resident
 from durable.store.records import InboxRow
@@ -84,6 +84,18 @@ class _Report(msgspec.Struct):
     marks: list[int | tuple[int, str]] = []
 
 
+class _Told(msgspec.Struct):
+    """Payload of a `line`."""
+
+    mark: int | tuple[int, str]
+    line: msgspec.Raw
+
+
+def told_of(line: Line) -> bytes:
+    """The payload of a `line`."""
+    return msgspec.json.encode(_Told(line.mark, msgspec.Raw(line.payload)))
+
+
 def report_of(result: bytes, lines: Sequence[Line], limit: int) -> bytes | None:
     """The payload of a `report`, of the lines that fit with the result into `limit` bytes, the first ones; None if none does."""
     room = limit - len(result) - 64
@@ -126,6 +138,21 @@ def arrival_of(row: InboxRow) -> Arrival:
             ordinal=message.ordinal,
             payload=message.payload,
             child_id=message.id.removesuffix(":outcome"),
+            number=row.number,
+        )
+    if message.kind == "line":
+        assert message.payload is not None
+        told = msgspec.json.decode(message.payload, type=_Told)
+        line = Line(told.mark, bytes(told.line))
+        return Arrival(
+            row.created_at,
+            LOG,
+            "written",
+            key=message.key,
+            ordinal=line.index,
+            attempt=message.attempt,
+            payload=line.payload,
+            line=line,
             number=row.number,
         )
     payload = message.payload
