@@ -163,9 +163,9 @@ class Answers:
                     pause = RETRY_MIN
                     log.warning("answers are heard again")
                     self._look.set()
-            except TransportError as error:
-                if pause == RETRY_MIN:
-                    log.warning("answers cannot be heard: %s", error)
+            except Exception as error:
+                if pause == RETRY_MIN or not isinstance(error, TransportError):
+                    log.warning("answers cannot be heard: %r", error)
                 pause = min(pause * 2, RETRY_MAX)
                 await asyncio.sleep(pause)
 

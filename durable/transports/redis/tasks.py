@@ -101,28 +101,30 @@ class Tasks:
     async def _read(self, server: Server, streams: list[str], reader: RedisLink) -> None:
         pause, grouped = PAUSE_MIN, False
         while True:
-            room = await server.has_room()
             try:
+                room = await server.has_room()
                 if not grouped:
                     await self._group(streams, reader)
                     grouped = True
-                got = await self._take(streams, room, reader)
+                    got = await self._lost(streams, reader)
+                else:
+                    got = await self._take(streams, room, reader)
+                for stream, entries in got or ():
+                    for entry, fields in entries:
+                        await self._begin(server, stream.decode(), entry, fields or [], 1)
                 pause = PAUSE_MIN
-            except TransportError as error:
+            except Exception as error:
                 # The groups may be what is missing: of another server, or of this one emptied.
                 grouped = False
-                log.log(
-                    logging.WARNING if pause == PAUSE_MIN and "NOGROUP" not in str(error) else logging.DEBUG,
-                    "tasks cannot be taken: %s",
-                    error,
-                )
+                known = isinstance(error, TransportError) and (pause > PAUSE_MIN or "NOGROUP" in str(error))
+                log.log(logging.DEBUG if known else logging.WARNING, "tasks cannot be taken: %r", error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, PAUSE_MAX)
-                continue
-            for stream, entries in got or ():
-                name = stream.decode()
-                for entry, fields in entries:
-                    await self._begin(server, name, entry, fields, 1)
+
+    async def _lost(self, streams: list[str], reader: RedisLink) -> Any:
+        """What was given out to this worker over a link that broke before it came."""
+        read = ("XREADGROUP", "GROUP", GROUP, self._instance, "STREAMS", *streams, *(["0"] * len(streams)))
+        return await reader.one(*read)
 
     async def _take(self, streams: list[str], room: int, reader: RedisLink) -> Any:
         """As many as there is room for, waiting for the first."""
@@ -153,6 +155,8 @@ class Tasks:
 
     async def _begin(self, server: Server, stream: str, entry: bytes, fields: list[bytes], deliveries: int) -> None:
         """Work on it, or do what else is to be done with such an entry."""
+        if entry in self._mine[stream]:
+            return
         told = dict(zip(fields[::2], fields[1::2], strict=False))
         data, engine = told.get(b"t", b""), told.get(b"r", b"")
         try:
@@ -226,9 +230,8 @@ class Tasks:
                     if room := server.room:
                         reclaim = RECLAIM([stream], GROUP, self._instance, silent, room, GONE_LEASES * silent)
                         for entry, fields, deliveries in await self._link.one(*reclaim):
-                            if entry not in self._mine[stream]:
-                                log.warning("a task of %s is taken over from a worker that is silent", stream)
-                                await self._begin(server, stream, entry, fields, deliveries + 1)
+                            log.warning("a task of %s is taken over from a worker that is silent", stream)
+                            await self._begin(server, stream, entry, fields, deliveries + 1)
             await asyncio.sleep(self._lease / 2)
 
     async def _give_up(

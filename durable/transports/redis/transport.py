@@ -166,6 +166,7 @@ class RedisTransport:
         )
         for answer in (held, added):
             if isinstance(answer, ReplyError):
+                await self._link.call(("HDEL", self._held, task.id))
                 raise TransportError(f"Redis did not take task {task.id}: {answer}")
 
     async def cancel(self, task_id: str) -> None:
