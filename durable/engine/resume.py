@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import msgspec
 
 from durable.core.errors import StoreError
-from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL
+from durable.core.journal import CHILD, LOG, REMOTE, RUN, SIGNAL
 from durable.engine.executor import Executor
-from durable.engine.residents import Arrival, Resident
+from durable.engine.residents import Arrival, Line, Resident
 from durable.store.records import InboxRow
 
 log = logging.getLogger("durable.resume")
@@ -81,21 +81,36 @@ class _Report(msgspec.Struct):
 
     lines: list[msgspec.Raw]
     result: msgspec.Raw
+    marks: list[int | tuple[int, str]] = []
 
 
-def report_of(result: bytes, lines: Sequence[bytes], limit: int) -> bytes | None:
+class _Told(msgspec.Struct):
+    """Payload of a `line`."""
+
+    mark: int | tuple[int, str]
+    line: msgspec.Raw
+
+
+def told_of(line: Line) -> bytes:
+    """The payload of a `line`."""
+    return msgspec.json.encode(_Told(line.mark, msgspec.Raw(line.payload)))
+
+
+def report_of(result: bytes, lines: Sequence[Line], limit: int) -> bytes | None:
     """The payload of a `report`, of the lines that fit with the result into `limit` bytes, the first ones; None if none does."""
     room = limit - len(result) - 64
     kept: list[msgspec.Raw] = []
+    marks: list[int | tuple[int, str]] = []
     for line in lines:
-        room -= len(line) + 1
+        room -= len(line.payload) + len(msgspec.json.encode(line.mark)) + 2
         if room < 0:
             log.warning(
                 "a result came with more lines than the store takes with it: %d are left out", len(lines) - len(kept)
             )
             break
-        kept.append(msgspec.Raw(line))
-    return msgspec.json.encode(_Report(kept, msgspec.Raw(result))) if kept else None
+        kept.append(msgspec.Raw(line.payload))
+        marks.append(line.mark)
+    return msgspec.json.encode(_Report(kept, msgspec.Raw(result), marks)) if kept else None
 
 
 def arrival_of(row: InboxRow) -> Arrival:
@@ -125,12 +140,28 @@ def arrival_of(row: InboxRow) -> Arrival:
             child_id=message.id.removesuffix(":outcome"),
             number=row.number,
         )
+    if message.kind == "line":
+        assert message.payload is not None
+        told = msgspec.json.decode(message.payload, type=_Told)
+        line = Line(told.mark, bytes(told.line))
+        return Arrival(
+            row.created_at,
+            LOG,
+            "written",
+            key=message.key,
+            ordinal=line.index,
+            attempt=message.attempt,
+            payload=line.payload,
+            line=line,
+            number=row.number,
+        )
     payload = message.payload
-    lines: list[bytes] = []
+    lines: list[Line] = []
     if message.kind == "report":
         assert message.payload is not None
         report = msgspec.json.decode(message.payload, type=_Report)
-        payload, lines = bytes(report.result), [bytes(line) for line in report.lines]
+        payload = bytes(report.result)
+        lines = [Line(mark, bytes(line)) for mark, line in zip(report.marks, report.lines, strict=True)]
     return Arrival(
         row.created_at,
         REMOTE,

@@ -74,6 +74,31 @@ def worker_descriptor(prefix: str, token: str, instance: str) -> str:
     return f"{prefix}-worker-descriptor:{token}:{instance}"
 
 
+def lane_tasks(prefix: str, token: str) -> str:
+    """The Redis lane's stream of tasks of one routing token."""
+    return f"{prefix}-lane-tasks-{token}"
+
+
+def lane_results(prefix: str, instance: str) -> str:
+    """The Redis lane's stream of answers for one engine."""
+    return f"{prefix}-lane-results-{instance}"
+
+
+def lane_unclaimed(prefix: str) -> str:
+    """The Redis lane's stream of answers that came while no engine was there."""
+    return f"{prefix}-lane-unclaimed"
+
+
+def lane_engines(prefix: str) -> str:
+    """The Redis lane's sorted set of engines, each with the epoch ms until which it counts as alive."""
+    return f"{prefix}-lane-engines"
+
+
+def lane_held(prefix: str) -> str:
+    """The Redis lane's hash of tasks that are queued, under way or answered and not yet taken: id → attempt."""
+    return f"{prefix}-lane-held"
+
+
 def tasks_table(prefix: str) -> str:
     """The DB transport's rows of tasks. Quoted as it is: a prefix may contain a dash."""
     return f"{prefix}_transport_tasks"

@@ -107,6 +107,7 @@ class Message(Struct, frozen=True):
     child    outcome status    output or error; `key` and `ordinal` name the parent's command
     result   step status       output or error; `key`, `ordinal`, `attempt` name the command
     report   step status       `{"lines", "result"}`: a result, and the payloads of the log lines that came with it
+    line     ""                `{"mark", "line"}`: a log line told live; `key`, `ordinal`, `attempt` name the command
     """
 
     run_id: str

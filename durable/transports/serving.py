@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from durable.protocol.codec import encode
-from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, routing_token
+from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, routing_token, sanitize
 from durable.transports.answers import crashed, no_handler, too_large
 from durable.transports.interface import Concurrency, TaskHandler
 
@@ -33,7 +33,7 @@ class Server:
     """One `serve`: groups with their handler and their own bound."""
 
     def __init__(self, groups: Collection[str], handler: TaskHandler, concurrency: Concurrency) -> None:
-        self.groups = tuple(dict.fromkeys(groups))
+        self.groups = tuple(dict.fromkeys(map(sanitize, groups)))
         self.handler = handler
         self._concurrency = concurrency
         self.under_way = 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from durable import Context, Durable, workflow
-from durable.app import open_store
+from durable.opening import open_store
 from durable.core.errors import StoreError, StoreFull, StoreReadOnly, StoreTooNew, StoreUnavailable
 from durable.core.journal import Entry
 from durable.store.records import Commit, CommitStatus, NewRun
