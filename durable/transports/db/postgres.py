@@ -80,16 +80,19 @@ class PostgresTables:
         self._open = True
         try:
             await self._see_to_tables(create)
+            if self._notifications:
+                await self._listen(news)
         except BaseException:
             await self.close()
             raise
-        if self._notifications:
-            try:
-                self._channel = self._listening(news)
-                await self._channel.start()  # until it hears: what is said before is heard by nobody
-            except (psycopg.Error, OSError, TimeoutError):
-                self._channel = self._listening(news)
-                self._channel.begin()  # it tells of its trouble, and goes on trying; polling does meanwhile
+
+    async def _listen(self, news: News) -> None:
+        try:
+            self._channel = self._listening(news)
+            await self._channel.start()  # until it hears: what is said before is heard by nobody
+        except (psycopg.Error, OSError, TimeoutError):
+            self._channel = self._listening(news)
+            self._channel.begin()  # it tells of its trouble and goes on trying; polling does meanwhile
 
     def _listening(self, news: News) -> Channel:
         channel = Channel(self._connect, *self._channels.values())

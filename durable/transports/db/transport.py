@@ -459,7 +459,7 @@ class DbTransport:
     # -- watching tasks
 
     def _watch(self, step_id: str) -> None:
-        self._watched[step_id] = _Watched()
+        self._watched.setdefault(step_id, _Watched())
         if self._watcher is None:
             self._watcher = asyncio.get_running_loop().create_task(self._look_after(), name="durable-db-watch")
 
