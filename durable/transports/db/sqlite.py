@@ -27,7 +27,7 @@ from durable.transports.db.rows import (
     Seen,
     TaskRow,
 )
-from durable.transports.db.tables import DOCUMENTED, OURS, RESULTS, TASKS, Away, News
+from durable.transports.db.tables import DOCUMENTED, OURS, RESULTS, TASKS, WAITING_INDEX, Away, News
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ LOOK_EVERY_SECONDS = 0.02
 
 _TASK_NAMES = TASK_COLUMNS + TASK_EXTRAS
 _RESULT_NAMES = RESULT_COLUMNS + RESULT_EXTRAS
+_PRIORITY = _TASK_NAMES.index("priority")
 _FREE = "refused IS NULL AND (claimed_at IS NULL OR claimed_at < ?)"
 
 
@@ -125,7 +126,7 @@ class SqliteTables:
                     if name not in there:
                         cx.execute(f"ALTER TABLE {_quoted(table)} ADD COLUMN {name} {kind}")
             index = _quoted(f"{self._names[TASKS]}_waiting")
-            cx.execute(f"CREATE INDEX IF NOT EXISTS {index} ON {self._tasks} (grp, created_at)")
+            cx.execute(f"CREATE INDEX IF NOT EXISTS {index} ON {self._tasks} {WAITING_INDEX}")
 
     def _look_abroad(self, cx: sqlite3.Connection) -> float | None:
         """In the thread. The connection's own commits do not move the number; whoever made them knows of them."""
@@ -174,29 +175,28 @@ WHERE attempt < excluded.attempt OR cancelled_at IS NOT NULL"""
         await self._write(write)
 
     async def claim_tasks(self, groups: Sequence[str], most: int, claim: str) -> list[ClaimedTask]:
-        where = f"grp IN (SELECT value FROM json_each(?)) AND {_FREE}"
-        ordered = "ORDER BY coalesce(priority, 0) DESC, created_at, rowid"
+        where = f"grp = ? AND {_FREE} ORDER BY coalesce(priority, 0) DESC, created_at, step_id LIMIT ?"
         names = ", ".join(_TASK_NAMES)
 
+        def waiting(cx: sqlite3.Connection, what: str, limit: int) -> list[tuple[Any, ...]]:
+            """Of each group the first, as the index has them."""
+            expired = self._expired()
+            query = f"SELECT {what} FROM {self._tasks} WHERE {where}"
+            return [row for group in groups for row in cx.execute(query, [group, expired, limit])]
+
         def look_and_claim(cx: sqlite3.Connection) -> list[ClaimedTask]:
-            among = json.dumps(list(groups))
-            # Looked at without the write lock first: most of the time there is nothing.
-            if (
-                cx.execute(f"SELECT 1 FROM {self._tasks} WHERE {where} LIMIT 1", [among, self._expired()]).fetchone()
-                is None
-            ):
+            if not waiting(cx, "1", 1):  # looked at without the write lock: most of the time there is nothing
                 return []
             with atomic(cx):
-                rows = cx.execute(
-                    f"SELECT {names}, deliveries, cancelled_at FROM {self._tasks} WHERE {where} {ordered} LIMIT ?",
-                    [among, self._expired(), most],
-                ).fetchall()
+                rows = waiting(cx, f"{names}, deliveries, cancelled_at, created_at", most)
+                rows.sort(key=lambda row: (-(row[_PRIORITY] or 0), row[-1], row[0]))
+                del rows[most:]
                 cx.executemany(
                     f"UPDATE {self._tasks} SET claimed_by = ?, claimed_at = ?, deliveries = coalesce(deliveries, 0) + 1"
                     " WHERE step_id = ?",
                     [(claim, _now(), row[0]) for row in rows],
                 )
-            return [ClaimedTask(TaskRow(*row[:-2]), claim, (row[-2] or 0) + 1, row[-1] is not None) for row in rows]
+            return [ClaimedTask(TaskRow(*row[:-3]), claim, (row[-3] or 0) + 1, row[-2] is not None) for row in rows]
 
         return await self._run(look_and_claim)
 

@@ -62,6 +62,8 @@ OURS = {
 }
 """Columns of ours, added to tables that others have made; all may be null."""
 
+WAITING_INDEX = "(grp, coalesce(priority, 0) DESC, created_at, step_id)"
+"""Of the tasks: the order in which a group's are claimed."""
 KEY_MAX = 191
 """Characters of what we write into key columns by ourselves: others make them varchar(191)."""
 

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import os
+import random
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -55,6 +56,8 @@ Claim = tuple[str, str]
 
 CLAIM_MOST = 100
 """Rows of one claim."""
+SPREAD = 1.2
+"""Polls are this much apart at most, in polls: many who look at the same moment are in each other's way."""
 HANDS = 400
 """Results that handlers may have at once."""
 DISPATCH_SECONDS = 8.0
@@ -288,7 +291,7 @@ class DbTransport:
             for one in claimed:
                 self._receive(server, one)
             if len(claimed) < most:
-                await _first(wake, self._poll)
+                await _first(wake, self._poll * random.uniform(1.0, SPREAD))
 
     def _new_claim(self) -> str:
         return f"{self._claimant}/{next(self._claim_numbers)}"
@@ -420,7 +423,7 @@ class DbTransport:
                 self._in_hand.add(work)
                 work.add_done_callback(self._in_hand.discard)
             if len(claimed) < most:
-                await _first(self._results_wake, self._poll)
+                await _first(self._results_wake, self._poll * random.uniform(1.0, SPREAD))
 
     async def _heard_in_vain(self, claimed: list[ClaimedResult]) -> None:
         if claimed:
