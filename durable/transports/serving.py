@@ -57,8 +57,9 @@ class Server:
             if isinstance(self._concurrency, int):
                 await self._freed.wait()
             else:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._freed.wait(), ROOM_SECONDS)
+                with contextlib.suppress(TimeoutError):  # not wait_for: 3.11's may swallow a cancellation
+                    async with asyncio.timeout(ROOM_SECONDS):
+                        await self._freed.wait()
         return room
 
     def leave(self) -> None:
@@ -136,6 +137,10 @@ class Workbench:
     def cancel(self, task_id: str) -> None:
         """Cancel every attempt of a task."""
         self._cancel(lambda task: task.id == task_id)
+
+    def cancel_delivery(self, task: Task) -> None:
+        """Cancel this very task, as it was given to `begin`: another delivery or attempt of it goes on."""
+        self._cancel(lambda other: other is task)
 
     def cancel_run(self, run_id: str) -> None:
         """Cancel all tasks of a run."""
