@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from redis.exceptions import ResponseError
 from msgspec import Struct
+from redis.exceptions import ResponseError
 
 from durable.core.errors import TransportError
 from durable.transports.bullmq.link import Link

@@ -49,7 +49,7 @@ class Scriptbook:
 class _Scripts(Scripts):  # type: ignore[misc]
     """A job's data goes out as the bytes it is."""
 
-    def addJobArgs(self, job: Any) -> list[Any]:  # noqa: N802
+    def addJobArgs(self, job: Any) -> list[Any]:
         args = super().addJobArgs(job)
         args[1] = job.raw
         return list(args)

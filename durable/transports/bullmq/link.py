@@ -65,7 +65,7 @@ class Link:
         """Whether something was put into a sorted set within that time; it is taken out. Raises TransportError."""
         try:
             async with asyncio.timeout(seconds + self._timeout):
-                return await self._waiting.bzpopmin(key, timeout=seconds) is not None  # type: ignore[arg-type]
+                return await self._waiting.bzpopmin(key, timeout=seconds) is not None
         except (RedisError, OSError, TimeoutError) as error:
             raise self._away(error) from error
 

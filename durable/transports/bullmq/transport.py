@@ -138,8 +138,8 @@ class BullMQTransport:
         self._prefix = names.effective_prefix(prefix, namespace)
         self._namespace = namespace
         self._url = url
-        self._link = lambda: Link(url, timeout=timeout)
-        self._link()
+        self._connect: Callable[[], Link] = partial(Link, url, timeout=timeout)
+        self._connect()
         self._capabilities = Capabilities(
             name="bullmq",
             shared=True,
@@ -186,7 +186,7 @@ class BullMQTransport:
         """Connect, look what the server may lose, and take messages. Raises TransportError."""
         if self._life is not None:
             return
-        life = _Life(self._link(), self._lock_ms, self._blocked_max)
+        life = _Life(self._connect(), self._lock_ms, self._blocked_max)
         try:
             self._judge(await durability.look(life.link))
             await self._control.start()
