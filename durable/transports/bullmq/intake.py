@@ -37,15 +37,17 @@ class Intake:
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"durable-bullmq-{self.queue.name}")
 
-    async def stop(self) -> None:
-        """Take no more. What was taken in this very moment goes back."""
+    def halt(self) -> None:
+        """Take no more. What is taken in this very moment is still handed to `begin`."""
         self._stopping = True
+        if self._idle and self._task is not None:
+            self._task.cancel()
+
+    async def stop(self) -> None:
+        """`halt`, and return when nothing more comes."""
+        self.halt()
         task, self._task = self._task, None
         if task is None:
-            return
-        if self._idle:
-            task.cancel()
-        if task is asyncio.current_task():
             return
         await asyncio.wait({task})
         try:

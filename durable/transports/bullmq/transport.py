@@ -399,9 +399,11 @@ class BullMQTransport:
             except (PayloadError, MessageRefused) as error:
                 await self._put_away(life, job, str(error))
             except EngineStopped:
+                for intake in life.returns:
+                    intake.halt()  # this engine hears no more
                 await job.queue.give_back(job)
                 for intake in life.returns:
-                    life.chore(intake.stop())  # this engine hears no more
+                    life.chore(intake.stop())
                 return
             except Exception as error:
                 seconds = min(FAR_MAX, 0.5 * 2 ** min(job.starts, 10))
