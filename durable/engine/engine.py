@@ -36,6 +36,7 @@ from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
 from durable.store.records import Commit, Message, PruneRequest, RunPage, RunQuery, RunRecord
+from durable.transports.interface import StartsRuns
 from durable.transports.pool import TransportPool
 from durable.worker.handler import groups_of
 
@@ -123,6 +124,9 @@ class WorkflowEngine:
         deps = self.deps
         deps.transport.on_result(self._results.take)
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
+        for member in deps.transport.members.values():
+            if isinstance(member, StartsRuns):
+                member.on_start_run(self._starter.asked)
         await deps.transport.start()
         if deps.handler is not None:
             await deps.transport.serve(groups_of(deps.registry), deps.handler)
@@ -328,7 +332,7 @@ class WorkflowEngine:
             self._resume.mail(run)
         elif owner is None:
             self._scheduler.nudge()
-        if run is None:
+        if run is None or kind == "cancel":  # workers that run a step of it hear that too
             self._announcer.hint("cancel" if kind == "cancel" else "enqueued", run_id)
 
     def _control(self, message: ControlMessage) -> None:

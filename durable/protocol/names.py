@@ -49,6 +49,16 @@ def start_run(prefix: str) -> str:
     return f"{prefix}-start-run"
 
 
+def groups(prefix: str) -> str:
+    """The set of all groups that tasks have been sent to, so that an engine that starts knows where to look."""
+    return f"{prefix}-groups"
+
+
+def engine(prefix: str, incarnation: str) -> str:
+    """A key by which an engine's end sees that its Redis still is what it was."""
+    return f"{prefix}-engine:{incarnation}"
+
+
 def dead(prefix: str) -> str:
     """Where a broker puts tasks it has given up on, and we put messages nobody may read."""
     return f"{prefix}-dead"
@@ -67,6 +77,12 @@ def heartbeat(prefix: str) -> str:
 def worker_heartbeat(prefix: str, token: str, instance: str) -> str:
     """The key that says that a worker is alive."""
     return f"{prefix}-worker-heartbeat:{token}:{instance}"
+
+
+def workers_pattern(prefix: str) -> str:
+    """What a SCAN looks for to find all who are alive."""
+    literal = re.sub(r"([\[\]*?\\])", r"\\\1", prefix)
+    return worker_heartbeat(literal, "*", "*")
 
 
 def worker_descriptor(prefix: str, token: str, instance: str) -> str:
