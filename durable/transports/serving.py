@@ -26,7 +26,7 @@ ROOM_SECONDS = 0.25
 
 
 class GivenBack(Exception):
-    """The task was cut short because this end closes: give it back to the broker."""
+    """The task was cut short because this end closes, or was released: give it back to the broker."""
 
 
 class Server:
@@ -75,6 +75,8 @@ class _Job:
         self.work: asyncio.Future[Answer] | None = None
         self.dropped = False
         """Cancelled by the engine: nobody waits for an answer."""
+        self.released = False
+        """Cut short because the broker takes the message away: it is for somebody else to answer."""
 
 
 class Workbench:
@@ -139,6 +141,13 @@ class Workbench:
     def cancel_run(self, run_id: str) -> None:
         """Cancel all tasks of a run."""
         self._cancel(lambda task: task.run_id == run_id)
+
+    def release(self, task: Task) -> None:
+        """Cut short this very delivery, whose message is the broker's again, or soon will be: it goes `back`."""
+        for job in list(self._jobs):
+            if job.task is task and job.work is not None:
+                job.released = True
+                job.work.cancel()
 
     async def drain(self, timeout: float) -> None:
         """Wait for what is under way, cancel the rest. The adapter takes nothing more by then."""
@@ -207,7 +216,7 @@ class Workbench:
         if job.work.cancelled():
             if job.dropped:
                 return None
-            if self._closing:
+            if self._closing or job.released:
                 raise GivenBack
             return crashed(task, asyncio.CancelledError("The handler cancelled itself."))
         error = job.work.exception()
