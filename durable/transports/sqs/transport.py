@@ -26,7 +26,7 @@ from durable.core.errors import (
 )
 from durable.protocol import names
 from durable.protocol.codec import decode_answer, decode_any_task, encode
-from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task
+from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, sanitize
 from durable.transports.answers import failed, given_up
 from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
 from durable.transports.serving import Server, Workbench
@@ -261,7 +261,7 @@ class SqsTransport:
 
     async def serve(self, groups: Collection[str], handler: TaskHandler, *, concurrency: Concurrency = 16) -> None:
         """Take tasks of these groups. A long poll for each group; with several, a task may have to wait here for room."""
-        server = self._bench.add(groups, handler, concurrency)
+        server = self._bench.add([sanitize(group) for group in groups], handler, concurrency)
         if self._open:
             self._begin(server)
 
