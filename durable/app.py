@@ -85,16 +85,23 @@ def _postgres(url: str) -> Store:
 
 
 def open_control_plane(plane: ControlPlane | str) -> ControlPlane:
-    """A control plane by its URL: `postgresql://user@host/database`. A control plane is itself. Raises DefinitionError."""
+    """A control plane by its URL: `postgresql://user@host/database`, `redis://host/0` or `rediss://`. A control plane is
+    itself. Raises DefinitionError."""
     if not isinstance(plane, str):
         return plane
+    if plane.startswith(("redis://", "rediss://")):
+        try:
+            from durable.control_plane.redis import RedisControlPlane  # only who uses it loads a driver
+        except ModuleNotFoundError as error:
+            raise DefinitionError("A control plane on Redis needs a driver: pip install 'durable[redis]'.") from error
+        return RedisControlPlane(plane)
     if not plane.startswith(("postgresql://", "postgres://")):
         raise DefinitionError(
-            "No control plane is known for the URL given. Give postgresql://user@host/database or a ControlPlane, or leave "
-            "it out: the first transport or the store's database is used where it can broadcast."
+            "No control plane is known for the URL given. Give postgresql://user@host/database, redis://host/0 or a "
+            "ControlPlane, or leave it out: the first transport or the store's database is used where it can broadcast."
         )
     try:
-        from durable.control_plane.postgres import PostgresControlPlane  # only who uses it loads a driver
+        from durable.control_plane.postgres import PostgresControlPlane
     except ModuleNotFoundError as error:
         raise DefinitionError("A control plane on Postgres needs a driver: pip install 'durable[postgres]'.") from error
     return PostgresControlPlane(plane)
@@ -132,10 +139,10 @@ class Durable:
     """An application: workflows, steps, and the engine that runs them.
 
     `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `transports`: several, by id, in order
-    of preference. `control_plane`: an object or a `postgresql://` URL; default the first transport, if it can broadcast to
-    other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept, a rule or
-    an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of
-    docs/operate.md, durations in any spelling ("10s").
+    of preference. `control_plane`: an object, or a `postgresql://` or `redis://` URL; default the first transport, if it can
+    broadcast to other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept,
+    a rule or an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of docs/operate.md,
+    durations in any spelling ("10s").
 
     `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
     (`worker=False` says the same); a `worker` serves steps over the transports and opens no store.

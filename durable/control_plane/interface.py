@@ -9,6 +9,9 @@ from durable.protocol.messages import ControlMessage
 
 ControlHandler = Callable[[ControlMessage], None]
 
+LOOK_EVERYWHERE = ControlMessage(sender="", kind="enqueued")
+"""Told to listeners after a gap: something may have been said meanwhile, of any run."""
+
 
 class ControlPlane(Protocol):
     """Says something to every engine but the sender."""

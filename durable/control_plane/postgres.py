@@ -13,7 +13,8 @@ from functools import partial
 
 import msgspec
 
-from durable.control_plane.interface import ControlHandler
+from durable.control_plane.interface import LOOK_EVERYWHERE, ControlHandler
+from durable.control_plane.listeners import Listeners
 from durable.core.errors import DefinitionError, PayloadError, StoreError, TransportError
 from durable.protocol.codec import decode_control, encode
 from durable.protocol.messages import ControlMessage
@@ -23,8 +24,6 @@ log = logging.getLogger("durable.control_plane")
 
 KEPT = ("type", "runId", "workflow", "seq", "name", "status", "at")
 """What stays of an event that is too long as it is."""
-LOOK_EVERYWHERE = ControlMessage(sender="", kind="enqueued")
-"""Told after a gap: something may have been said meanwhile, of any run."""
 
 
 class PostgresControlPlane:
@@ -44,7 +43,7 @@ class PostgresControlPlane:
         self._channel: Channel | None = None
         self._starts = 0
         self._turn = asyncio.Lock()
-        self._listeners: list[tuple[str, ControlHandler]] = []
+        self._listeners = Listeners()
         self._complained = False
 
     @property
@@ -97,13 +96,7 @@ class PostgresControlPlane:
 
     def on_control(self, incarnation: str, handler: ControlHandler) -> Callable[[], None]:
         """Hear what others say, and `LOOK_EVERYWHERE` after a gap. Returns the way to stop."""
-        listener = (incarnation, handler)
-        self._listeners.append(listener)
-
-        def stop() -> None:
-            self._listeners = [other for other in self._listeners if other is not listener]
-
-        return stop
+        return self._listeners.add(incarnation, handler)
 
     def _heard(self, payload: str | None) -> None:
         if payload is None:
@@ -114,14 +107,7 @@ class PostgresControlPlane:
             except PayloadError as error:
                 log.debug("something that is no control message was heard on %s: %s", self._name, error)
                 return
-        for listener in list(self._listeners):
-            incarnation, handler = listener
-            if incarnation == message.sender or listener not in self._listeners:
-                continue
-            try:
-                handler(message)
-            except Exception:
-                log.exception("A control handler of %s raised on %r; the message is dropped", incarnation, message.kind)
+        self._listeners.tell(message)
 
 
 def fitting(message: ControlMessage) -> str | None:

@@ -10,8 +10,8 @@ from durable.core.errors import DefinitionError
 
 DEFAULT_PREFIX = "durable"
 _ESCAPED = re.compile(r"_x([0-9A-F]{2})_")
-_WOULD_READ_AS_ESCAPED = re.compile(r"_(?=x[0-9A-F]{2}(?:_|[^A-Za-z0-9_-]))")
-"""An underscore that would begin an escape, once what follows is spelled: another escape begins with an underscore too."""
+_MISLEADING = re.compile(r"_(?=x[0-9A-F]{2}(?:_|[^A-Za-z0-9_-]))")
+"""An underscore that would begin an escape in what is written: one may be followed by another, or by what becomes one."""
 
 
 def effective_prefix(prefix: str = DEFAULT_PREFIX, namespace: str | None = None) -> str:
@@ -87,7 +87,7 @@ def results_table(prefix: str) -> str:
 def restricted(name: str) -> str:
     """A name for a place that takes only letters, digits, `-` and `_` (SQS): plain names stay as they are, every other
     byte becomes `_x<HH>_`, and so does the underscore of what would read as such an escape. `unrestricted` is its inverse."""
-    guarded = _WOULD_READ_AS_ESCAPED.sub("_x5F_", name)
+    guarded = _MISLEADING.sub("_x5F_", name)
     return re.sub(r"[^A-Za-z0-9_-]", lambda found: "".join(f"_x{byte:02X}_" for byte in found[0].encode()), guarded)
 
 
@@ -95,7 +95,7 @@ def spellings(name: str) -> tuple[str, ...]:
     """What a queue of this name may be called in such a place, in the order to look; the last is what we create. The plain
     name goes first, but not where it reads as the escaped one of another: that is a stranger's queue."""
     escaped = restricted(name)
-    return (escaped,) if escaped == name or _WOULD_READ_AS_ESCAPED.search(name) else (name, escaped)
+    return (escaped,) if escaped == name or _MISLEADING.search(name) else (name, escaped)
 
 
 def unrestricted(name: str) -> str:

@@ -33,3 +33,16 @@ class TestPostgres(ControlPlaneSuite):
         from durable.control_plane.postgres import PostgresControlPlane
 
         return lambda: PostgresControlPlane(self.url)
+
+
+class TestRedis(ControlPlaneSuite):
+    url = ""
+
+    @pytest.fixture(autouse=True)
+    def _server(self, redis_url: str) -> None:
+        self.url = redis_url
+
+    async def build(self) -> Callable[[], ControlPlane]:
+        from durable.control_plane.redis import RedisControlPlane
+
+        return lambda: RedisControlPlane(self.url)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from durable.control_plane.postgres import LOOK_EVERYWHERE, PostgresControlPlane, fitting
+from durable.control_plane.interface import LOOK_EVERYWHERE
+from durable.control_plane.postgres import PostgresControlPlane, fitting
 from durable.core.errors import DefinitionError, TransportError
 from durable.protocol.codec import decode_control, encode
 from durable.protocol.messages import ControlMessage

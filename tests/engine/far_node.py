@@ -1,5 +1,5 @@
-"""A pod in a process of its own: `python -m tests.engine.far_node URL`. It executes, and says on its output what its step body
-sees. Ends when its input does."""
+"""A pod in a process of its own: `python -m tests.engine.far_node URL [CONTROL_PLANE POLL_SECONDS]`. It executes, and says on
+its output what its step body sees. Ends when its input does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import sys
 
 from durable import Context, Durable, workflow
+from durable.store.postgres import PostgresStore
 
 
 def say(word: str) -> None:
@@ -27,11 +28,13 @@ async def far(ctx: Context) -> None:
     await ctx.step("work", work)
 
 
-async def main(url: str) -> None:
-    async with Durable(url, workflows=[far], poll_every=30):
+async def main(url: str, control_plane: str | None = None, poll_every: str = "30") -> None:
+    # With a control plane given, the database's own pushes would prove nothing.
+    store = PostgresStore(url, notifications=False) if control_plane else url
+    async with Durable(store, workflows=[far], control_plane=control_plane, poll_every=float(poll_every)):
         say("ready")
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(*sys.argv[1:]))

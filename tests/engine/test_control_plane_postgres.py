@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from durable import Context, Durable, RunCancelled, workflow
+from durable.control_plane.interface import LOOK_EVERYWHERE
 from durable.control_plane.local import LocalControlPlane
-from durable.control_plane.postgres import LOOK_EVERYWHERE, PostgresControlPlane
+from durable.control_plane.postgres import PostgresControlPlane
 from durable.core.errors import DefinitionError, StoreUnavailable
 from durable.core.journal import Entry
 from durable.store.postgres import PostgresStore
@@ -167,7 +168,7 @@ async def test_N9_an_engine_that_cannot_start_leaves_no_connection(
 async def test_N9_a_url_that_is_no_control_plane_is_refused(world: World) -> None:
     """Before anything is opened, with what to give instead."""
     with pytest.raises(DefinitionError, match="postgresql://"):
-        await world.engine(signalled, control_plane="redis://somewhere")
+        await world.engine(signalled, control_plane="amqp://somewhere")
 
 
 def plane(app: Durable) -> Any:
@@ -227,11 +228,11 @@ async def all_of(app: Durable, run_id: str) -> list[Entry]:
 
 
 @asynccontextmanager
-async def far_node(url: str) -> AsyncIterator[Callable[[str], Awaitable[None]]]:
+async def far_node(url: str, *more: str) -> AsyncIterator[Callable[[str], Awaitable[None]]]:
     """A process that executes; gives what waits until it has said a word."""
     pipe = asyncio.subprocess.PIPE
     node = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.engine.far_node", url, stdin=pipe, stdout=pipe
+        sys.executable, "-m", "tests.engine.far_node", url, *more, stdin=pipe, stdout=pipe
     )
     assert node.stdin is not None
     out = node.stdout

@@ -78,6 +78,7 @@ class Queues:
         create: bool,
         task_urls: Mapping[str, str],
         results_url: str | None,
+        decisions_url: str | None,
         dead_url: str | None,
         visibility: int,
         max_receives: int,
@@ -93,6 +94,7 @@ class Queues:
         self._max_receives = max_receives
         self._read_timeout = read_timeout
         self.results = Queue(names.results(prefix), url=results_url)
+        self.decisions = Queue(names.decisions(prefix), url=decisions_url)
         self.dead = Queue(names.dead(prefix), url=dead_url)
         self._urls: dict[str, str] = {}
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)

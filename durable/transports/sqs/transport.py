@@ -1,7 +1,7 @@
 """Both ends on SQS. Nothing is deleted before what it brought is safe further on.
 
-engine end   dispatch → tasks queue of the group; results queue → handler → deleted
-worker end   tasks queue → handler → answer on the results queue → task deleted
+engine end   dispatch → tasks queue of the group; results and decisions queues → handler → deleted
+worker end   tasks queue → handler → answer on the results or decisions queue → task deleted
 dead letters what the workers received too often comes back to the engine end as a failed result (S11, S12)
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from random import uniform
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from durable.core.errors import (
     DefinitionError,
@@ -26,7 +27,7 @@ from durable.core.errors import (
 )
 from durable.protocol import names
 from durable.protocol.codec import decode_answer, decode_any_task, encode
-from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, sanitize
+from durable.protocol.messages import Answer, Heartbeat, RemoteTask, StepResult, Task, sanitize
 from durable.transports.answers import failed, given_up
 from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
 from durable.transports.serving import Server, Workbench
@@ -89,6 +90,7 @@ class SqsTransport:
         create_queues: bool = True,
         queue_urls: Mapping[str, str] | None = None,
         results_url: str | None = None,
+        decisions_url: str | None = None,
         dead_url: str | None = None,
         marker: str | None = None,
         visibility: int = 30,
@@ -100,8 +102,8 @@ class SqsTransport:
         signed: bool = False,
     ) -> None:
         """`region` and `endpoint_url`: else what the environment says, as ever with AWS, and SQS_ENDPOINT_URL.
-        `queue_urls`, `results_url`, `dead_url`: queues that are there already, task queues by group; all others are found by
-        name, or made. `marker`: the message attribute that tells ours in queues shared with others. `visibility`: seconds a
+        `queue_urls`, `results_url`, `decisions_url`, `dead_url`: queues that are there already, task queues by group; all
+        others are found by name, or made. `marker`: the message attribute that tells ours in queues shared with others. `visibility`: seconds a
         message stays ours without a sign of life, `held_max`: with them. `wait`: seconds of a long poll. `max_receives`: how
         often a task is delivered before it comes back failed; for queues made here. `max_message`: bytes. `timeout`:
         seconds a call may take. `signed`: only results that echo their task's token are taken. Raises DefinitionError."""
@@ -139,6 +141,7 @@ class SqsTransport:
             create=create_queues,
             task_urls=queue_urls or {},
             results_url=results_url,
+            decisions_url=decisions_url,
             dead_url=dead_url,
             visibility=visibility,
             max_receives=max_receives,
@@ -172,19 +175,22 @@ class SqsTransport:
         self._deletes = Batches(self._bounded("delete_message_batch"), at_once=FLIGHTS)
         self._changes = Batches(self._bounded("change_message_visibility_batch"), at_once=FLIGHTS)
         self._leases = Leases(self._change, visibility=self._visibility, held_max=self._held_max)
-        hears_dead = False
+        queues = self._queues
         try:
             async with asyncio.timeout(self._timeout * 2):
-                await self._queues.url(self._queues.results)
-                hears_dead = await self._has_dead()
+                await queues.url(queues.results)
+                hears_decisions = await self._has(queues.decisions, "workflows hosted by workers cannot be driven")
+                hears_dead = await self._has(queues.dead, "what SQS gives up on is not heard of")
         except Exception as error:
             await self._queues.close()
             self._refuse(error)
         self._open, self._closing = True, False
         if self._handler is not None:
-            self._hearers = [self._consume(self._queues.results, self._hearing_room, self._hear_result)]
+            self._hearers = [self._consume(queues.results, self._hearing_room, self._hear_answer)]
+            if hears_decisions:
+                self._hearers.append(self._consume(queues.decisions, self._hearing_room, self._hear_answer))
             if hears_dead:
-                self._hearers.append(self._consume(self._queues.dead, self._hearing_room, self._hear_dead))
+                self._hearers.append(self._consume(queues.dead, self._hearing_room, self._hear_dead))
         for server in self._bench.servers:
             self._begin(server)
 
@@ -210,11 +216,11 @@ class SqsTransport:
             await batches.close()
         await self._queues.close()
 
-    async def _has_dead(self) -> bool:
+    async def _has(self, queue: Queue, otherwise: str) -> bool:
         try:
-            await self._queues.url(self._queues.dead)
+            await self._queues.url(queue)
         except Absent as error:
-            log.warning("what SQS gives up on is not heard of, and what cannot be read stays where it is: %s", error)
+            log.warning("%s: %s", otherwise, error)
             return False
         return True
 
@@ -230,9 +236,7 @@ class SqsTransport:
 
     async def dispatch(self, task: Task) -> None:
         """Safe with SQS when this returns. With FIFO queues, the tasks of one run follow each other."""
-        self._check_open()
-        if self._closing:
-            self._check_open(False)
+        self._check_open(self._open and not self._closing)
         body = _text(encode(task, limit=1 << 40))
         size = len(body.encode())
         if size > self._capabilities.max_message:
@@ -266,14 +270,14 @@ class SqsTransport:
             self._begin(server)
 
     async def reply(self, answer: Answer) -> None:
-        """Send an answer; the same one twice within five minutes is one on a FIFO queue."""
-        self._check_open()
+        """Send an answer, and have it confirmed."""
+        self._check_open(self._open)
         body = _text(encode(answer, limit=1 << 40))
         size = len(body.encode())
         if size > MESSAGE_MAX - ATTRIBUTES_ROOM:
             raise TransportError(f"The answer of {answer.id} has {size} bytes, and SQS carries {MESSAGE_MAX}.")
-        once = hashlib.sha256(body.encode()).hexdigest()
-        await self._send(self._queues.results, body, size, answer.run_id, once)
+        queue = self._queues.results if isinstance(answer, StepResult) else self._queues.decisions
+        await self._send(queue, body, size, answer.run_id, uuid4().hex)
 
     async def heartbeat(self, beat: Heartbeat) -> None:
         """Nothing: signs of life do not travel over SQS, a task's visibility tells whether its worker lives."""
@@ -284,7 +288,7 @@ class SqsTransport:
             queue = self._queues.tasks(group)
             if queue.url is None or queue.url not in served:
                 served.add(queue.url or "")
-                self._consume(queue, partial(_room, server), partial(self._take, server))
+                self._consume(queue, server.has_room, partial(self._take, server))
 
     async def _take(self, server: Server, message: _Message) -> bool:
         if not self._ours(message):
@@ -327,7 +331,9 @@ class SqsTransport:
                 messages = await self._poll(queue, min(most, ask))
             except Exception as error:
                 said = logging.WARNING if pause == PAUSE_FIRST else logging.DEBUG
-                log.log(said, "queue %s cannot be read, which is tried again: %s", queue.name, self._queues.sentence(error))
+                log.log(
+                    said, "queue %s cannot be read, which is tried again: %s", queue.name, self._queues.sentence(error)
+                )
                 if self._queues.absent(error):
                     self._queues.forget(queue)
                 await asyncio.sleep(uniform(pause / 2, pause))
@@ -395,7 +401,7 @@ class SqsTransport:
             await asyncio.wait(self._hearing, return_when=asyncio.FIRST_COMPLETED)
         return HEARING_MAX - len(self._hearing)
 
-    async def _hear_result(self, message: _Message) -> bool:
+    async def _hear_answer(self, message: _Message) -> bool:
         if not self._ours(message):
             self._errand(self._give_back(message))
             return False
@@ -497,7 +503,9 @@ class SqsTransport:
         else:
             await self._delete(message)
 
-    async def _send(self, queue: Queue, body: str, size: int, run_id: str, once: str, reason: str | None = None) -> None:
+    async def _send(
+        self, queue: Queue, body: str, size: int, run_id: str, once: str, reason: str | None = None
+    ) -> None:
         fields: dict[str, Any] = {"MessageBody": body}
         said = ((REASON, reason), (self._marker, "1"))
         attributes = {key: {"DataType": "String", "StringValue": value} for key, value in said if key and value}
@@ -505,7 +513,9 @@ class SqsTransport:
             fields["MessageAttributes"] = attributes
             size += sum(len(key) + len("String") + len(value["StringValue"]) for key, value in attributes.items())
         if self._fifo:
-            fields["MessageGroupId"] = run_id if _GROUP_ID.fullmatch(run_id) else hashlib.sha256(run_id.encode()).hexdigest()
+            fields["MessageGroupId"] = (
+                run_id if _GROUP_ID.fullmatch(run_id) else hashlib.sha256(run_id.encode()).hexdigest()
+            )
             fields["MessageDeduplicationId"] = once
         try:
             async with asyncio.timeout(self._timeout):
@@ -537,8 +547,9 @@ class SqsTransport:
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
 
-    def _check_open(self, open: bool | None = None) -> None:
-        if not (self._open if open is None else open):
+    @staticmethod
+    def _check_open(open: bool) -> None:
+        if not open:
             raise TransportError("The SQS transport is not open: call start() first, and nothing after close().")
 
     def _refuse(self, error: Exception) -> NoReturn:
@@ -547,15 +558,13 @@ class SqsTransport:
         raise TransportError(self._queues.sentence(error)) from error
 
 
-async def _room(server: Server) -> int:
-    return await server.has_room()
-
-
 def _given_up(task: Task, receives: int) -> Answer:
     why = f"received {receives} times without an answer"
     if isinstance(task, RemoteTask):
         return given_up(task, why)
-    return failed(task, ErrorData(message=f"remote workflow worker failed: {why}", code="worker_failed", type="WorkerFailed"))
+    return failed(
+        task, ErrorData(message=f"remote workflow worker failed: {why}", code="worker_failed", type="WorkerFailed")
+    )
 
 
 def _text(data: bytes) -> str:
