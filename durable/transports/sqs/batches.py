@@ -71,12 +71,13 @@ class Batches:
 
     async def close(self) -> None:
         """Nothing more is sent; who waits hears of it."""
+        lanes, self._lanes = self._lanes, {}
+        for lane in lanes.values():
+            _fail(list(lane.waiting), ConnectionError("the transport was closed"))
+            lane.waiting.clear()
         for call in list(self._calls):
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
-        for lane in self._lanes.values():
-            _fail(list(lane.waiting), ConnectionError("the transport was closed"))
-        self._lanes.clear()
 
     def _fly(self, url: str, lane: _Lane) -> None:
         lane.scheduled = False
@@ -85,8 +86,8 @@ class Batches:
             call = asyncio.get_running_loop().create_task(self._carry(url, lane, batch))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
-        if not lane.flying and not lane.waiting:
-            self._lanes.pop(url, None)
+        if not lane.flying and self._lanes.get(url) is lane:
+            del self._lanes[url]
 
     async def _carry(self, url: str, lane: _Lane, batch: list[_Entry]) -> None:
         try:
@@ -94,8 +95,7 @@ class Batches:
         finally:
             _fail(batch, ConnectionError("the transport was closed"))  # only what is not settled by now
             lane.flying -= 1
-            if self._lanes.get(url) is lane:
-                self._fly(url, lane)
+            self._fly(url, lane)
 
     async def _settle(self, url: str, batch: list[_Entry]) -> None:
         try:

@@ -235,7 +235,10 @@ class Queues:
                 "AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_DEFAULT_REGION."
             )
         if _says(error, _MAY):
-            return f"SQS refuses {error.operation_name} ({message}): give these credentials the rights listed in docs/transports/sqs.md."
+            return (
+                f"SQS refuses {error.operation_name} ({message}): give these credentials the rights that "
+                "docs/transports/sqs.md lists."
+            )
         return f"SQS refuses {error.operation_name}: {code}: {message}"
 
 

@@ -58,6 +58,9 @@ LAST_WORDS = 2.0
 """Seconds that giving back may take at the very end."""
 _GROUP_ID = re.compile(r"[A-Za-z0-9!-/:-@[-`{-~]{1,128}")
 
+_Room = Callable[[], Awaitable[int]]
+"""Waits until a message may be taken, and says how many."""
+
 
 class _Message:
     """One message received, and ours until its lease ends."""
@@ -103,10 +106,11 @@ class SqsTransport:
     ) -> None:
         """`region` and `endpoint_url`: else what the environment says, as ever with AWS, and SQS_ENDPOINT_URL.
         `queue_urls`, `results_url`, `decisions_url`, `dead_url`: queues that are there already, task queues by group; all
-        others are found by name, or made. `marker`: the message attribute that tells ours in queues shared with others. `visibility`: seconds a
-        message stays ours without a sign of life, `held_max`: with them. `wait`: seconds of a long poll. `max_receives`: how
-        often a task is delivered before it comes back failed; for queues made here. `max_message`: bytes. `timeout`:
-        seconds a call may take. `signed`: only results that echo their task's token are taken. Raises DefinitionError."""
+        others are found by name, or made. `marker`: the message attribute that tells ours in queues shared with others.
+        `visibility`: seconds a message stays ours without a sign of life, `held_max`: with them. `wait`: seconds of a long
+        poll. `max_receives`: how often a task is delivered before it comes back failed; for queues made here.
+        `max_message`: bytes. `timeout`: seconds a call may take. `signed`: only results that echo their task's token are
+        taken. Raises DefinitionError."""
         for what, value, low, high in (
             ("visibility", visibility, 1, 43_200),
             ("wait", wait, 1, 20),
@@ -181,9 +185,11 @@ class SqsTransport:
                 await queues.url(queues.results)
                 hears_decisions = await self._has(queues.decisions, "workflows hosted by workers cannot be driven")
                 hears_dead = await self._has(queues.dead, "what SQS gives up on is not heard of")
-        except Exception as error:
-            await self._queues.close()
-            self._refuse(error)
+        except BaseException as error:
+            try:
+                self._refuse(error)
+            finally:
+                await queues.close()
         self._open, self._closing = True, False
         if self._handler is not None:
             self._hearers = [self._consume(queues.results, self._hearing_room, self._hear_answer)]
@@ -288,7 +294,7 @@ class SqsTransport:
             queue = self._queues.tasks(group)
             if queue.url is None or queue.url not in served:
                 served.add(queue.url or "")
-                self._consume(queue, server.has_room, partial(self._take, server))
+                self._consume(queue, server.has_room, partial(self._take, server), shared=len(server.groups) > 1)
 
     async def _take(self, server: Server, message: _Message) -> bool:
         if not self._ours(message):
@@ -313,18 +319,20 @@ class SqsTransport:
     # -- messages that come
 
     def _consume(
-        self, queue: Queue, room: Callable[[], Awaitable[int]], take: Callable[[_Message], Awaitable[bool]]
+        self, queue: Queue, room: _Room, take: Callable[[_Message], Awaitable[bool]], *, shared: bool = False
     ) -> asyncio.Task[None]:
-        consumer = asyncio.get_running_loop().create_task(self._consuming(queue, room, take), name=f"poll {queue.name}")
+        consuming = self._consuming(queue, room, take, ENTRIES_MAX if not shared else 1)
+        consumer = asyncio.get_running_loop().create_task(consuming, name=f"poll {queue.name}")
         self._consumers.add(consumer)
         consumer.add_done_callback(self._consumers.discard)
         return consumer
 
     async def _consuming(
-        self, queue: Queue, room: Callable[[], Awaitable[int]], take: Callable[[_Message], Awaitable[bool]]
+        self, queue: Queue, room: _Room, take: Callable[[_Message], Awaitable[bool]], least: int
     ) -> None:
-        """Poll for ever. `take` says whether the message was for us."""
-        pause, strange, ask = PAUSE_FIRST, STRANGERS_FIRST, 1
+        """Poll for ever. `take` says whether the message was for us. Of a room shared by several queues, one that fills what
+        is asked for is asked for more; one that is quiet is asked for the `least`, since it may be full by the answer."""
+        pause, strange, ask = PAUSE_FIRST, STRANGERS_FIRST, least
         while True:
             most = min(await room(), ENTRIES_MAX)
             try:
@@ -342,8 +350,7 @@ class SqsTransport:
             if pause != PAUSE_FIRST:
                 log.warning("queue %s can be read again", queue.name)
                 pause = PAUSE_FIRST
-            # A queue that fills what is asked for is asked for more; one that is quiet holds little of the common room.
-            ask = min(ask * 2, ENTRIES_MAX) if len(messages) == min(most, ask) else max(1, len(messages))
+            ask = min(ask * 2, ENTRIES_MAX) if len(messages) == min(most, ask) else max(least, len(messages))
             ours = await self._hand_over(messages, take)
             if messages and not ours:
                 await asyncio.sleep(strange)
@@ -552,8 +559,8 @@ class SqsTransport:
         if not open:
             raise TransportError("The SQS transport is not open: call start() first, and nothing after close().")
 
-    def _refuse(self, error: Exception) -> NoReturn:
-        if isinstance(error, TransportError):
+    def _refuse(self, error: BaseException) -> NoReturn:
+        if isinstance(error, TransportError) or not isinstance(error, Exception):
             raise error
         raise TransportError(self._queues.sentence(error)) from error
 
