@@ -439,7 +439,9 @@ class SqsTransport:
     def _leave(self, message: _Message, why: str) -> None:
         self._leases.end(message.lease)
         if message.id not in self._left:
-            log.warning("message %s in %s is left there for an operator: %s", message.id, message.queue.name, why)
+            known = message.attribute(REASON) is not None  # whoever put it away said so
+            level = logging.DEBUG if known else logging.WARNING
+            log.log(level, "message %s in %s is left there for an operator: %s", message.id, message.queue.name, why)
             self._left[message.id] = None
             if len(self._left) > 1000:
                 del self._left[next(iter(self._left))]
