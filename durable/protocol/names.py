@@ -132,6 +132,13 @@ def restricted(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", lambda found: "".join(f"_x{byte:02X}_" for byte in found[0].encode()), guarded)
 
 
+def spellings(name: str) -> tuple[str, ...]:
+    """What a queue of this name may be called in such a place, in the order to look; the last is what we create. The plain
+    name goes first, but not where it reads as the escaped one of another: that is a stranger's queue."""
+    escaped = restricted(name)
+    return (escaped,) if escaped == name or _MISLEADING.search(name) else (name, escaped)
+
+
 def unrestricted(name: str) -> str:
     """What `restricted` was given."""
     out = bytearray()

@@ -26,7 +26,7 @@ ROOM_SECONDS = 0.25
 
 
 class GivenBack(Exception):
-    """The task was cut short because this end closes: give it back to the broker."""
+    """The task was cut short because this end closes, or was released: give it back to the broker."""
 
 
 class Server:
@@ -76,6 +76,8 @@ class _Job:
         self.work: asyncio.Task[Any] | None = None
         self.dropped = False
         """Cancelled by the engine: nobody waits for an answer."""
+        self.released = False
+        """Cut short because the broker takes the message away: it is for somebody else to answer."""
 
 
 class Workbench:
@@ -146,6 +148,13 @@ class Workbench:
         """Cancel all tasks of a run."""
         self._cancel(lambda task: task.run_id == run_id)
 
+    def release(self, task: Task) -> None:
+        """Cut short this very delivery, whose message is the broker's again, or soon will be: it goes `back`."""
+        for job in list(self._jobs):
+            if job.task is task and job.work is not None:
+                job.released = True
+                job.work.cancel()
+
     async def drain(self, timeout: float) -> None:
         """Wait for what is under way, cancel the rest. The adapter takes nothing more by then."""
         loop = asyncio.get_running_loop()
@@ -210,7 +219,7 @@ class Workbench:
         except asyncio.CancelledError as error:
             if job.dropped:
                 return None
-            if self._closing:
+            if self._closing or job.released:
                 raise GivenBack from None
             if job.work.cancelling() > before:
                 raise  # whoever waits for it is going
@@ -220,7 +229,7 @@ class Workbench:
             return crashed(task, error)
         finally:
             del self._jobs[job]
-            if job.dropped or self._closing:
+            if job.dropped or job.released or self._closing:
                 while job.work.cancelling() > before:
                     job.work.uncancel()  # it was the handler that was meant
 
