@@ -85,8 +85,8 @@ def _postgres(url: str) -> Store:
 
 
 def open_control_plane(plane: ControlPlane | str) -> ControlPlane:
-    """A control plane by its URL: `postgresql://user@host/database`, `redis://host/0` or `rediss://`. A control plane is
-    itself. Raises DefinitionError."""
+    """A control plane by its URL: `postgresql://user@host/database`, `redis://host/0` or `rediss://`, `amqp://` or
+    `amqps://`. A control plane is itself. Raises DefinitionError."""
     if not isinstance(plane, str):
         return plane
     if plane.startswith(("redis://", "rediss://")):
@@ -95,10 +95,14 @@ def open_control_plane(plane: ControlPlane | str) -> ControlPlane:
         except ModuleNotFoundError as error:
             raise DefinitionError("A control plane on Redis needs a driver: pip install 'durable[redis]'.") from error
         return RedisControlPlane(plane)
+    if plane.startswith(("amqp://", "amqps://")):
+        from durable.transports.rabbitmq import RabbitMqTransport
+
+        return RabbitMqTransport(plane)
     if not plane.startswith(("postgresql://", "postgres://")):
         raise DefinitionError(
-            "No control plane is known for the URL given. Give postgresql://user@host/database, redis://host/0 or a "
-            "ControlPlane, or leave it out: the first transport or the store's database is used where it can broadcast."
+            "No control plane is known for the URL given. Give postgresql://user@host/database, redis://host/0, amqp://host/ "
+            "or a ControlPlane, or leave it out: the first transport or the store's database is used where it can broadcast."
         )
     try:
         from durable.control_plane.postgres import PostgresControlPlane

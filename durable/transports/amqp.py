@@ -20,6 +20,7 @@ from aio_pika.exceptions import (
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     ConnectionClosed,
+    InvalidFrameError,
     ProbableAuthenticationError,
 )
 
@@ -57,7 +58,7 @@ def explained(error: BaseException, url: str) -> TransportError:
     said = str(error) or type(error).__name__
     if isinstance(error, ProbableAuthenticationError | AuthenticationError):
         return TransportError(f"{broker} refuses this user or password: check those of the URL. ({said})")
-    if isinstance(error, ConnectionClosed):
+    if isinstance(error, ConnectionClosed | InvalidFrameError):  # the driver expects anything but a refusal
         host = parts.path[1:].replace("%2F", "/").replace("%2f", "/") or "/"
         return TransportError(
             f"{broker} closed the connection to virtual host {host!r}: check that it exists and that the user may enter it. "

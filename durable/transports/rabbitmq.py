@@ -61,6 +61,8 @@ AGAIN_MIN, AGAIN_MAX = 0.05, 5.0
 """Seconds before something that failed is tried again, twice as long each time."""
 HELD_SECONDS = 1.0
 """How long a task may wait here for room while another worker might have some."""
+DELETED_SECONDS = 0.5
+"""Between finding that a queue is gone and making it again."""
 NAME_BYTES = 255
 REASON_BYTES = 500
 CANCEL = "step.cancel"
@@ -109,6 +111,8 @@ class _Intake:
                     await self._consume(channel)
 
     async def _set_up(self, channel: AbstractChannel) -> None:
+        if self.round:
+            self._transport.forget(self.queue)  # it may have been deleted, and the channel lost for that
         await self._transport.declared(self.queue)
         async with self._turn:
             self._tag = None
@@ -327,7 +331,7 @@ class RabbitMqTransport:
     async def _begin(self) -> None:
         self.link_out, self.link_in = Link(self._url, "publisher"), Link(self._url, "consumer")
         self._declared: dict[str, asyncio.Task[None]] = {}
-        self._heard_before = False
+        self._heard_before = self._heard_results = False
         self._hearing: list[tuple[str, str]] | None = []
         self._publisher = Line(self.link_out, "the publishing channel", _as_it_is, confirms=True)
         self._hinter = Line(self.link_out, "the channel of hints", self._set_up_hints)
@@ -528,6 +532,11 @@ class RabbitMqTransport:
         if self._hearing is None:
             return
         self._hearing = []
+        if self._heard_results:
+            for name in (names.results(self.prefix), names.given_up(self.prefix)):
+                self.forget(name)
+        self._heard_results = True
+        await self.declared(names.dead(self.prefix))  # where an operator looks
         results, lost = names.results(self.prefix), names.given_up(self.prefix)
         for name, ahead, handle in ((results, RESULTS_AHEAD, self._answered), (lost, GIVEN_UP_AHEAD, self._given_up)):
             await self.declared(name)
@@ -650,8 +659,10 @@ class RabbitMqTransport:
             async with asyncio.timeout(self._timeout):
                 try:
                     await self._publish_once(queue, message)
-                except PublishError:  # it was deleted since
-                    self._declared.pop(queue, None)
+                except PublishError:
+                    # Deleted since. If it were made anew at once, the broker might forget to tell those who consumed it.
+                    self.forget(queue)
+                    await asyncio.sleep(DELETED_SECONDS)
                     await self._publish_once(queue, message)
         except PublishError as error:
             raise TransportError(f"RabbitMQ has no queue {queue}: declare it, or leave declare=True.") from error
@@ -724,6 +735,10 @@ class RabbitMqTransport:
             declaring.add_done_callback(forget_failure)
         if not declaring.done():
             await asyncio.shield(declaring)
+
+    def forget(self, queue: str) -> None:
+        """Declare it anew when it is next asked for."""
+        self._declared.pop(queue, None)
 
     async def _declare_queue(self, queue: str) -> None:
         arguments: dict[str, Any] = {"x-queue-type": self._queue_type}

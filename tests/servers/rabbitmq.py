@@ -85,6 +85,10 @@ class RabbitServer(ServerProcess):
             raise RuntimeError(f"rabbitmqctl {' '.join(words)}: {done.stdout}{done.stderr}")
         return done.stdout
 
+    def wrote(self, queue: str) -> bool:
+        """Whether its list of quorum queues on disk has this one."""
+        return any(queue.encode() in listed.read_bytes() for listed in self.folder.glob("data/*/quorum/*/names.dets"))
+
     def close(self) -> None:
         super().close()
         self._epmd.close()
@@ -96,22 +100,33 @@ class RabbitServer(ServerProcess):
 
 
 @pytest.fixture(scope="session")
-def rabbit_server() -> Iterator[str]:
-    """The URL of a running broker."""
+def _own_rabbit() -> Iterator[RabbitServer]:
     require("rabbitmq")
-    given = os.environ.get("AMQP_URL")
-    if given:
-        yield given
-        return
     server = RabbitServer()
     server.start()
     try:
-        yield server.url
+        yield server
     finally:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def rabbit_server(request: pytest.FixtureRequest) -> str:
+    """The URL of a running broker."""
+    given = os.environ.get("AMQP_URL")
+    if given:
+        return given
+    own: RabbitServer = request.getfixturevalue("_own_rabbit")
+    return own.url
 
 
 @pytest.fixture
 def amqp_url(rabbit_server: str) -> str:
     """The URL of a running broker. Use a prefix of your own: queues stay."""
     return rabbit_server
+
+
+@pytest.fixture
+def rabbit(_own_rabbit: RabbitServer) -> RabbitServer:
+    """The broker itself, to be harmed, and to be left as it was found: the others have the same."""
+    return _own_rabbit
