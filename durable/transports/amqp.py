@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import aio_pika
-from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import (
     AuthenticationError,
     ChannelNotFoundEntity,
@@ -63,6 +63,11 @@ def explained(error: BaseException, url: str) -> TransportError:
         return TransportError(
             f"{broker} closed the connection to virtual host {host!r}: check that it exists and that the user may enter it. "
             f"({said})"
+        )
+    if isinstance(error, ChannelPreconditionFailed) and "timed out" in said:
+        return TransportError(
+            f"{broker} does not wait that long for a task: raise consumer_timeout in its rabbitmq.conf above the longest step. "
+            f"The body goes on; its task is delivered again, which is counted. ({said})"
         )
     if isinstance(error, ChannelPreconditionFailed):
         return TransportError(
@@ -119,14 +124,14 @@ class _Lasting:
     async def _live(self) -> None:
         while True:
             told = self.error is not None
-            error: BaseException = ConnectionError(f"{self._what} was lost.")
             try:
                 with lost_is_an_error():
                     await self._last()
-            except Exception as failed:
-                error = failed
+            except Exception as error:
+                self.error = explained(error, self._url)
+            else:
+                self.error = TransportError(f"RabbitMQ: {self._what} was closed.")
             self._up.clear()
-            self.error = explained(error, self._url)
             if not self._first.done():
                 self._first.set_exception(self.error)
                 self._first.exception()  # whoever waits has it; nobody need
@@ -134,6 +139,25 @@ class _Lasting:
                 log.warning("%s was lost and is opened again: %s", self._what, self.error)
             await asyncio.sleep(self._pause)
             self._pause = min(self._pause * 2, PAUSE_MAX)
+
+
+class _Loss:
+    """What the driver calls when something is closed, in one of several ways."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._error: BaseException | None = None
+
+    def __call__(self, sender: object, error: object = None) -> None:
+        if isinstance(error, Exception) and self._error is None:
+            self._error = error
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Raises what it was closed with."""
+        await self._event.wait()
+        if self._error is not None:
+            raise self._error
 
 
 class Link(_Lasting):
@@ -166,11 +190,11 @@ class Link(_Lasting):
             await connection.transport.ready()
 
     async def _last(self) -> None:
-        lost = asyncio.Event()
+        lost = _Loss()
         async with asyncio.timeout(OPEN_SECONDS):
             connection = await aio_pika.connect(self._url, **self._settings)
         try:
-            connection.close_callbacks.add(lambda *_: lost.set())
+            connection.close_callbacks.add(lost)
             if connection.connected.is_set():
                 self._connection = connection
                 self._opened()
@@ -205,18 +229,14 @@ class Line(_Lasting):
         return self.current
 
     async def _last(self) -> None:
-        lost = asyncio.Event()
-
-        def lose(*_: object) -> None:
-            lost.set()
-
+        lost = _Loss()
         connection = await self._link.connection()
         async with asyncio.timeout(OPEN_SECONDS):
             channel = await connection.channel(publisher_confirms=self._confirms, on_return_raises=self._confirms)
         try:
-            channel.close_callbacks.add(lose)
-            connection.close_callbacks.add(lose)
-            (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(lose)  # its queue was deleted
+            channel.close_callbacks.add(lost)
+            connection.close_callbacks.add(lost)
+            (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(lost)  # its queue was deleted
             async with asyncio.timeout(OPEN_SECONDS):
                 await self._set_up(channel)
             if not channel.is_closed:
@@ -225,7 +245,7 @@ class Line(_Lasting):
                 await lost.wait()
         finally:
             self.current = None
-            connection.close_callbacks.discard(lose)
+            connection.close_callbacks.discard(lost)
             await _closed(channel)
 
 
@@ -233,3 +253,28 @@ async def _closed(it: AbstractConnection | AbstractChannel) -> None:
     with contextlib.suppress(Exception), lost_is_an_error():
         async with asyncio.timeout(CLOSE_SECONDS):
             await it.close()
+
+
+async def acknowledge(message: AbstractIncomingMessage) -> None:
+    """Where its channel is gone this is moot: it is delivered again, and its answer counts once."""
+    try:
+        with lost_is_an_error():
+            await message.ack()
+    except Exception as error:
+        log.debug("a message is delivered again, its channel being gone: %r", error)
+
+
+async def refuse(message: AbstractIncomingMessage) -> None:
+    """Have it delivered again, which is counted."""
+    try:
+        with lost_is_an_error():
+            await message.nack(requeue=True)
+    except Exception as error:
+        log.debug("a message is delivered again by itself, its channel being gone: %r", error)
+
+
+async def all_of(works: Iterable[Awaitable[object]]) -> None:
+    """All of them at once; the first error when all are done."""
+    for outcome in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome

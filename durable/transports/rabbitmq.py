@@ -21,7 +21,6 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,14 +38,15 @@ from durable.transports.interface import (
     ResultHandler,
     TaskHandler,
 )
-from durable.transports.serving import ROOM_SECONDS, Server, Workbench
+from durable.transports.serving import Server, Workbench
 
 try:
     from aio_pika import DeliveryMode, ExchangeType, Message
     from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
     from aio_pika.exceptions import DeliveryError, PublishError
 
-    from durable.transports.amqp import Line, Link, explained, lost_is_an_error
+    from durable.transports.amqp import Line, Link, acknowledge, all_of, explained, lost_is_an_error, refuse
+    from durable.transports.rabbitmq_intake import Delivery, Serving
 except ModuleNotFoundError as error:
     raise DefinitionError(f"RabbitMQ needs aio-pika: pip install 'durable[rabbitmq]'. ({error})") from error
 
@@ -59,8 +59,6 @@ HINT_SECONDS = 1.0
 """For a hint to leave; then it is dropped."""
 AGAIN_MIN, AGAIN_MAX = 0.05, 5.0
 """Seconds before something that failed is tried again, twice as long each time."""
-HELD_SECONDS = 1.0
-"""How long a task may wait here for room while another worker might have some."""
 DELETED_SECONDS = 0.5
 """Between finding that a queue is gone and making it again."""
 NAME_BYTES = 255
@@ -69,188 +67,6 @@ CANCEL = "step.cancel"
 """The type of the event by which one task is cancelled."""
 REASON, QUEUE, RETURNS = "x-durable-reason", "x-durable-queue", "x-durable-returns"
 """Headers: why a message lies in the dead queue and where it came from; how often an answer was not taken."""
-
-
-class _Delivery:
-    """A message of a task, until it is settled."""
-
-    def __init__(self, intake: _Intake, message: AbstractIncomingMessage) -> None:
-        self.intake = intake
-        self.message = message
-        self.since = time.monotonic()
-        self._round = intake.round
-        intake.unsettled += 1
-
-    def settled(self) -> None:
-        if self._round == self.intake.round:
-            self.intake.unsettled -= 1
-
-
-class _Intake:
-    """One group's queue at one `serve`: a consumer that is given at most `ahead` tasks which are not settled. The broker
-    counts for each consumer, so another bound is another consumer: `round` numbers them."""
-
-    def __init__(self, transport: RabbitMqTransport, serving: _Serving, group: str, ahead: int) -> None:
-        self._transport = transport
-        self._serving = serving
-        self.queue = names.tasks(transport.prefix, group)
-        self.ahead = ahead
-        self.round = 0
-        self.unsettled = 0
-        self._tag: str | None = None
-        self._turn = asyncio.Lock()
-        self.line = Line(transport.link_in, f"the channel of {self.queue}", self._set_up)
-
-    async def tune(self, ahead: int) -> None:
-        """From now on; 0: take nothing. What has been delivered stays."""
-        async with self._turn:
-            self.ahead = ahead
-            channel = self.line.current
-            if channel is not None:
-                with contextlib.suppress(Exception), lost_is_an_error():
-                    await self._consume(channel)
-
-    async def _set_up(self, channel: AbstractChannel) -> None:
-        if self.round:
-            self._transport.forget(self.queue)  # it may have been deleted, and the channel lost for that
-        await self._transport.declared(self.queue)
-        async with self._turn:
-            self._tag = None
-            await self._consume(channel)
-
-    async def _consume(self, channel: AbstractChannel) -> None:
-        queue = await channel.get_queue(self.queue, ensure=False)
-        if self._tag is not None:
-            tag, self._tag = self._tag, None
-            await queue.cancel(tag)
-        self.round += 1
-        self.unsettled = 0
-        if self.ahead:
-            await channel.set_qos(prefetch_count=self.ahead)
-            self._tag = await queue.consume(self._arrived)
-
-    async def _arrived(self, message: AbstractIncomingMessage) -> None:
-        self._serving.arrived(_Delivery(self, message))
-
-
-class _Serving:
-    """One `serve`: its queues, and what waits here for room. One group with a fixed bound is given as much as there is room
-    for and nothing ever waits. Several groups share their bound, which the broker does not know of; then, and where the
-    bound changes by itself, it is tuned: taken in while there is room, given back when it waits."""
-
-    def __init__(self, transport: RabbitMqTransport, server: Server, concurrency: Concurrency) -> None:
-        self._transport = transport
-        self.server = server
-        self._concurrency = concurrency
-        self.waiting: deque[tuple[_Delivery, Task]] = deque()
-        self._look = asyncio.Event()
-        ahead = self._ahead(server.room)
-        self.intakes = [_Intake(transport, self, group, ahead) for group in server.groups]
-        self._tending: asyncio.Task[None] | None = None
-        self.closing = False
-
-    async def start(self) -> None:
-        """Raises TransportError when a queue cannot be had."""
-        self._tending = asyncio.get_running_loop().create_task(self._tend(), name="durable-amqp room")
-        await _all(intake.line.start() for intake in self.intakes)
-
-    async def stop(self) -> None:
-        """Take nothing more; give back what waits."""
-        self.closing = True
-        if self._tending is not None:
-            self._tending.cancel()
-            await asyncio.wait({self._tending})
-        await _all(intake.tune(0) for intake in self.intakes)
-        await self._return_waiting()
-
-    async def close(self) -> None:
-        """Let go of the channels; what is not settled goes back."""
-        await _all(intake.line.close() for intake in self.intakes)
-
-    def arrived(self, delivery: _Delivery) -> None:
-        """Begin it, or let it wait for room."""
-        transport = self._transport
-        if self.closing:
-            transport.spawn(transport.give_back(delivery))
-            return
-        try:
-            task = decode_any_task(delivery.message.body, limit=transport.capabilities.max_message)
-        except PayloadError as error:
-            transport.spawn(transport.put_away(delivery.message, delivery.intake.queue, str(error), delivery.settled))
-            return
-        if self.waiting or not self._begin(delivery, task):
-            self.waiting.append((delivery, task))
-            self._look.set()
-
-    def _begin(self, delivery: _Delivery, task: Task) -> bool:
-        """False: there is no room. The same attempt while it is under way here is another delivery of the same work, after a
-        channel was lost: it is settled with it."""
-        transport = self._transport
-        key = (task.id, task.attempt)
-        if key in transport.under_way:
-            transport.under_way[key].append(delivery)
-            return True
-        if not self.server.room:
-            return False
-        transport.under_way[key] = [delivery]
-
-        async def done(answer: Answer | None) -> None:
-            if answer is not None:
-                await transport.answer(answer)
-            for each in transport.under_way.pop(key):
-                each.settled()
-                await acknowledge(each.message)
-
-        async def back() -> None:
-            first, *others = transport.under_way.pop(key)
-            await transport.give_back(first)
-            for each in others:
-                each.settled()
-                await acknowledge(each.message)
-
-        transport.bench.begin(self.server, task, done, back)
-        return True
-
-    def _ahead(self, room: int) -> int:
-        most = self._transport.prefetch
-        return room if most is None else min(room, most)
-
-    async def _tend(self) -> None:
-        fixed = isinstance(self._concurrency, int)
-        whole = self._ahead(self.server.room) if fixed else -1
-        while True:
-            if fixed and not self.waiting and all(intake.ahead == whole for intake in self.intakes):
-                self._look.clear()
-                await self._look.wait()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ROOM_SECONDS):
-                    if self.waiting:
-                        await self.server.has_room()
-                    else:
-                        await asyncio.sleep(ROOM_SECONDS)
-            while self.waiting and self._begin(*self.waiting[0]):
-                self.waiting.popleft()
-            await self._tune(fixed)
-
-    async def _tune(self, fixed: bool) -> None:
-        room = self.server.room
-        spare = any(intake.ahead > intake.unsettled for intake in self.intakes)
-        if self.waiting and time.monotonic() - self.waiting[0][0].since > HELD_SECONDS:
-            await self._ask_for(0)
-            await self._return_waiting()
-        elif not room:
-            if spare and not fixed:  # the bound has fallen
-                await self._ask_for(0)
-        elif any(intake.ahead <= intake.unsettled for intake in self.intakes):
-            await self._ask_for(self._ahead(room))
-
-    async def _ask_for(self, ahead: int) -> None:
-        await _all(intake.tune(ahead) for intake in self.intakes if intake.ahead != ahead or ahead)
-
-    async def _return_waiting(self) -> None:
-        while self.waiting:
-            delivery, _ = self.waiting.popleft()
-            await self._transport.give_back(delivery)
 
 
 class RabbitMqTransport:
@@ -300,10 +116,10 @@ class RabbitMqTransport:
             signed=signed,
         )
         self.bench = Workbench(max_message=max_message, heartbeat_interval=heartbeat_interval, beat=self.heartbeat)
-        self.under_way: dict[tuple[str, int], list[_Delivery]] = {}
+        self.under_way: dict[tuple[str, int], list[Delivery]] = {}
         """The deliveries of each attempt that is worked on here."""
         self._arranged: list[tuple[Server, Concurrency]] = []
-        self._servings: list[_Serving] = []
+        self._servings: list[Serving] = []
         self._listeners = Listeners()
         self._take: ResultHandler | None = None
         self._beaten: HeartbeatHandler | None = None
@@ -340,9 +156,9 @@ class RabbitMqTransport:
         self._closing, self._open = False, True
         try:
             async with asyncio.timeout(2 * self._timeout):
-                await _all(link.start() for link in (self.link_out, self.link_in))
+                await all_of(link.start() for link in (self.link_out, self.link_in))
                 lines = [self._publisher, self._hinter, self._ear]
-                await _all(line.start() for line in (lines if self._take is None else [*lines, self._results]))
+                await all_of(line.start() for line in (lines if self._take is None else [*lines, self._results]))
                 for server, concurrency in self._arranged:
                     await self._begin_serving(server, concurrency)
         except BaseException as error:
@@ -362,7 +178,7 @@ class RabbitMqTransport:
 
     async def _end(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        await _all(serving.stop() for serving in self._servings)
+        await all_of(serving.stop() for serving in self._servings)
         await self.bench.drain(timeout)
         self._closing = True
         await self._deafen()
@@ -371,11 +187,11 @@ class RabbitMqTransport:
         self._open = False
         for task in list(self._spawned):
             task.cancel()
-        await _all(serving.close() for serving in self._servings)
-        await _all(line.close() for line in (self._publisher, self._hinter, self._ear, self._results))
+        await all_of(serving.close() for serving in self._servings)
+        await all_of(line.close() for line in (self._publisher, self._hinter, self._ear, self._results))
         for declaring in self._declared.values():
             declaring.cancel()
-        await _all(link.close() for link in (self.link_out, self.link_in))
+        await all_of(link.close() for link in (self.link_out, self.link_in))
         self._servings, self._arranged = [], []
         self.bench.servers.clear()
         self.under_way.clear()
@@ -422,7 +238,7 @@ class RabbitMqTransport:
                 await self._begin_serving(server, concurrency)
 
     async def _begin_serving(self, server: Server, concurrency: Concurrency) -> None:
-        serving = _Serving(self, server, concurrency)
+        serving = Serving(self, server, concurrency)
         self._servings.append(serving)
         await serving.start()
 
@@ -450,7 +266,7 @@ class RabbitMqTransport:
             await asyncio.sleep(pause)
             pause = min(pause * 2, AGAIN_MAX)
 
-    async def give_back(self, delivery: _Delivery) -> None:
+    async def give_back(self, delivery: Delivery) -> None:
         """Let another have it."""
         try:
             await self._return(delivery.message, delivery.intake.queue, {})
@@ -592,7 +408,7 @@ class RabbitMqTransport:
                 return
             except EngineStopped:
                 await self._deafen()
-                await _refuse(message)
+                await refuse(message)
                 return
             except Exception as error:
                 log.warning("The end of a task that was given up was not taken and is told again: %r", error)
@@ -687,7 +503,7 @@ class RabbitMqTransport:
             await self._publish(queue, message.body, message.correlation_id or "", headers)
         except TransportError as error:
             log.debug("a message of %s is refused instead of given back: %s", queue, error)
-            await _refuse(message)
+            await refuse(message)
         else:
             await acknowledge(message)
 
@@ -761,29 +577,5 @@ class RabbitMqTransport:
                 await channel.close()
 
 
-async def acknowledge(message: AbstractIncomingMessage) -> None:
-    """Where its channel is gone this is moot: it is delivered again, and its answer counts once."""
-    try:
-        with lost_is_an_error():
-            await message.ack()
-    except Exception as error:
-        log.debug("a message is delivered again, its channel being gone: %r", error)
-
-
-async def _refuse(message: AbstractIncomingMessage) -> None:
-    try:
-        with lost_is_an_error():
-            await message.nack(requeue=True)
-    except Exception as error:
-        log.debug("a message is delivered again by itself, its channel being gone: %r", error)
-
-
 async def _as_it_is(channel: AbstractChannel) -> None:
     """A channel that needs nothing."""
-
-
-async def _all(works: Any) -> None:
-    """All of them at once; the first error when all are done."""
-    for outcome in await asyncio.gather(*works, return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            raise outcome

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import aio_pika
-import msgspec
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
@@ -111,11 +111,13 @@ async def test_closing_workers_do_not_count(amqp_url: str, prefix: str) -> None:
     results = Results()
     async with end(amqp_url, prefix, results.take, delivery_limit=1) as engine:
         await engine.dispatch(task("r"))
-        for _ in range(4):
-            gate = Gate()
+        gate = Gate()
+        for n in range(4):
             async with end(amqp_url, prefix, delivery_limit=1) as worker:
                 await worker.serve([ECHO], gate.handle)
-                await eventually(lambda: gate.started, "it is under way")
+                async with asyncio.timeout(20):
+                    while len(gate.started) <= n:
+                        await asyncio.sleep(0.005)
                 await worker.close(0.01)
         async with end(amqp_url, prefix, delivery_limit=1) as worker:
             await worker.serve([ECHO], echo)
@@ -128,14 +130,16 @@ async def test_a_killed_worker_process_leaves_its_task_to_another(amqp_url: str,
     results = Results()
     async with end(amqp_url, prefix, results.take) as engine:
         await engine.dispatch(task("r"))
-        process = subprocess.Popen(
-            [sys.executable, "-c", DIES, amqp_url, prefix], stdout=subprocess.PIPE, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", DIES, amqp_url, prefix),
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={"PYTHONPATH": str(ROOT)},
         )
-        with process:
-            assert process.stdout is not None
-            line = await asyncio.get_running_loop().run_in_executor(None, process.stdout.readline)
-            assert line == b"began r:0\n"
-            process.kill()
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"began r:0\n"
+        process.kill()
+        await process.wait()
         async with end(amqp_url, prefix) as worker:
             await worker.serve([ECHO], echo)
             await eventually(lambda: "r:0" in results, "the other answered")
@@ -245,7 +249,7 @@ async def test_an_answer_nobody_can_take_does_not_spin(amqp_url: str, prefix: st
         await engine.reply(answer(task("r")))
         async with asyncio.timeout(20):
             await taken.wait()
-    pauses = [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
+    pauses = [later - sooner for sooner, later in pairwise(times)]
     assert [pause >= 0.05 * 2**n for n, pause in enumerate(pauses)] == [True] * 5
 
 
@@ -291,7 +295,7 @@ async def test_a_killed_broker_comes_back_with_what_was_dispatched(rabbit: Rabbi
         await eventually(lambda: rabbit.wrote(names.tasks(prefix, ECHO)), "the queue's name is on disk")
         rabbit.kill()
         began = loop.time()
-        with pytest.raises(TransportError, match="127.0.0.1"):
+        with pytest.raises(TransportError, match=r"127\.0\.0\.1"):
             await engine.dispatch(task("refused"))
         assert loop.time() - began < 5
         await engine.cancel("working:9")  # a hint nobody hears, and no harm
@@ -332,8 +336,7 @@ async def test_a_broker_out_of_memory_is_a_failure_within_seconds(rabbit: Rabbit
         await in_thread(rabbit, "set_vm_memory_high_watermark", "0.000001")
         try:
             with pytest.raises(TransportError, match="memory"):
-                while True:  # until the broker has noticed
-                    await engine.dispatch(task("s"))
+                await until_it_raises(engine)
             may.set()
             await eventually(lambda: len(results) >= 2 * RESULTS_AHEAD, "all answers were taken")
             with pytest.raises(TransportError, match="memory"):
@@ -344,8 +347,40 @@ async def test_a_broker_out_of_memory_is_a_failure_within_seconds(rabbit: Rabbit
         await eventually(lambda: "after:0" in results, "it works again")
 
 
+async def until_it_raises(engine: RabbitMqTransport) -> None:
+    """Until the broker has noticed that it has no memory."""
+    while True:
+        await engine.dispatch(task("s"))
+
+
 async def in_thread(rabbit: RabbitServer, *words: str) -> None:
     await asyncio.to_thread(rabbit.control, *words)
+
+
+@pytest.fixture
+def impatient(rabbit: RabbitServer) -> Iterator[None]:
+    """The broker waits less than a second for an acknowledgement, where it commonly waits for half an hour, and looks often."""
+    put = "application:set_env(rabbit, {}, {})"
+    setting = f"{put.format('consumer_timeout', '{}')}, {put.format('channel_tick_interval', '{}')}."
+    rabbit.control("eval", setting.format(300, 300))
+    yield
+    rabbit.control("eval", setting.format(1_800_000, 60_000))
+
+
+async def test_a_body_that_outlasts_the_broker_s_patience_runs_once(
+    rabbit: RabbitServer, impatient: None, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a body takes longer than consumer_timeout the task comes again, to the same worker: it goes on, once, and is
+    answered; the log says what to set."""
+    gate, results = Gate(), Results()
+    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix) as worker:
+        await worker.serve([ECHO], gate.handle)
+        await engine.dispatch(task("r"))
+        await eventually(lambda: len(worker.under_way.get(("r:0", 1), ())) > 1, "it was delivered again")
+        gate.open()
+        await eventually(lambda: "r:0" in results, "it was answered")
+        assert gate.started == ["r:0"]
+        assert "consumer_timeout" in caplog.text
 
 
 # -- room
