@@ -141,5 +141,6 @@ def due(executor: Executor, run: Resident, moment: int) -> Arrival | None:
 def _lost(executor: Executor, run: Resident, key: str, moment: int, why: str) -> Arrival:
     sent = run.sent[key]
     executor.dispatch.tell_worker(run, key)
+    executor.dispatch.let_down(run, key)
     error = ErrorData(message=why, code="step_timeout", type="StepTimeout")
     return Arrival(moment, REMOTE, "failed", key=key, attempt=sent.attempt, payload=encode_error(error))

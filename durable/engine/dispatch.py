@@ -14,12 +14,13 @@ import msgspec
 
 from durable.core.clock import SECOND
 from durable.core.commands import SendTask
-from durable.core.errors import TransportError
+from durable.core.errors import StepTimeout, TransportError
 from durable.core.journal import REMOTE, Entry
 from durable.core.payload import describe, encode_error
-from durable.engine.apply import DispatchNote, PublishNote
+from durable.engine.apply import DispatchNote, PublishNote, RetryNote
 from durable.engine.residents import Arrival, Resident, Sent
 from durable.protocol.messages import Heartbeat, RemoteTask, routing_token, step_id
+from durable.protocol.trace import traceparent
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -29,6 +30,21 @@ log = logging.getLogger("durable.dispatch")
 
 ASK_SECONDS_MIN = 0.1
 ASK_SECONDS_MAX = 30.0
+ASK_MAX = 1_000
+"""Tasks a transport is asked after at once."""
+
+
+def _let_down(trace: Sequence[Entry]) -> str | None:
+    """The member over which no answer came to the last attempt, by what an earlier owner wrote down."""
+    last = trace[-1] if trace else None
+    if last is None or last.status != "retrying" or last.payload is None:
+        return None
+    if msgspec.json.decode(last.payload, type=RetryNote).error.code != StepTimeout.code:
+        return None
+    mark = next((entry for entry in reversed(trace) if entry.status == "published"), None)
+    return (
+        None if mark is None or mark.payload is None else msgspec.json.decode(mark.payload, type=PublishNote).transport
+    )
 
 
 def _cancelled() -> bool:
@@ -46,12 +62,19 @@ class Dispatch:
         """Step id → who waits for it here, under which key."""
         self._held: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._lost: dict[tuple[str, str], str] = {}
+        """(Run, key) → the member whose attempt has come to nothing; until the next one is sent."""
+        self._asking = False
+        self._next_ask = 0
 
     def send(self, run: Resident, command: SendTask, attempt: int) -> None:
         """Journal a dispatch; publish once it is committed."""
         executor = self._executor
         now = executor.clock.now()
         sent = self._await(run, command, attempt, now)
+        sent.avoid = self._lost.pop((run.run_id, command.key), None) if self._lost else None
+        if sent.avoid is None and attempt > 1:
+            sent.avoid = _let_down(run.machine.trace(command.key))
         note = DispatchNote(msgspec.Raw(command.input), sent.deadline)
         arrival = Arrival(
             now, REMOTE, "dispatched", key=command.key, attempt=attempt, payload=msgspec.json.encode(note)
@@ -70,11 +93,12 @@ class Dispatch:
         sent = self._await(run, command, dispatched.attempt, dispatched.at)
         sent.deadline = note.deadline
         # A silence must be heard by this engine before it proves anything.
-        sent.last_beat = self._executor.clock.now()
+        sent.last_beat = sent.asked_at = self._executor.clock.now()
         sent.published, sent.transport = self._published(trace)
         if not sent.published:
             run.actions.append(partial(self._publish, run, command, sent.attempt))
         elif self._executor.deps.transport.member(sent.transport).capabilities.holds:
+            sent.asking = True
             # Not the coroutine itself: an action may never be called.
             run.actions.append(lambda: self._spawn(self._ask(run, command, sent)))
 
@@ -89,6 +113,12 @@ class Dispatch:
             return True, transport
         log.warning("task %s was sent over %r, which is gone from the pool; it is sent again", mark.key, transport)
         return False, None
+
+    def let_down(self, run: Resident, key: str) -> None:
+        """No answer has come over the member that took it: the next attempt goes over another, where there is one."""
+        sent = run.sent.get(key)
+        if sent is not None and sent.transport is not None:
+            self._lost[run.run_id, key] = sent.transport
 
     def settle(self, run: Resident, key: str) -> None:
         """The attempt is over."""
@@ -112,6 +142,9 @@ class Dispatch:
         """The run leaves memory; its tasks go on."""
         for key in list(run.sent):
             self.settle(run, key)
+        if self._lost:
+            for run_id, key in [lost for lost in self._lost if lost[0] == run.run_id]:
+                del self._lost[run_id, key]
 
     def awaited(self, task: str) -> tuple[Resident, str] | None:
         """Who waits for this step id in this engine."""
@@ -163,12 +196,14 @@ class Dispatch:
             group=routing_token(command.name, command.options.group),
             input=msgspec.Raw(command.input),
             attempt=attempt,
+            traceparent=traceparent(run.run_id, step_id(run.run_id, command.ordinal), attempt),
             transport=command.options.transport,
             priority=command.options.priority,
         )
+        waiting = run.sent.get(command.key)
         now = self._executor.clock.now
         try:
-            transport = await self._executor.deps.transport.send(task)
+            transport = await self._executor.deps.transport.send(task, avoid=None if waiting is None else waiting.avoid)
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and _cancelled():
                 raise
@@ -198,9 +233,62 @@ class Dispatch:
             delay = min(delay * 2, ASK_SECONDS_MAX)
             if run.dropped or run.sent.get(command.key) is not sent:
                 return
+        sent.asking = False
         if task not in held and run.sent.get(command.key) is sent:
             sent.published = False
+            sent.avoid = sent.transport
             self._publish(run, command, sent.attempt)
+        elif not run.dropped:
+            self._executor.wake(run)  # nothing keeps it here any more
+
+    def ask_at(self, sent: Sent, now: int) -> int | None:
+        """When its transport is to be asked after a task, µs: as long again as it has been out. None: it could not tell."""
+        if not sent.published or not self._executor.deps.transport.member(sent.transport).capabilities.holds:
+            return None
+        asked = max(sent.asked_at, sent.dispatched_at)
+        return asked + max(int(self._executor.settings.ask_every * SECOND), asked - sent.dispatched_at)
+
+    def look_after(self) -> None:
+        """Ask transports after the tasks that have been out for long: now and then, all of a member's in one question. What
+        is not there twice in a row is sent again (B18): the first time its answer may just be on its way."""
+        now = self._executor.clock.now()
+        if self._asking or now < self._next_ask:
+            return
+        self._next_ask = now + int(self._executor.settings.ask_every * SECOND / 10)
+        asked: dict[str | None, list[tuple[Resident, Sent]]] = {}
+        for run, key in self._awaited.values():
+            sent = run.sent.get(key)
+            if sent is None or run.dropped:
+                continue
+            when = self.ask_at(sent, now)
+            if when is not None and (sent.missed or when <= now) and len(asked.get(sent.transport, ())) < ASK_MAX:
+                asked.setdefault(sent.transport, []).append((run, sent))
+        if asked:
+            self._asking = True
+            self._spawn(self._ask_all(asked))
+
+    async def _ask_all(self, asked: dict[str | None, list[tuple[Resident, Sent]]]) -> None:
+        pool = self._executor.deps.transport
+        try:
+            for transport, tasks in asked.items():
+                ids = [step_id(run.run_id, sent.command.ordinal) for run, sent in tasks]
+                try:
+                    async with asyncio.timeout(ASK_SECONDS_MAX):
+                        held = set(await pool.member(transport).holding(ids))
+                except Exception as error:
+                    log.warning("could not ask transport %s after %d tasks: %r", transport, len(ids), error)
+                    continue
+                now = self._executor.clock.now()
+                for (run, sent), task in zip(tasks, ids, strict=True):
+                    sent.asked_at = now
+                    missed, sent.missed = sent.missed, task not in held
+                    if missed and sent.missed and not run.dropped and run.sent.get(sent.command.key) is sent:
+                        log.warning("transport %s no longer has task %s; it is sent again", transport, task)
+                        sent.missed = sent.published = False
+                        sent.avoid = transport
+                        self._publish(run, sent.command, sent.attempt)
+        finally:
+            self._asking = False
 
     async def _cancel(self, transport: str | None, task: str) -> None:
         try:

@@ -364,6 +364,7 @@ class WorkflowEngine:
         self._scheduler.sweep()
         self._executor.steps.release_held()
         self._executor.dispatch.release_held()
+        self._executor.dispatch.look_after()
 
     def _lost(self, why: str) -> None:
         """Everything in memory is somebody else's now. Forget it, and come back as somebody new."""

@@ -55,7 +55,15 @@ class Sent(Struct):
     published: bool = False
     transport: str | None = None
     """The member of the pool that accepted it; None: not known (yet)."""
+    avoid: str | None = None
+    """The member that let the attempt before down."""
     last_beat: int = 0
+    asking: bool = False
+    """Its transport is being asked after it: the run stays until there is an answer."""
+    asked_at: int = 0
+    """When its transport was last asked after it."""
+    missed: bool = False
+    """It did not hold it then."""
 
     def silent_at(self) -> int | None:
         """When silence alone says that the attempt is lost; None where it never does."""

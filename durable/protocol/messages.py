@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType, field
 
 from durable.core.errors import ErrorData
+
+
+def _null() -> Raw:
+    """A factory, so that it is written although it is the default: readers of other makes may ask for the field."""
+    return Raw(b"null")
 
 
 class RemoteTask(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
@@ -143,8 +148,8 @@ class Call(_TurnCommand, frozen=True, tag="call", kw_only=True):
     """Dispatch a step. `group` is a partition; empty or `default`: none."""
 
     name: str
-    group: str = ""
-    input: Raw = Raw(b"null")
+    group: str = field(default_factory=str)
+    input: Raw = field(default_factory=_null)
 
 
 class RecordStep(_TurnCommand, frozen=True, tag="recordStep", kw_only=True):
@@ -174,10 +179,15 @@ class StartChildRun(_TurnCommand, frozen=True, tag="startChild", kw_only=True):
     """Start a run with the id `<runId>.child.<seq>`, and wait for it."""
 
     workflow: str
-    input: Raw = Raw(b"null")
+    input: Raw = field(default_factory=_null)
 
 
 TurnCommand: TypeAlias = Call | RecordStep | Sleep | AwaitSignal | StartChildRun
+
+
+def _none() -> list[TurnCommand]:
+    """As `_null`."""
+    return []
 
 
 class WorkflowDecision(Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
@@ -186,7 +196,7 @@ class WorkflowDecision(Struct, frozen=True, rename="camel", omit_defaults=True, 
     task_id: str
     run_id: str
     status: Literal["continue", "completed", "failed", "cancelled"]
-    commands: list[TurnCommand] = []
+    commands: list[TurnCommand] = field(default_factory=_none)
     output: Raw | UnsetType = UNSET
     error: ErrorData | None = None
 
@@ -221,7 +231,7 @@ class StartRunRequest(Struct, frozen=True, rename="camel", omit_defaults=True, k
 
     tenant: str
     workflow: str
-    input: Raw = Raw(b"null")
+    input: Raw = field(default_factory=_null)
     run_id: str | None = None
     tags: list[str] | None = None
     search_attributes: dict[str, str | int | float | bool] | None = None

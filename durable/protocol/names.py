@@ -10,6 +10,8 @@ from durable.core.errors import DefinitionError
 
 DEFAULT_PREFIX = "durable"
 _ESCAPED = re.compile(r"_x([0-9A-F]{2})_")
+_MISLEADING = re.compile(r"_(?=x[0-9A-F]{2}(?:_|[^A-Za-z0-9_-]))")
+"""An underscore that would begin an escape in what is written: one may be followed by another, or by what becomes one."""
 
 
 def effective_prefix(prefix: str = DEFAULT_PREFIX, namespace: str | None = None) -> str:
@@ -90,7 +92,7 @@ def results_table(prefix: str) -> str:
 def restricted(name: str) -> str:
     """A name for a place that takes only letters, digits, `-` and `_` (SQS): plain names stay as they are, every other
     byte becomes `_x<HH>_`, and so does the underscore of what would read as such an escape. `unrestricted` is its inverse."""
-    guarded = _ESCAPED.sub(lambda found: f"_x5F_x{found[1]}_", name)
+    guarded = _MISLEADING.sub("_x5F_", name)
     return re.sub(r"[^A-Za-z0-9_-]", lambda found: "".join(f"_x{byte:02X}_" for byte in found[0].encode()), guarded)
 
 

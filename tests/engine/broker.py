@@ -87,11 +87,18 @@ class BrokerTransport:
         self.results: ResultHandler | None = None
         self.beats: HeartbeatHandler | None = None
         self.served: list[str] = []
+        self.signed = False
 
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            name="broker", shared=True, holds=True, broadcast=False, heartbeats=True, max_message=64 << 20
+            name="broker",
+            shared=True,
+            holds=True,
+            broadcast=False,
+            heartbeats=True,
+            max_message=64 << 20,
+            signed=self.signed,
         )
 
     async def start(self) -> None:
