@@ -59,6 +59,11 @@ def engine(prefix: str, incarnation: str) -> str:
     return f"{prefix}-engine:{incarnation}"
 
 
+def given_up(prefix: str) -> str:
+    """Where a broker puts tasks that it has delivered too often; an engine takes them from there as failed."""
+    return f"{prefix}-given-up"
+
+
 def dead(prefix: str) -> str:
     """Where a broker puts tasks it has given up on, and we put messages nobody may read."""
     return f"{prefix}-dead"

@@ -36,6 +36,7 @@ SAYS: dict[str, list[str]] = {
 
 SERVED: dict[str, tuple[str, str, list[str]]] = {
     "over_sqs": ("sqs_url", "SQS_ENDPOINT_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
+    "over_rabbitmq": ("amqp_url", "AMQP_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
 }
 """Examples that need a server: its fixture, the variable that names it, what they say."""
 
