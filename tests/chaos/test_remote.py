@@ -19,10 +19,10 @@ from urllib.parse import urlencode
 
 import msgspec
 import pytest
+from durable.opening import open_transport
 
 from durable import Context, Durable, RetryPolicy, RunFailed, RunHandle, workflow
 from durable.core.journal import REMOTE, Entry
-from durable.opening import open_transport
 from durable.protocol.messages import StepResult
 from durable.store.postgres.embedded import EmbeddedPostgres
 from durable.testing.facts import eventually
@@ -284,7 +284,8 @@ async def test_S7_doubled_and_reordered_results(broker: Broker, tmp_path: Path) 
                         )
                     )
             worker = workshop.hire()
-            await workshop.until(lambda: workshop.lines("done"), "the worker did it as well")
+            if broker.kind != "db":  # there an answer takes its task away
+                await workshop.until(lambda: workshop.lines("done"), "the worker did it as well")
             await handle.signal("go")
             assert await handle.result(PATIENCE) in (1, 2, 3)
             assert worker.poll() is None
