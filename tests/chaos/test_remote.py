@@ -70,64 +70,58 @@ class Broker:
     def __init__(self, kind: str, server: Any, address: str, **options: Any) -> None:
         self.kind = kind
         self.server = server
+        options["prefix"] = f"chaos-{uuid.uuid4().hex[:8]}"
         self.url = f"{address}{'&' if '?' in address else '?'}{urlencode(options)}"
 
 
-def _redis(kind: str, scheme: str, **options: Any) -> Iterator[Broker]:
-    require("redis")
-    server = RedisServer(persist=True, appendfsync="always")
-    server.start()
-    try:
-        yield Broker(kind, server, f"{scheme}://127.0.0.1:{server.port}/0", **options)
-    finally:
-        server.close()
+class Servers:
+    """One of each kind for all these tests, started when it is first asked for."""
 
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._running: dict[str, Any] = {}
 
-def _rabbit() -> Iterator[Broker]:
-    require("rabbitmq")
-    server = RabbitServer()
-    server.start()
-    try:
-        yield Broker("rabbitmq", server, server.url, prefix=f"chaos-{uuid.uuid4().hex[:8]}")
-    finally:
-        server.close()
+    def _one(self, service: str, make: Callable[[], Any]) -> Any:
+        require(service)
+        if service not in self._running:
+            self._running[service] = make()
+            self._running[service].start()
+        return self._running[service]
 
+    def broker(self, kind: str) -> Broker:
+        """An empty corner of a running server of this kind."""
+        if kind in ("lane", "bullmq"):
+            redis = self._one("redis", lambda: RedisServer(persist=True, appendfsync="always"))
+            if kind == "lane":
+                return Broker(kind, redis, redis.url, lease=1.0, alive_for=2.0, max_deliveries=2)
+            url = redis.url.replace("redis://", "bullmq://")
+            return Broker(kind, redis, url, lock=1.0, stalled_interval=1.0, failures_every=0.5)
+        if kind == "rabbitmq":
+            rabbit = self._one("rabbitmq", RabbitServer)
+            return Broker(kind, rabbit, rabbit.url)
+        if kind == "sqs":
+            sqs = self._one("sqs", SqsServer)
+            return Broker(kind, sqs, f"sqs://eu-west-1?endpoint={sqs.url}", visibility=2, wait=1, max_receives=2)
+        postgres = self._one("postgres", lambda: EmbeddedPostgres(self._directory / "postgres"))
+        return Broker(kind, postgres, postgres.url, lease=1.5, poll=0.2, max_deliveries=2)
 
-def _sqs() -> Iterator[Broker]:
-    require("sqs")
-    server = SqsServer()
-    server.start()
-    try:
-        yield Broker("sqs", server, f"sqs://eu-west-1?endpoint={server.url}", visibility=2, wait=1, max_receives=2)
-    finally:
-        server.close()
-
-
-KINDS: dict[str, Callable[[], Iterator[Broker]]] = {
-    "lane": lambda: _redis("lane", "redis", lease=1.0, alive_for=2.0, max_deliveries=2),
-    "bullmq": lambda: _redis("bullmq", "bullmq", lock=1.0, stalled_interval=1.0, failures_every=0.5),
-    "rabbitmq": _rabbit,
-    "sqs": _sqs,
-}
+    def close(self) -> None:
+        for server in self._running.values():
+            server.stop() if isinstance(server, EmbeddedPostgres) else server.close()
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
-    """A server of our own: it is going to be stopped."""
-    require("postgres")
-    with EmbeddedPostgres(tmp_path_factory.mktemp("chaos") / "postgres") as server:
-        yield server
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    servers = Servers(tmp_path_factory.mktemp("brokers"))
+    yield servers
+    servers.close()
 
 
 @pytest.fixture(params=["lane", "bullmq", "db", "rabbitmq", "sqs"])
-def broker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
+def broker(request: pytest.FixtureRequest, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Broker:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    if request.param == "db":
-        server: EmbeddedPostgres = request.getfixturevalue("postgres")
-        yield Broker("db", server, server.url, lease=1.5, poll=0.2, max_deliveries=2)
-        return
-    yield from KINDS[request.param]()
+    return servers.broker(request.param)
 
 
 def only(*kinds: str) -> pytest.MarkDecorator:
