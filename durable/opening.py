@@ -32,11 +32,15 @@ if TYPE_CHECKING:
     from durable.store.postgres import PostgresStore
 
 _REDIS_OWN = frozenset(
-    "username password db protocol client_name socket_timeout socket_connect_timeout socket_keepalive "
-    "health_check_interval max_connections ssl_cert_reqs ssl_ca_certs ssl_ca_path ssl_certfile ssl_keyfile "
-    "ssl_check_hostname".split()
+    [
+        *("username", "password", "db", "protocol", "client_name", "max_connections", "health_check_interval"),
+        *("socket_timeout", "socket_connect_timeout", "socket_keepalive"),
+        *("ssl_cert_reqs", "ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"),
+    ]
 )
-_AMQP_OWN = frozenset("heartbeat timeout name cafile capath certfile keyfile no_verify_ssl auth".split())
+_AMQP_OWN = frozenset(
+    ["heartbeat", "timeout", "name", "cafile", "capath", "certfile", "keyfile", "no_verify_ssl", "auth"]
+)
 
 
 class _Kind(Struct, frozen=True):
@@ -190,9 +194,7 @@ def default_control_plane(pool: TransportPool, store: Store) -> ControlPlane:
 # ------------------------------------------------------------------ by URL
 
 
-def _open(
-    url: str, kinds: Mapping[str, tuple[_Kind, str]], what: str, known: str, wished: Mapping[str, Any]
-) -> Any:
+def _open(url: str, kinds: Mapping[str, tuple[_Kind, str]], what: str, known: str, wished: Mapping[str, Any]) -> Any:
     parts = urlsplit(url)
     if parts.scheme not in kinds or not url.startswith(parts.scheme + "://"):
         raise DefinitionError(f"No {what} is known for {_shown(url)!r}. Give {known}.")

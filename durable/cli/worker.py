@@ -209,8 +209,6 @@ def _printer(as_json: bool) -> Callable[[Done], None]:
         why = f": {done.error.line}" if done.error is not None else ""
         took = span(int(done.seconds * 1_000_000))
         outcome = done.outcome.replace("_", " ")
-        click.echo(
-            safe(f"{short_id(task.run_id)} {task.name}  attempt {task.attempt}  {took}  {outcome}{why}")
-        )
+        click.echo(safe(f"{short_id(task.run_id)} {task.name}  attempt {task.attempt}  {took}  {outcome}{why}"))
 
     return json_line if as_json else line

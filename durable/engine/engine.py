@@ -22,9 +22,9 @@ from durable.engine.deps import Deps
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
 from durable.engine.lease import Lease
+from durable.engine.lines import LIVE_LINE, Hearing
 from durable.engine.recovery import Recovery
 from durable.engine.requeue import requeue
-from durable.engine.lines import LIVE_LINE, Hearing
 from durable.engine.residents import Final, Resident, Sent
 from durable.engine.results import Results
 from durable.engine.resume import Resume

@@ -124,9 +124,7 @@ class LocalSteps:
             Arrival(now, STEP, status, key, None, None, attempt, payload, None, began, now),
         )
 
-    async def _timed(
-        self, run: Resident, command: RunStep, attempt: int, timeout: float, scope: StepScope
-    ) -> Any:
+    async def _timed(self, run: Resident, command: RunStep, attempt: int, timeout: float, scope: StepScope) -> Any:
         limit = asyncio.timeout(timeout)
         try:
             async with limit:

@@ -14,7 +14,7 @@ from typing import Any
 
 from durable.protocol.codec import encode
 from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, routing_token, sanitize
-from durable.transports.answers import crashed, no_handler, too_large
+from durable.transports.answers import cancelled, crashed, no_handler, too_large
 from durable.transports.interface import Concurrency, TaskHandler
 
 log = logging.getLogger("durable.transports")
@@ -75,6 +75,8 @@ class _Job:
         self.work: asyncio.Future[Answer] | None = None
         self.dropped = False
         """Cancelled by the engine: nobody waits for an answer."""
+        self.recalled = False
+        """Its run was cancelled. Whether somebody waits all the same is not known here: the run may be cleaning up."""
 
 
 class Workbench:
@@ -134,11 +136,18 @@ class Workbench:
 
     def cancel(self, task_id: str) -> None:
         """Cancel every attempt of a task."""
-        self._cancel(lambda task: task.id == task_id)
+        for job in list(self._jobs):
+            if job.task.id == task_id and job.work is not None:
+                job.dropped = True
+                job.work.cancel()
 
     def cancel_run(self, run_id: str) -> None:
-        """Cancel all tasks of a run."""
-        self._cancel(lambda task: task.run_id == run_id)
+        """Cancel all tasks of a run. Its steps are answered all the same, as cancelled."""
+        for job in list(self._jobs):
+            if job.task.run_id == run_id and job.work is not None:
+                job.recalled = isinstance(job.task, RemoteTask)
+                job.dropped = job.dropped or not job.recalled
+                job.work.cancel()
 
     async def drain(self, timeout: float) -> None:
         """Wait for what is under way, cancel the rest. The adapter takes nothing more by then."""
@@ -209,6 +218,8 @@ class Workbench:
                 return None
             if self._closing:
                 raise GivenBack
+            if job.recalled and isinstance(task, RemoteTask):
+                return cancelled(task)
             return crashed(task, asyncio.CancelledError("The handler cancelled itself."))
         error = job.work.exception()
         if error is not None:
@@ -219,12 +230,6 @@ class Workbench:
     def _fitting(self, task: Task, answer: Answer) -> Answer:
         size = len(encode(answer, limit=1 << 40))
         return answer if size <= self._max_message else too_large(task, size, self._max_message)
-
-    def _cancel(self, meant: Callable[[Task], bool]) -> None:
-        for job in list(self._jobs):
-            if meant(job.task) and job.work is not None:
-                job.dropped = True
-                job.work.cancel()
 
     def _arm(self) -> None:
         if self._beat is not None and self._beating is None:

@@ -99,9 +99,7 @@ class Lines:
                     f"{self._left_out} more lines were left out: an attempt may tell {MAX_EVENTS:,} lines, or "
                     f"{LINES_BYTES_MAX:,} bytes."
                 )
-                self._events.append(
-                    StepEvent(at=self._now_ms(), level="warn", message=text, index=len(self._events))
-                )
+                self._events.append(StepEvent(at=self._now_ms(), level="warn", message=text, index=len(self._events)))
             self._closed = True
             return self._events or None
 

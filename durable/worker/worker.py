@@ -28,7 +28,7 @@ from durable.core.registry import Registry
 from durable.core.step import StepObserver
 from durable.opening import open_pool
 from durable.protocol.messages import Answer, ControlMessage, RemoteTask, Task
-from durable.transports.answers import failed
+from durable.transports.answers import cancelled
 from durable.transports.interface import Concurrency, Transport
 from durable.transports.pool import DEFAULT, TransportPool
 from durable.worker.adaptive import Adaptive
@@ -39,8 +39,6 @@ from durable.worker.stopping import stop_signals
 
 log = logging.getLogger("durable.worker")
 
-CANCELLED = "step_cancelled"
-"""Code of the answer for a body that the control plane has cancelled."""
 THREADS = 32
 """For plain `def` bodies, at least."""
 
@@ -264,8 +262,8 @@ class Worker:
         except asyncio.CancelledError:
             if not job.told or job.work.uncancel() > 0:
                 raise
-            error = ErrorData(message="The step was cancelled.", code=CANCELLED, type="StepCancelled")
-            return failed(job.task, error)
+            assert isinstance(job.task, RemoteTask)
+            return cancelled(job.task)
         if job.told:
             job.work.uncancel()  # the body insists on its answer
         return answer
@@ -289,14 +287,12 @@ class Worker:
             attempt = event.get("attempt")
             self._cancel(
                 lambda task: (
-                    isinstance(task, RemoteTask)
-                    and task.step_id == event.get("stepId")
-                    and (not isinstance(attempt, int) or task.attempt <= attempt)
+                    task.step_id == event.get("stepId") and (not isinstance(attempt, int) or task.attempt <= attempt)
                 )
             )
 
-    def _cancel(self, meant: Callable[[Task], bool]) -> None:
+    def _cancel(self, meant: Callable[[RemoteTask], bool]) -> None:
         for job in list(self._jobs.values()):
-            if meant(job.task) and not job.told:
+            if isinstance(job.task, RemoteTask) and meant(job.task) and not job.told:
                 job.told = True
                 job.work.cancel()

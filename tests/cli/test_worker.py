@@ -1,4 +1,4 @@
-"""`durable worker` on the command line: what it says, and what it says when it cannot. Its life as a process is in tests/worker."""
+"""`durable worker` on the command line: what it says, and what it says when it cannot. Its life is in tests/worker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def test_help_shows_how_it_is_used() -> None:
     ("arguments", "exit", "words"),
     [
         ([APP], 1, "A worker needs a transport"),
-        ([APP, "--transport", "carrier-pigeon://roof"], 1, "No transport is known for 'carrier-pigeon://roof'. Give redis://"),
+        (
+            [APP, "--transport", "carrier-pigeon://roof"],
+            1,
+            "No transport is known for 'carrier-pigeon://roof'. Give redis://",
+        ),
         ([APP, "--transport", "redis://:secret@host?speed=9"], 1, "no option 'speed'"),
         ([APP, "--transport", "redis://host?lease=soon"], 1, "'soon' is not a duration"),
         ([APP, "--transport", "redis://a", "--transport", "redis://b"], 2, "Two transports are called default"),

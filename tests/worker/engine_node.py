@@ -1,5 +1,5 @@
-"""An engine in a process of its own: `python -m tests.worker.engine_node STORE TRANSPORT`. It runs `relay`, says when it is up, and
-ends when its input does."""
+"""An engine in a process of its own: `python -m tests.worker.engine_node STORE TRANSPORT`. It runs `relay`, says when it is up,
+and ends when its input does."""
 
 from __future__ import annotations
 

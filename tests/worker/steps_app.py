@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 from durable import Durable, current_step
 
@@ -31,8 +32,7 @@ async def first_hangs(marker: str) -> str:
     """Hangs in the first process that tries it, and in no other: `marker` is a file that says so."""
     current_step().log("begun")
     try:
-        with open(marker, "x"):
-            pass
+        Path(marker).touch(exist_ok=False)  # noqa: ASYNC240 - once, and at once
     except FileExistsError:
         return "done"
     await asyncio.Event().wait()

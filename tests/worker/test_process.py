@@ -194,9 +194,7 @@ async def test_X8_progress_is_seen_live_by_a_watcher_in_another_process(redis_ur
             assert seen.index("0%") < seen.index("completed")
 
 
-async def test_what_a_body_raises_comes_back_from_another_process(
-    app: Durable, redis_url: str, tmp_path: Path
-) -> None:
+async def test_what_a_body_raises_comes_back_from_another_process(app: Durable, redis_url: str, tmp_path: Path) -> None:
     """A failure's class and text are known to the run, and shown by the worker."""
     async with worker(redis_url, tmp_path) as process:
         run = await app.start(relay, ["broken", None])
