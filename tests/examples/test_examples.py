@@ -22,6 +22,7 @@ SAYS: dict[str, list[str]] = {
         "worker: again, attempt 1, key ends in :2",
         "total width: 480",
     ],
+    "worker_steps": ["result: 10 WORDS", "tasks: {'completed': 2}"],
     "sleep": ["the engine stops", "a new engine is up", "result: drink water (after 1 s)"],
     "signals": ["sent: True, the same id again: False", "120: approved by ann", "80: nobody decided"],
     "children": ["page 1\npage 2\nfailed: ", "page 3 is torn", "child print_page: failed"],
