@@ -72,7 +72,7 @@ class _Job:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.work: asyncio.Future[Answer] | None = None
+        self.work: asyncio.Task[Any] | None = None
         self.dropped = False
         """Cancelled by the engine: nobody waits for an answer."""
         self.recalled = False
@@ -130,7 +130,8 @@ class Workbench:
         client calls back for each message; its own bound counts then."""
         server.under_way += 1
         try:
-            return await self._work(server, task)
+            # A task of its own: what is cancelled is the handler, and not its client's loop.
+            return await asyncio.get_running_loop().create_task(self._work(server, task), name=f"step {task.id}")
         finally:
             server.leave()
 
@@ -204,28 +205,30 @@ class Workbench:
         job = _Job(task)
         self._jobs[job] = None
         self._arm()
-        job.work = asyncio.ensure_future(server.handler(task))
+        # In this very task: one more for each handler would cost as much as all else here.
+        job.work = asyncio.current_task()
+        assert job.work is not None
+        before = job.work.cancelling()
         try:
-            await asyncio.wait({job.work})
-        except asyncio.CancelledError:
-            job.work.cancel()  # whoever waits for it is going
-            await asyncio.wait({job.work}, timeout=REFUSAL_MAX)
-            raise
-        finally:
-            del self._jobs[job]
-        if job.work.cancelled():
+            return self._fitting(task, await server.handler(task))
+        except asyncio.CancelledError as error:
             if job.dropped:
                 return None
             if self._closing:
-                raise GivenBack
+                raise GivenBack from None
             if job.recalled and isinstance(task, RemoteTask):
                 return cancelled(task)
-            return crashed(task, asyncio.CancelledError("The handler cancelled itself."))
-        error = job.work.exception()
-        if error is not None:
+            if job.work.cancelling() > before:
+                raise  # whoever waits for it is going
+            return crashed(task, error)
+        except Exception as error:
             log.warning("The handler of %s raised; the task is answered as failed", task.name, exc_info=error)
             return crashed(task, error)
-        return self._fitting(task, job.work.result())
+        finally:
+            del self._jobs[job]
+            if job.dropped or job.recalled or self._closing:
+                while job.work.cancelling() > before:
+                    job.work.uncancel()  # it was the handler that was meant
 
     def _fitting(self, task: Task, answer: Answer) -> Answer:
         size = len(encode(answer, limit=1 << 40))

@@ -59,6 +59,7 @@ class _Job:
     def __init__(self, task: Task, work: asyncio.Task[Any]) -> None:
         self.task = task
         self.work = work
+        self.before = work.cancelling()
         self.over = asyncio.Event()
         self.told = False
         """Cancelled because the control plane said so."""
@@ -260,7 +261,7 @@ class Worker:
         try:
             answer = await self._handler(job.task)
         except asyncio.CancelledError:
-            if not job.told or job.work.uncancel() > 0:
+            if not job.told or job.work.uncancel() > job.before:
                 raise
             assert isinstance(job.task, RemoteTask)
             return cancelled(job.task)

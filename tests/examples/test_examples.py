@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.servers.redis import RedisServer
+from tests.servers.services import require
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -32,6 +36,7 @@ SAYS: dict[str, list[str]] = {
     "typed_values": ["Shirt: Size.LARGE Decimal('39.80') 2026-01-02 b'\\x00\\xff'", "refused [payload_type]"],
     "idempotent_start": ["the same run: True", "result: sent", "refused [idempotency_conflict]"],
     "orders_module": ["the shop opens", "order m-1: 42.00 paid as ch_", "the shop is closed"],
+    "over_redis": ["order 0 charged under :0 by another process: True", "order 2 charged under :2 by another process"],
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
 }
 
@@ -44,14 +49,29 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} - PARTS == set(SAYS)
 
 
+@pytest.fixture
+def redis_that_keeps() -> Iterator[dict[str, str]]:
+    """REDIS_URL of a server that nothing is to be said against."""
+    require("redis")
+    server = RedisServer(persist=True)
+    server.start()
+    yield {"REDIS_URL": server.url}
+    server.close()
+
+
+NEEDS = {"over_redis": "redis_that_keeps"}
+"""Example → the fixture that gives the environment it needs."""
+
+
 @pytest.mark.parametrize("name", SAYS)
-def test_example(name: str, tmp_path: Path) -> None:
+def test_example(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The example succeeds anywhere, prints its facts, warns of nothing, and stays short."""
     source = EXAMPLES / f"{name}.py"
+    server = request.getfixturevalue(NEEDS[name]) if name in NEEDS else {}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(source)],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)} | server,
         capture_output=True,
         text=True,
         timeout=50,
@@ -76,3 +96,17 @@ def test_examples_print_once(tmp_path: Path) -> None:
     )
     lines = done.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 6
+
+
+def test_without_its_server_an_example_says_what_to_do() -> None:
+    """One sentence, and no traceback."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "over_redis.py")],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "REDIS_URL": "redis://127.0.0.1:1/0"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert "start one, or name another as REDIS_URL" in done.stdout
