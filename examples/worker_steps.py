@@ -1,8 +1,8 @@
 """Steps to be served by processes of their own, and a workflow that calls them by name.
 
-    python examples/worker_steps.py                                          all in one process
-    durable worker examples/worker_steps.py --transport redis://localhost    only the steps
-    EXAMPLE_TRANSPORT=redis://localhost python examples/worker_steps.py      only the workflow
+python examples/worker_steps.py                                          all in one process
+durable worker examples/worker_steps.py --transport redis://localhost    only the steps
+EXAMPLE_TRANSPORT=redis://localhost python examples/worker_steps.py      only the workflow
 """
 
 import asyncio

@@ -125,7 +125,6 @@ class Worker:
         self._pool: TransportPool | None = None
         self._plane: ControlPlane | None = None
         self._plane_apart = False
-        self._teller: Teller | None = None
         self._unhear: Callable[[], None] = lambda: None
         if isinstance(concurrency, Adaptive):
             concurrency.under_way = lambda: self.under_way
@@ -171,7 +170,6 @@ class Worker:
         self._plane = plane or pool.control_plane
         shared: object = self._plane
         self._plane_apart = all(shared is not member for member in pool.members.values())
-        self._teller = None if self._plane is None else Teller(self._plane, self.id)
         bound = self._concurrency.max if isinstance(self._concurrency, Adaptive) else self._concurrency
         threads = max(THREADS, bound if isinstance(bound, int) else 0)
         self._handler = StepHandler(
@@ -179,7 +177,7 @@ class Worker:
             self._clock,
             self._on_step,
             threads=threads if self._threads else 0,
-            teller=self._teller,
+            teller=None if self._plane is None else self._speaker(self._plane),
         )
         self._pool = pool
         try:
@@ -203,12 +201,10 @@ class Worker:
             await pool.close(self.drain_timeout if timeout is None else timeout)
         finally:
             self._unhear()
-            if self._teller is not None:
-                await self._teller.close()
-            if self._plane is not None and self._plane_apart:
-                await self._plane.close()
             if self._handler is not None:
                 self._handler.close()
+            if self._plane is not None and self._plane_apart:
+                await self._plane.close()
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM, then drain: the main of a process. A second signal ends it at once, with 130; what
@@ -277,7 +273,13 @@ class Worker:
             except Exception:
                 log.exception("on_done raised on task %s", task.id)
 
-    # ------------------------------------------------------------------ cancels
+    # ------------------------------------------------------------------ the control plane
+
+    def _speaker(self, plane: ControlPlane) -> Teller:
+        async def tell(event: dict[str, Any]) -> None:
+            await plane.publish_control(ControlMessage(sender=self.id, kind="event", event=event))
+
+        return Teller(tell, lambda: plane.audience)
 
     def _hear(self, message: ControlMessage) -> None:
         """A cancel of a run or of one step. An engine's word is a hint: whom it does not concern passes it over."""
