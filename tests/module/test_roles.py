@@ -109,7 +109,7 @@ async def test_options_may_be_overridden() -> None:
 async def test_transports_are_given_by_url_too() -> None:
     """`for_root(transport="…")`, and several by id."""
     for options in ({"transport": "event-emitter://"}, {"transports": {"default": "event-emitter://"}}):
-        root = DynamicModule(Where, [DurableModule.for_root("memory://", **options)], [asks, Where])  # type: ignore[arg-type]
+        root = DynamicModule(Where, [DurableModule.for_root("memory://", **options)], [asks])  # type: ignore[arg-type]
         async with Application(root) as app:
             assert await app.start_and_wait(asks) == 1
 
