@@ -366,6 +366,11 @@ class WorkflowEngine:
         if any(pool.member(sent.transport).capabilities.shared for sent in run.sent.values()):
             self._announcer.hint("cancel", run.run_id)
 
+    async def tell_line(self, event: dict[str, Any]) -> None:
+        """A live line of a body that is served beside this engine: for a run here, or for whoever owns it."""
+        if not self._hearing.hear(event):
+            self._announcer.tell(event)
+
     def _hint(self) -> None:
         self._scheduler.nudge()
         self._timeline.hint()

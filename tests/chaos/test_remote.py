@@ -19,10 +19,10 @@ from urllib.parse import urlencode
 
 import msgspec
 import pytest
-from durable.opening import open_transport
 
 from durable import Context, Durable, RetryPolicy, RunFailed, RunHandle, workflow
 from durable.core.journal import REMOTE, Entry
+from durable.opening import open_transport
 from durable.protocol.messages import StepResult
 from durable.store.postgres.embedded import EmbeddedPostgres
 from durable.testing.facts import eventually

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.servers.redis import RedisServer
+from tests.servers.services import require
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -35,6 +39,11 @@ SAYS: dict[str, list[str]] = {
 }
 
 SERVED: dict[str, tuple[str, str, list[str]]] = {
+    "over_redis": (
+        "redis_that_keeps",
+        "REDIS_URL",
+        ["order 0 charged under :0 by another process: True", "order 2 charged under :2 by another process"],
+    ),
     "over_sqs": ("sqs_url", "SQS_ENDPOINT_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
     "over_rabbitmq": ("amqp_url", "AMQP_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
 }
@@ -47,6 +56,16 @@ PARTS = {"orders", "order_demo", "shop"}
 def test_every_example_is_run() -> None:
     """No example is there that no test runs."""
     assert {path.stem for path in EXAMPLES.glob("*.py")} - PARTS == {*SAYS, *SERVED}
+
+
+@pytest.fixture
+def redis_that_keeps() -> Iterator[str]:
+    """A server that nothing is to be said against."""
+    require("redis")
+    server = RedisServer(persist=True)
+    server.start()
+    yield server.url
+    server.close()
 
 
 @pytest.mark.parametrize("name", SAYS)

@@ -210,6 +210,22 @@ def test_names_for_sqs_are_golden() -> None:
         assert names.unrestricted(golden["sqs"]) == golden["name"]
 
 
+def test_names_of_the_lane_are_golden() -> None:
+    """Streams and keys of the Redis lane are called as `names.json` says."""
+    for golden in load("vectors/names.json")["lane"]:
+        given = golden.pop("given")
+        prefix = names.effective_prefix(given["prefix"], given["namespace"])
+        token = messages.routing_token(given["name"], given["partition"])
+        built = {
+            "tasks": names.lane_tasks(prefix, token),
+            "results": names.lane_results(prefix, given["instanceId"]),
+            "unclaimed": names.lane_unclaimed(prefix),
+            "engines": names.lane_engines(prefix),
+            "held": names.lane_held(prefix),
+        }
+        assert built == golden
+
+
 def test_no_two_names_are_one_on_sqs() -> None:
     """The spelling has an inverse for whatever looks like an escape, and writes only what SQS takes."""
     spelled: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -113,7 +114,7 @@ async def until(fact: Callable[[], Awaitable[object]], claim: str) -> None:
 
 
 async def test_a_task_of_a_worker_killed_at_it_is_done_by_another(redis_url: str) -> None:
-    """kill -9 in the middle of a step: once its lease is over another worker runs the task, and it is answered (B16)."""
+    """kill -9 in the middle of a step: once its lease is over another worker runs the task, and it is answered (S14)."""
     async with engine_end(redis_url) as (engine, results), node("worker", redis_url) as doomed:
         await engine.dispatch(task("r", name="hang"))
         await doomed.says("began", "r:0")
@@ -194,7 +195,7 @@ async def test_a_worker_with_one_place_takes_one_task(redis_url: str) -> None:
 
 
 async def test_answers_of_a_killed_engine_are_taken_by_another(redis_url: str) -> None:
-    """kill -9 with answers unread: once it counts as gone, another engine takes them over, and none is lost (S13)."""
+    """kill -9 with answers unread: once it counts as gone, another engine takes them over, and none is lost."""
     async with worker_end(redis_url, echo, "quick"), node("engine", redis_url) as doomed:
         await doomed.says("heard", "orphan:0")
         await doomed.kill()
@@ -381,7 +382,8 @@ async def test_a_newer_attempt_is_held_though_the_older_was_answered(redis_url: 
 
 
 async def test_a_cancelled_run_frees_its_workers(redis_url: str) -> None:
-    """`cancel {runId}` on the control channel cancels all tasks of the run, and no other; none of them is answered."""
+    """`cancel {runId}` on the control channel cancels all tasks of the run, and no other. They are answered as cancelled: a run
+    that cleans up may still wait for one of them."""
     gate = Gate()
     async with engine_end(redis_url) as (engine, results), worker_end(redis_url, gate.handle):
         for seq in (0, 1):
@@ -391,7 +393,9 @@ async def test_a_cancelled_run_frees_its_workers(redis_url: str) -> None:
         await engine.publish_control(ControlMessage(sender="somebody", kind="cancel", run_id="r"))
         await eventually(lambda: sorted(gate.cancelled) == ["r:0", "r:1"], "both were cancelled")
         gate.open()
-        await eventually(lambda: results.keys() == {"other:0"}, "the other one is answered")
+        await eventually(lambda: len(results.heard) == 3, "all are answered")
+        codes = {one.id: one.error.code for one in results.heard if one.error is not None}
+        assert codes == {"r:0": "step_cancelled", "r:1": "step_cancelled"}
         await until(lambda: holds_nothing(engine, "r:0", "r:1", "other:0"), "nothing is held")
 
 
@@ -402,6 +406,31 @@ async def test_deployments_with_other_prefixes_keep_apart(redis_url: str) -> Non
             await blue.dispatch(task("r"))
             await eventually(lambda: "r:0" in heard, "it came home")
             assert stray == {}
+
+
+async def test_a_worker_of_another_make_needs_no_more_than_the_page(redis_url: str) -> None:
+    """Plain commands, as protocol/redis-lane.md has them: it reads a task, answers it without naming an attempt, and the
+    engine holds it no more."""
+    async with engine_end(redis_url) as (engine, results), Redis.from_url(redis_url, decode_responses=True) as other:
+        await engine.dispatch(task("r", input={"a": 1}))
+        await other.xgroup_create(STREAM, "workers", "0", mkstream=True)
+        ((_, ((entry, fields),)),) = await other.xreadgroup("workers", "them", {STREAM: ">"}, count=1)
+        sent = json.loads(fields["t"])
+        said = {
+            "runId": sent["runId"],
+            "seq": sent["seq"],
+            "stepId": sent["stepId"],
+            "status": "completed",
+            "output": 7,
+        }
+        async with other.pipeline(transaction=True) as pipe:
+            pipe.xack(STREAM, "workers", entry)
+            pipe.xdel(STREAM, entry)
+            pipe.xadd(f"durable-lane-results-{fields['r']}", {"a": json.dumps(said)})
+            await pipe.execute()
+        await eventually(lambda: "r:0" in results, "the answer was heard")
+        assert output_of(results["r:0"]) == b"7"
+        await until(lambda: holds_nothing(engine, "r:0"), "it is held no more")
 
 
 # -- settings

@@ -91,6 +91,24 @@ async def test_X8_lines_of_a_body_under_way_are_seen_by_watchers_of_another_engi
     await world.sound(run.id)
 
 
+async def test_X8_lines_of_a_remote_step_served_beside_the_engine_are_seen_live_too(world: World) -> None:
+    """No worker, no other engine: `ctx.remote` over the default transport. A body that is quick tells with its result."""
+    gate = Gate()
+
+    @durable_step("talks")
+    async def talks() -> None:
+        current_step().log("begun")
+        await gate()
+
+    app = await world.engine(asks, talks)
+    run = await app.start(asks)
+    await until_told(world, run.id, 1)
+    gate.open()
+    await run.result(10)
+    assert [line[:4] for line in told(await world.journal(run.id))] == [("talks", 1, 0, "begun")]
+    await world.sound(run.id)
+
+
 async def test_R6_lines_told_live_are_not_written_again_by_the_next_owner(world: World) -> None:
     """The run changes owner between a live line and the result: the journal says which lines are there."""
     broker, plane = Broker(), LocalControlPlane()

@@ -81,6 +81,7 @@ class RedisTransport:
         self._bench = Workbench(max_message=max_message, heartbeat_interval=heartbeat_interval, beat=self.heartbeat)
         self._on_result: ResultHandler | None = None
         self._on_heartbeat: HeartbeatHandler | None = None
+        self._hears_beats = False
         self._answers: Answers | None = None
         self._tasks: Tasks | None = None
         self._instance = ""
@@ -114,8 +115,9 @@ class RedisTransport:
 
     async def _open(self) -> None:
         check(_facts(await self._link.one("INFO")), "The Redis lane")
-        if self._on_heartbeat is not None:
+        if self._on_heartbeat is not None and not self._hears_beats:
             self._plane.also(self._beats, self._heard_beat)
+            self._hears_beats = True
         await self._plane.start()
         if self._on_result is not None:
             self._answers = Answers(

@@ -41,6 +41,7 @@ async def lane_worker(url: str) -> None:
     from redis.asyncio import Redis
 
     client, replies = Redis.from_url(url, protocol=2), Redis.from_url(url, protocol=2)
+    await client.delete("raw-tasks", "raw-results")
     await client.xgroup_create("raw-tasks", GROUP, "0", mkstream=True)
     while True:
         for _, entries in await client.xreadgroup(GROUP, "one", {"raw-tasks": ">"}, count=100, block=0):
