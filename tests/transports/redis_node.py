@@ -62,9 +62,9 @@ async def main(role: str, url: str, lease: float) -> None:
             await asyncio.Event().wait()
     if role == "run":
         async with Durable(sys.argv[4], workflows=[far_steps], transport=transport, lease=lease) as app:
-            handle = await app.start(far_steps, "x")
+            started = await app.start(far_steps, "x")
             say("ready")
-            say(handle.id)
+            say(started.id)
             await asyncio.Event().wait()
     if role == "engine":
         transport.on_result(deaf)
