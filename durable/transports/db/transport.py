@@ -29,6 +29,7 @@ from durable.core.errors import (
 )
 from durable.protocol import names
 from durable.protocol.messages import Answer, Heartbeat, Task, sanitize
+from durable.protocol.messages import step_id as step_id_of
 from durable.transports.answers import failed, given_up
 from durable.transports.db.rows import (
     TURN,
@@ -311,8 +312,7 @@ class DbTransport:
         try:
             task = task_of(row, self._capabilities.max_message)
         except PayloadError as error:
-            log.warning("task %s cannot be read and is put away: %s", row.step_id, error)
-            self._spawn(self._tables.refuse_task(*claim, _put_away(row.step_id), str(error)))
+            self._spawn(self._refuse(one, error))
             return
         self._claims[claim] = task
         self._begin_keeping()
@@ -332,6 +332,16 @@ class DbTransport:
             self._tell(TASKS, row.grp)
 
         self._bench.begin(server, task, done, back)
+
+    async def _refuse(self, one: ClaimedTask, error: PayloadError) -> None:
+        """Put it away. Whoever waits for that step is told."""
+        row = one.row
+        log.warning("task %s cannot be read and is put away: %s", row.step_id, error)
+        await self._tables.refuse_task(row.step_id, one.claim, _put_away(row.step_id), str(error))
+        if row.kind is None and row.step_id == step_id_of(row.run_id, row.seq):
+            data = ErrorData(message=f"The task cannot be read: {error}", code=error.code, retryable=False)
+            await self._finish(result_row(failed(bare_task(row), data), row.attempt))
+            self._tell(RESULTS)
 
     async def _answer(self, row: ResultRow) -> None:
         """Tried for as long as the claim may hold: a body need not run again because the database was away for a moment."""
