@@ -134,6 +134,7 @@ class DbTransport:
         self._in_hand: set[asyncio.Task[None]] = set()
         self._untaken: dict[str, float] = {}
         """Results that the handler did not take, and how long they were left alone for the last time."""
+        self._cancelling: dict[str, asyncio.Future[None]] = {}
         self._watched: dict[str, _Watched] = {}
         """Tasks dispatched or asked after here, as they stood."""
         self._watcher: asyncio.Task[None] | None = None
@@ -193,6 +194,8 @@ class DbTransport:
             raise TransportError(f"Task {task.id} cannot be written: {error}") from error
         try:
             async with asyncio.timeout(DISPATCH_SECONDS):
+                if (cancelling := self._cancelling.get(row.step_id)) is not None:
+                    await asyncio.wait({cancelling})  # it means the attempts before this one
                 await self._put(row)
         except TimeoutError:
             raise TransportError(f"The database did not take task {task.id} within {DISPATCH_SECONDS:g} s.") from None
@@ -204,8 +207,17 @@ class DbTransport:
         at the latest. A worker that knows only the documented columns goes on."""
         self._open()
         self._watched.pop(task_id, None)
-        if await self._tables.cancel(task_id):
-            self._tell(CANCELS, task_id)
+        before = self._cancelling.get(task_id)
+        done = self._cancelling[task_id] = asyncio.get_running_loop().create_future()
+        try:
+            if before is not None:
+                await asyncio.wait({before})
+            if await self._tables.cancel(task_id):
+                self._tell(CANCELS, task_id)
+        finally:
+            done.set_result(None)
+            if self._cancelling[task_id] is done:
+                del self._cancelling[task_id]
 
     async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
         """Those whose task or result lies in the tables."""
