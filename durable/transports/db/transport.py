@@ -29,6 +29,7 @@ from durable.core.errors import (
 )
 from durable.protocol import names
 from durable.protocol.messages import Answer, Heartbeat, Task, sanitize
+from durable.protocol.messages import step_id as step_id_of
 from durable.transports.answers import failed, given_up
 from durable.transports.db.rows import (
     TURN,
@@ -133,6 +134,7 @@ class DbTransport:
         self._in_hand: set[asyncio.Task[None]] = set()
         self._untaken: dict[str, float] = {}
         """Results that the handler did not take, and how long they were left alone for the last time."""
+        self._cancelling: dict[str, asyncio.Future[None]] = {}
         self._watched: dict[str, _Watched] = {}
         """Tasks dispatched or asked after here, as they stood."""
         self._watcher: asyncio.Task[None] | None = None
@@ -192,6 +194,8 @@ class DbTransport:
             raise TransportError(f"Task {task.id} cannot be written: {error}") from error
         try:
             async with asyncio.timeout(DISPATCH_SECONDS):
+                if (cancelling := self._cancelling.get(row.step_id)) is not None:
+                    await asyncio.wait({cancelling})  # it means the attempts before this one
                 await self._put(row)
         except TimeoutError:
             raise TransportError(f"The database did not take task {task.id} within {DISPATCH_SECONDS:g} s.") from None
@@ -203,8 +207,17 @@ class DbTransport:
         at the latest. A worker that knows only the documented columns goes on."""
         self._open()
         self._watched.pop(task_id, None)
-        if await self._tables.cancel(task_id):
-            self._tell(CANCELS, task_id)
+        before = self._cancelling.get(task_id)
+        done = self._cancelling[task_id] = asyncio.get_running_loop().create_future()
+        try:
+            if before is not None:
+                await asyncio.wait({before})
+            if await self._tables.cancel(task_id):
+                self._tell(CANCELS, task_id)
+        finally:
+            done.set_result(None)
+            if self._cancelling[task_id] is done:
+                del self._cancelling[task_id]
 
     async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
         """Those whose task or result lies in the tables."""
@@ -311,8 +324,7 @@ class DbTransport:
         try:
             task = task_of(row, self._capabilities.max_message)
         except PayloadError as error:
-            log.warning("task %s cannot be read and is put away: %s", row.step_id, error)
-            self._spawn(self._tables.refuse_task(*claim, _put_away(row.step_id), str(error)))
+            self._spawn(self._refuse(one, error))
             return
         self._claims[claim] = task
         self._begin_keeping()
@@ -332,6 +344,16 @@ class DbTransport:
             self._tell(TASKS, row.grp)
 
         self._bench.begin(server, task, done, back)
+
+    async def _refuse(self, one: ClaimedTask, error: PayloadError) -> None:
+        """Put it away. Whoever waits for that step is told."""
+        row = one.row
+        log.warning("task %s cannot be read and is put away: %s", row.step_id, error)
+        await self._tables.refuse_task(row.step_id, one.claim, _put_away(row.step_id), str(error))
+        if row.kind is None and row.step_id == step_id_of(row.run_id, row.seq):
+            data = ErrorData(message=f"The task cannot be read: {error}", code=error.code, retryable=False)
+            await self._finish(result_row(failed(bare_task(row), data), row.attempt))
+            self._tell(RESULTS)
 
     async def _answer(self, row: ResultRow) -> None:
         """Tried for as long as the claim may hold: a body need not run again because the database was away for a moment."""
