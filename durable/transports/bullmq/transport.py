@@ -214,6 +214,7 @@ class BullMQTransport:
         if life is None or life.closing:
             return
         life.closing = True
+        life.link.hurry()
         deadline = asyncio.get_running_loop().time() + timeout
         await asyncio.gather(*(intake.stop() for intake in life.tasks + life.returns))
         await self._bench.drain(timeout)
