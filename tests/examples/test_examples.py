@@ -41,12 +41,17 @@ SAYS: dict[str, list[str]] = {
 
 SERVED: dict[str, tuple[str, str, list[str]]] = {
     "over_redis": (
-        "redis_that_keeps",
+        "kept_redis_url",
         "REDIS_URL",
         ["order 0 charged under :0 by another process: True", "order 2 charged under :2 by another process"],
     ),
     "over_sqs": ("sqs_url", "SQS_ENDPOINT_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
     "over_rabbitmq": ("amqp_url", "AMQP_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
+    "over_bullmq": (
+        "kept_redis_url",
+        "REDIS_URL",
+        ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png", "alive: images.thumbnail, python"],
+    ),
 }
 """Examples that need a server: its fixture, the variable that names it, what they say."""
 
@@ -60,8 +65,8 @@ def test_every_example_is_run() -> None:
 
 
 @pytest.fixture
-def redis_that_keeps() -> Iterator[str]:
-    """A server that nothing is to be said against."""
+def kept_redis_url() -> Iterator[str]:
+    """A Redis of which nothing has to be said: it keeps what it has."""
     require("redis")
     server = RedisServer(persist=True)
     server.start()

@@ -23,6 +23,7 @@ BATCH_BYTES = 4 << 20
 PAUSE_MIN, PAUSE_MAX = 0.05, 5.0
 """Seconds between two attempts to reach the server."""
 CONNECT_SECONDS = 3.0
+HURRY_SECONDS = 1.0
 
 
 class Link:
@@ -69,13 +70,17 @@ class Link:
         except (RedisError, OSError, TimeoutError) as error:
             raise self._away(error) from error
 
+    def hurry(self) -> None:
+        """On the way out nothing is waited for long."""
+        self._timeout = min(self._timeout, HURRY_SECONDS)
+
     async def close(self) -> None:
         """Say what has been asked, and let go."""
         if self._sending is not None:
             await asyncio.wait({self._sending}, timeout=self._timeout)
         for client in (self._asking, self._waiting):
             with contextlib.suppress(Exception):
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(HURRY_SECONDS):
                     await client.aclose()
 
     async def _send_all(self) -> None:

@@ -214,6 +214,7 @@ class BullMQTransport:
         if life is None or life.closing:
             return
         life.closing = True
+        life.link.hurry()
         deadline = asyncio.get_running_loop().time() + timeout
         await asyncio.gather(*(intake.stop() for intake in life.tasks + life.returns))
         await self._bench.drain(timeout)
@@ -506,7 +507,7 @@ class BullMQTransport:
     def _status(self) -> dict[str, Any]:
         room = sum(server.room for server in self._bench.servers)
         under_way = sum(server.under_way for server in self._bench.servers)
-        return {"inFlight": under_way, "concurrency": {"limit": room + under_way}}
+        return {"underWay": under_way, "concurrency": room + under_way}
 
     def _begin_task(self, life: _Life, server: Server, job: Job) -> None:
         if life.closing:

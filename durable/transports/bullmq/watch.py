@@ -234,7 +234,8 @@ class Watch:
 def _given_up(task: Task, reason: str) -> Answer:
     if isinstance(task, RemoteTask):
         return given_up(task, reason)
-    return failed(task, ErrorData(message=f"remote workflow worker failed: {reason}", code="worker_failed"))
+    message = f"remote workflow worker failed: {reason}"
+    return failed(task, ErrorData(message=message, code="worker_failed", type="WorkerFailed"))
 
 
 def _failed(data: bytes, reason: str, limit: int) -> Answer | None:
