@@ -155,6 +155,8 @@ class SqsTransport:
         self._handler: ResultHandler | None = None
         self._open = False
         self._closing = False
+        self._gave_back = False
+        """While closing: some message is anybody's again."""
         self._consumers: set[asyncio.Task[None]] = set()
         self._hearers: list[asyncio.Task[None]] = []
         self._polls: set[asyncio.Task[list[_Message]]] = set()
@@ -190,7 +192,7 @@ class SqsTransport:
                 self._refuse(error)
             finally:
                 await queues.close()
-        self._open, self._closing = True, False
+        self._open, self._closing, self._gave_back = True, False, False
         if self._handler is not None:
             self._hearers = [self._consume(queues.results, self._hearing_room, self._hear_answer)]
             if hears_decisions:
@@ -211,6 +213,10 @@ class SqsTransport:
             consumer.cancel()
         await asyncio.gather(*self._consumers, return_exceptions=True)
         await asyncio.gather(self._bench.drain(timeout), self._finish(self._hearing, timeout))
+        await self._finish(self._errands, LAST_WORDS)
+        if self._gave_back and self._polls:
+            # What was given back may have come to one of our own polls: cut off, it would take that with it.
+            await asyncio.wait(self._polls, timeout=LAST_WORDS)
         for poll in list(self._polls):
             poll.cancel()
         await asyncio.gather(*self._polls, return_exceptions=True)
@@ -233,7 +239,7 @@ class SqsTransport:
     @staticmethod
     async def _finish(tasks: set[asyncio.Task[None]], timeout: float) -> None:
         if tasks:
-            await asyncio.wait(set(tasks), timeout=timeout)
+            await asyncio.wait(tasks, timeout=timeout)
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -489,6 +495,7 @@ class SqsTransport:
         await self._leases.settle(message.lease)
         if message.lease.lost:
             return
+        self._gave_back = self._gave_back or self._closing
         try:
             await self._change(message.lease.url, message.lease.receipt, delay)
         except Exception as error:
