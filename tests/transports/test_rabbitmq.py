@@ -347,6 +347,40 @@ async def test_a_broker_out_of_memory_is_a_failure_within_seconds(rabbit: Rabbit
         await eventually(lambda: "after:0" in results, "it works again")
 
 
+async def test_closing_ends_while_the_broker_says_nothing(rabbit: RabbitServer, prefix: str) -> None:
+    """Both ends close within seconds although the broker hangs; what was under way is done by the next worker."""
+    gate, results = Gate(), Results()
+    loop = asyncio.get_running_loop()
+    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix) as worker:
+        await worker.serve([ECHO], gate.handle)
+        await engine.dispatch(task("r"))
+        await eventually(lambda: gate.started, "it is under way")
+        rabbit.pause()
+        try:
+            began = loop.time()
+            await asyncio.gather(engine.close(0.1), worker.close(0.1))
+            assert loop.time() - began < 15
+        finally:
+            rabbit.resume()
+        async with end(rabbit.url, prefix, results.take), end(rabbit.url, prefix) as other:
+            await other.serve([ECHO], echo)
+            await eventually(lambda: "r:0" in results, "the next one did it")
+
+
+async def test_serving_begins_when_the_broker_is_back(rabbit: RabbitServer, prefix: str) -> None:
+    """`serve` while the broker is away does not hang and does not raise: it begins when the broker is back."""
+    results = Results()
+    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix, dispatch_timeout=0.5) as worker:
+        await engine.dispatch(task("r"))
+        rabbit.pause()
+        try:
+            async with asyncio.timeout(5):
+                await worker.serve([ECHO], echo)
+        finally:
+            rabbit.resume()
+        await eventually(lambda: "r:0" in results, "it serves")
+
+
 async def until_it_raises(engine: RabbitMqTransport) -> None:
     """Until the broker has noticed that it has no memory."""
     while True:
@@ -469,6 +503,27 @@ async def test_nothing_is_sent_into_the_void(amqp_url: str, prefix: str) -> None
             await engine.dispatch(task("r"))
         with pytest.raises(TransportError, match="no such queue"):
             await engine.serve([ECHO], echo)
+
+
+async def test_an_end_may_be_started_again(amqp_url: str, prefix: str) -> None:
+    """After a start that failed and after a close an end can be started; what was arranged before the failure is served."""
+    results = Results()
+    host = amqp_url.partition("@")[2]
+    worker = RabbitMqTransport(f"amqp://guest:wrong@{host}", prefix=prefix)
+    await worker.serve([ECHO], echo)
+    with pytest.raises(TransportError):
+        await worker.start()
+    worker._url = amqp_url
+    async with end(amqp_url, prefix, results.take) as engine:
+        await worker.start()
+        await engine.dispatch(task("r"))
+        await eventually(lambda: "r:0" in results, "it serves")
+        await worker.close()
+        await worker.start()
+        await worker.serve([ECHO], echo)
+        await engine.dispatch(task("s"))
+        await eventually(lambda: "s:0" in results, "it serves again")
+        await worker.close()
 
 
 async def test_classic_queues_work(amqp_url: str, prefix: str) -> None:
