@@ -245,7 +245,11 @@ class RabbitMqTransport:
         async with self._turn:
             self._arranged.append((server, concurrency))
             if self._starts:
-                await self._begin_serving(server, concurrency)
+                try:
+                    await self._begin_serving(server, concurrency)
+                except TransportError:
+                    self._arranged.remove((server, concurrency))
+                    raise
 
     async def _begin_serving(self, server: Server, concurrency: Concurrency) -> None:
         serving = Serving(self, server, concurrency)
@@ -257,7 +261,6 @@ class RabbitMqTransport:
             log.warning("RabbitMQ does not answer; %s are served when it does", ", ".join(server.groups))
         except TransportError:
             self._servings.remove(serving)
-            self._arranged.remove((server, concurrency))
             await serving.stop()
             await serving.close()
             raise
@@ -280,14 +283,14 @@ class RabbitMqTransport:
                 await self._publish(names.results(self.prefix), body, answer.id)
                 return
             except TransportError as error:
-                if self._closing or any(serving.closing for serving in self._servings):
+                if self._closing:
                     raise
                 log.warning("The answer of %s has not left yet and is sent again: %s", answer.id, error)
             await asyncio.sleep(pause)
             pause = min(pause * 2, AGAIN_MAX)
 
     async def give_back(self, delivery: Delivery) -> None:
-        """Let another have it."""
+        """Let another have it, which is not counted."""
         try:
             await self._return(delivery.message, delivery.intake.queue, {})
         finally:

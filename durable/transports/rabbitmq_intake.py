@@ -14,7 +14,7 @@ from durable.core.errors import PayloadError
 from durable.protocol import names
 from durable.protocol.codec import decode_any_task
 from durable.protocol.messages import Answer, Task
-from durable.transports.amqp import CLOSE_SECONDS, OPEN_SECONDS, Line, acknowledge, all_of, lost_is_an_error
+from durable.transports.amqp import CLOSE_SECONDS, OPEN_SECONDS, Line, acknowledge, all_of, lost_is_an_error, refuse
 from durable.transports.interface import Concurrency
 from durable.transports.serving import ROOM_SECONDS, Server
 
@@ -157,6 +157,10 @@ class Serving:
                 await acknowledge(each.message)
 
         async def back() -> None:
+            if not self.closing:  # something is wrong with it: it comes again, and that is counted
+                for each in transport.under_way.pop(key, ()):
+                    each.settled()
+                    await refuse(each.message)
             for n, each in enumerate(transport.under_way.pop(key, ())):
                 if n:
                     each.settled()

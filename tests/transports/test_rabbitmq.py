@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aio_pika
+import msgspec
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
@@ -90,8 +91,6 @@ async def test_a_task_its_workers_die_of_is_given_up(amqp_url: str, prefix: str)
     """A task delivered more often than its limit comes back as failed, retryable, with its token; the dead queue stays empty."""
     results = Results()
     async with end(amqp_url, prefix, results.take, delivery_limit=2) as engine:
-        import msgspec
-
         await engine.dispatch(msgspec.structs.replace(task("r"), token="proof"))
         for _ in range(3):
             assert not results
@@ -104,6 +103,23 @@ async def test_a_task_its_workers_die_of_is_given_up(amqp_url: str, prefix: str)
         assert await took(amqp_url, names.tasks(prefix, ECHO)) is None
         await engine.declared(names.dead(prefix))
         assert await took(amqp_url, names.dead(prefix)) is None
+
+
+async def test_an_answer_that_cannot_be_sent_is_no_loop(amqp_url: str, prefix: str) -> None:
+    """A body whose answer no wire carries runs as often as the limit allows, and then its attempt has failed."""
+    results, runs = Results(), 0
+
+    async def handle(task: Task) -> StepResult:
+        nonlocal runs
+        runs += 1
+        return msgspec.structs.replace(answer(task), run_id="half a surrogate pair: \ud800")
+
+    async with end(amqp_url, prefix, results.take) as engine, end(amqp_url, prefix) as worker:
+        await worker.serve([ECHO], handle)
+        await engine.dispatch(task("r"))
+        await eventually(lambda: "r:0" in results, "it was given up")
+        assert results["r:0"].status == "failed"
+        assert runs == 4
 
 
 async def test_closing_workers_do_not_count(amqp_url: str, prefix: str) -> None:
