@@ -35,7 +35,7 @@ OPEN_SECONDS = 10.0
 SET_UP_SECONDS = 1.0
 """For the first attempt to set up a channel that was lost, twice as long each time: a broker that has just started may never
 answer who asked too soon."""
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 1.0
 HEARTBEAT_SECONDS = 10
 """A dead link is noticed after three of these. A `heartbeat` in the URL goes first."""
 

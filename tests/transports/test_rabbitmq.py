@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
+from durable import Context, Durable
 from durable.control_plane.interface import LOOK_EVERYWHERE
 from durable.core.errors import DefinitionError, EngineStopped, MessageRefused, TransportError
 from durable.protocol import names
@@ -322,10 +323,38 @@ async def test_a_killed_broker_comes_back_with_what_was_dispatched(rabbit: Rabbi
         await eventually(lambda: "later:0" in results, "and all goes on")
 
 
+async def test_a_run_ends_although_the_broker_was_killed_in_its_midst(
+    rabbit: RabbitServer, prefix: str, tmp_path: Path
+) -> None:
+    """An engine, a worker and a broker that is killed between their steps and started again: the run's steps are each done,
+    and it completes (S43)."""
+    done: list[int] = []
+    engine = Durable(f"sqlite:///{tmp_path}/db", transport=RabbitMqTransport(rabbit.url, prefix=prefix))
+    worker = Durable("memory://", transport=RabbitMqTransport(rabbit.url, prefix=prefix), role="worker")
+
+    @worker.step("double", retries=5)
+    async def double(n: int) -> int:
+        done.append(n)
+        return 2 * n
+
+    @engine.workflow
+    async def doubling(ctx: Context) -> list[int]:
+        return [await ctx.remote("double", n, returns=int) for n in range(50)]
+
+    async with engine, worker:
+        await eventually(lambda: rabbit.wrote(names.tasks(prefix, "double")), "the queue's name is on disk")
+        run = await engine.start(doubling)
+        await eventually(lambda: len(done) > 5, "some are done")
+        rabbit.kill()
+        await asyncio.to_thread(rabbit.start)
+        assert await run.result(timeout=60) == [2 * n for n in range(50)]
+    assert set(done) == set(range(50))
+
+
 async def test_a_broker_that_says_nothing_is_a_failure_within_seconds(rabbit: RabbitServer, prefix: str) -> None:
     """A broker that hangs with its sockets open: dispatch raises within seconds, and goes on when the broker does."""
     results = Results()
-    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix) as worker:
+    async with end(rabbit.url, prefix, results.take, dispatch_timeout=1.0) as engine, end(rabbit.url, prefix) as worker:
         await worker.serve([ECHO], echo)
         rabbit.pause()
         try:
@@ -345,7 +374,7 @@ async def test_a_broker_out_of_memory_is_a_failure_within_seconds(rabbit: Rabbit
         await may.wait()
         await results.take(heard)
 
-    async with end(rabbit.url, prefix, take) as engine, end(rabbit.url, prefix) as worker:
+    async with end(rabbit.url, prefix, take, dispatch_timeout=1.0) as engine, end(rabbit.url, prefix) as worker:
         await worker.serve([ECHO], echo)
         for n in range(2 * RESULTS_AHEAD):
             await worker.reply(answer(task(f"r{n}")))
