@@ -37,6 +37,10 @@ class Arrival(Struct, gc=False):
     finished_at: int | None = None
     child_id: str | None = None
     """Whose outcome it is: the command may have started another child since, after a requeue."""
+    task_id: str | None = None
+    """Of a hosted run's turn: which attempt of which turn it answers."""
+    whole: bytes | None = None
+    """What the workflow is handed where the journal keeps less."""
     lines: Sequence[bytes] = ()
     """Of a result: what its body told of itself, as payloads of log entries. Journaled before it, under its step."""
     number: int | None = None
