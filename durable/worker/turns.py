@@ -26,6 +26,7 @@ from durable.core.commands import (
     Completed,
     Failed,
     Note,
+    Outcome,
     Patch,
     RunStep,
     SendTask,
@@ -35,9 +36,18 @@ from durable.core.commands import (
 )
 from durable.core.ctx import Context
 from durable.core.definition import WorkflowDefinition
-from durable.core.errors import DeterminismError, ErrorData, NonDeterminism, NotRegistered, PayloadError, StepTimeout
+from durable.core.errors import (
+    DeterminismError,
+    ErrorData,
+    NonDeterminism,
+    NotRegistered,
+    PayloadError,
+    StepFailed,
+    StepTimeout,
+)
 from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.loop import Alarm
+from durable.core.loop import WorkflowTask as MainTask
 from durable.core.payload import decode_error, describe, encode_error, through
 from durable.core.registry import Registry
 from durable.core.replay import Asked, Machine
@@ -189,6 +199,13 @@ class _HostedMachine(Machine):
 
     def context(self) -> Context:
         return _HostedContext(self)
+
+    def _outcome_of(self, main: MainTask) -> Outcome:
+        """A step's error that nobody caught is told as it came: an engine finds the step by it."""
+        error = None if main.cancelled() else main.exception()
+        if isinstance(error, StepFailed) and error.error is not None:
+            return Failed(encode_error(error.error))
+        return super()._outcome_of(main)
 
     def behind(self, is_behind: bool) -> None:
         """Whether the code is on ground that an earlier turn has covered."""

@@ -29,6 +29,7 @@ PUBLIC = [
     "current_step",
     "dead_letter",
     "durable_step",
+    "remote_workflow",
     "workflow",
 ]
 
