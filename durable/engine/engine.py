@@ -332,7 +332,7 @@ class WorkflowEngine:
             self._resume.mail(run)
         elif owner is None:
             self._scheduler.nudge()
-        if run is None or kind == "cancel":  # workers that run a step of it hear that too
+        if run is None:
             self._announcer.hint("cancel" if kind == "cancel" else "enqueued", run_id)
 
     def _control(self, message: ControlMessage) -> None:

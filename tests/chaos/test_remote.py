@@ -151,7 +151,7 @@ class Workshop:
     def hire(self) -> subprocess.Popen[bytes]:
         """One more worker."""
         command = [sys.executable, "-m", "durable", "worker", "tests.chaos.errands:app", "--transport", self.broker.url]
-        env = os.environ | {"DURABLE_TEST_LEDGER": str(self.ledger), "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"CHAOS_LEDGER": str(self.ledger), "PYTHONPATH": str(ROOT)}
         with self.log.open("ab") as log:
             worker = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
         self.workers.append(worker)
