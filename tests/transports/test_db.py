@@ -289,6 +289,29 @@ async def test_what_strangers_write_never_stops_the_loop(url: str) -> None:
         assert all(key.startswith("refused:") and claimed is None for key, claimed in left[-2:])
 
 
+async def test_columns_of_the_wrong_kind_stop_nobody(tmp_path: Path) -> None:
+    """SQLite takes anything into any column: rows with bytes and words where texts and numbers belong are put away, and those
+    behind them are worked on and heard."""
+    url = f"sqlite:///{tmp_path / 'queue.db'}"
+    async with ends(url, {}) as (engine, results, worker):
+        names = "step_id, run_id, seq, name, grp, input, attempt, status, created_at, priority, deliveries"
+        for n, values in enumerate([(b"\xff", 1, 9, "many"), ("1", "first", "high", None), ("1", 1, b"\x01", b"\x02")]):
+            given, attempt, priority, deliveries = values
+            row = [f"x:{n}", "x", n, ECHO, ECHO, given, attempt, "pending", "then", priority, deliveries]
+            sql(url, f"INSERT INTO {TASKS} ({names}) VALUES ({', '.join('?' * 11)})", row)
+        result = "step_id, run_id, seq, status, output, created_at"
+        sql(
+            url,
+            f"INSERT INTO {RESULTS} ({result}) VALUES (?, ?, ?, ?, ?, ?)",
+            ["y:0", "y", "none", b"\xff", b"\xff", "then"],
+        )
+        await worker.serve([ECHO], echo)
+        await engine.dispatch(task("good"))
+        await eventually(lambda: "good:0" in results)
+        await eventually(lambda: put_away(url, RESULTS, []))
+        await eventually(lambda: len(put_away(url, TASKS, [])) == 3)
+
+
 def put_away(url: str, table: str, into: list[Any]) -> list[Any]:
     into[:] = sql(url, f"SELECT step_id, claimed_at FROM {table} WHERE refused IS NOT NULL")
     return into

@@ -323,7 +323,7 @@ class DbTransport:
             return
         try:
             task = task_of(row, self._capabilities.max_message)
-        except PayloadError as error:
+        except Exception as error:  # in SQLite any column may hold anything
             self._spawn(self._refuse(one, error))
             return
         self._claims[claim] = task
@@ -345,13 +345,14 @@ class DbTransport:
 
         self._bench.begin(server, task, done, back)
 
-    async def _refuse(self, one: ClaimedTask, error: PayloadError) -> None:
+    async def _refuse(self, one: ClaimedTask, error: Exception) -> None:
         """Put it away. Whoever waits for that step is told."""
         row = one.row
         log.warning("task %s cannot be read and is put away: %s", row.step_id, error)
         await self._tables.refuse_task(row.step_id, one.claim, _put_away(row.step_id), str(error))
         if row.kind is None and row.step_id == step_id_of(row.run_id, row.seq):
-            data = ErrorData(message=f"The task cannot be read: {error}", code=error.code, retryable=False)
+            code = getattr(error, "code", PayloadError.code)
+            data = ErrorData(message=f"The task cannot be read: {error}", code=code, retryable=False)
             await self._finish(result_row(failed(bare_task(row), data), row.attempt))
             self._tell(RESULTS)
 
@@ -456,8 +457,8 @@ class DbTransport:
         step_id, claim = one.row.step_id, (one.row.step_id, one.claim)
         try:
             try:
-                await handler(answer_of(one.row, self._capabilities.max_message))
-            except (MessageRefused, PayloadError) as error:
+                await handler(self._read(one.row))
+            except MessageRefused as error:
                 log.warning("the result of %s is put away: %s", step_id, error)
                 await self._tables.refuse_result(*claim, _put_away(step_id), str(error))
             except EngineStopped:
@@ -480,6 +481,12 @@ class DbTransport:
             self._untaken.pop(step_id, None)
         except TransportError as error:
             log.warning("what came of the result of %s could not be written; it comes again: %s", step_id, error)
+
+    def _read(self, row: ResultRow) -> Answer:
+        try:
+            return answer_of(row, self._capabilities.max_message)
+        except Exception as error:  # in SQLite any column may hold anything
+            raise MessageRefused(f"It cannot be read: {error}") from error
 
     # -- watching tasks
 
@@ -540,6 +547,8 @@ class DbTransport:
                 await work
             except TransportError as error:
                 log.warning("the transport's tables could not be written or read; it is tried again later: %s", error)
+            except Exception:
+                log.exception("a row of the transport's tables could not be dealt with")
 
         task = asyncio.get_running_loop().create_task(quietly(), name="durable-db-write")
         self._background.add(task)
