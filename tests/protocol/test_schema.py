@@ -198,6 +198,7 @@ def test_every_name_is_golden() -> None:
             "decisions": names.decisions(prefix),
             "stepEvents": names.step_events(prefix),
             "startRun": names.start_run(prefix),
+            "givenUp": names.given_up(prefix),
             "dead": names.dead(prefix),
             "control": names.control(prefix),
             "heartbeat": names.heartbeat(prefix),

@@ -20,6 +20,7 @@ from aio_pika.abc import AbstractIncomingMessage
 from durable import Context, Durable
 from durable.control_plane.interface import LOOK_EVERYWHERE
 from durable.core.errors import DefinitionError, EngineStopped, MessageRefused, TransportError
+from durable.core.retry import RetryPolicy
 from durable.protocol import names
 from durable.protocol.messages import Answer, ControlMessage, StepResult, Task
 from durable.testing.facts import eventually
@@ -328,18 +329,19 @@ async def test_a_run_ends_although_the_broker_was_killed_in_its_midst(
 ) -> None:
     """An engine, a worker and a broker that is killed between their steps and started again: the run's steps are each done,
     and it completes (S43)."""
+    patient = RetryPolicy(max_attempts=60, max_delay=1.0)  # a dispatch that fails is an attempt that failed
     done: list[int] = []
     engine = Durable(f"sqlite:///{tmp_path}/db", transport=RabbitMqTransport(rabbit.url, prefix=prefix))
     worker = Durable("memory://", transport=RabbitMqTransport(rabbit.url, prefix=prefix), role="worker")
 
-    @worker.step("double", retries=5)
+    @worker.step("double")
     async def double(n: int) -> int:
         done.append(n)
         return 2 * n
 
     @engine.workflow
     async def doubling(ctx: Context) -> list[int]:
-        return [await ctx.remote("double", n, returns=int) for n in range(50)]
+        return [await ctx.remote("double", n, returns=int, retries=patient) for n in range(50)]
 
     async with engine, worker:
         await eventually(lambda: rabbit.wrote(names.tasks(prefix, "double")), "the queue's name is on disk")
