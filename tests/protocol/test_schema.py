@@ -229,6 +229,7 @@ def test_names_of_the_lane_are_golden() -> None:
             "unclaimed": names.lane_unclaimed(prefix),
             "engines": names.lane_engines(prefix),
             "held": names.lane_held(prefix),
+            "cancels": names.lane_cancels(prefix),
         }
         assert built == golden
 
