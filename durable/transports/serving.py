@@ -137,10 +137,7 @@ class Workbench:
 
     def cancel(self, task_id: str) -> None:
         """Cancel every attempt of a task."""
-        for job in list(self._jobs):
-            if job.task.id == task_id and job.work is not None:
-                job.dropped = True
-                job.work.cancel()
+        self._cancel(lambda task: task.id == task_id)
 
     def cancel_run(self, run_id: str) -> None:
         """Cancel all tasks of a run. Its steps are answered all the same, as cancelled."""
@@ -233,6 +230,12 @@ class Workbench:
     def _fitting(self, task: Task, answer: Answer) -> Answer:
         size = len(encode(answer, limit=1 << 40))
         return answer if size <= self._max_message else too_large(task, size, self._max_message)
+
+    def _cancel(self, meant: Callable[[Task], bool]) -> None:
+        for job in list(self._jobs):
+            if meant(job.task) and job.work is not None:
+                job.dropped = True
+                job.work.cancel()
 
     def _arm(self) -> None:
         if self._beat is not None and self._beating is None:
