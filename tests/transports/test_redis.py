@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import psycopg
 import pytest
 from redis.asyncio import Redis
 
-from durable import Context, Durable, workflow
+from durable import Durable
 from durable.core.errors import DefinitionError, EngineStopped, RunNotFound, TransportError
 from durable.protocol.messages import Answer, ControlMessage, StepResult
 from durable.testing.facts import PATIENCE, eventually
@@ -21,6 +23,7 @@ from durable.transports.redis import RedisTransport
 from durable.transports.redis_settings import check, complaints
 from tests.servers.redis import RedisServer
 from tests.servers.services import require
+from tests.transports.redis_node import far_steps
 
 SHORT = 0.6
 """Seconds of a lease that is meant to run out."""
@@ -69,11 +72,14 @@ class Node:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
 
-    async def says(self, *words: str) -> None:
+    async def word(self) -> str:
         assert self.process.stdout is not None
         async with asyncio.timeout(PATIENCE):
-            line = (await self.process.stdout.readline()).decode().split()
-        assert line == list(words), f"the other process said {line}"
+            return (await self.process.stdout.readline()).decode().strip()
+
+    async def says(self, *words: str) -> None:
+        line = await self.word()
+        assert line.split() == list(words), f"the other process said {line!r}"
 
     async def kill(self) -> None:
         if self.process.returncode is None:
@@ -467,11 +473,6 @@ async def test_a_server_that_evicts_is_complained_of_at_the_start(caplog: pytest
 # -- the whole of it
 
 
-@workflow(name="far_steps")
-async def far_steps(ctx: Context, value: str) -> list[Any]:
-    return [await ctx.remote("quick", value), await ctx.remote("hang", value), await ctx.remote("quick", 3)]
-
-
 async def test_a_workflow_outlives_the_workers_of_its_steps(redis_url: str) -> None:
     """Steps in another process, which is killed at one of them: a second process takes over, and the run completes."""
     async with Durable("memory://", workflows=[far_steps], transport=RedisTransport(redis_url)) as app:
@@ -481,3 +482,44 @@ async def test_a_workflow_outlives_the_workers_of_its_steps(redis_url: str) -> N
             await first.kill()
             async with node("app", redis_url, SHORT, "nobody"):
                 assert await handle.result(PATIENCE) == ["doomed", "doomed", 3]
+
+
+@pytest.mark.parametrize("when", ["while the step runs", "after its answer came"])
+async def test_a_workflow_outlives_the_engine_that_sent_its_steps(redis_url: str, postgres_url: str, when: str) -> None:
+    """kill -9 of the engine while a step of its run is under way elsewhere, or once its answer is on its way home: another
+    engine takes the run over and hears the answer, and the step has run once."""
+    gate = Gate()
+
+    async def handle(given: Any) -> StepResult:
+        return await gate.handle(given) if given.name == "hang" else answer(given)
+
+    options = {"lease": SHORT, "alive_for": SHORT}
+    async with worker_end(redis_url, handle, "quick", "hang", **options):
+        async with node("run", redis_url, SHORT, postgres_url) as doomed:
+            run_id = await doomed.word()
+            await eventually(lambda: gate.started == [f"{run_id}:1"], "its step is under way")
+            await until(lambda: published(postgres_url, run_id, 2), "and known to be")  # else it is sent once more
+            if when == "after its answer came":
+                doomed.process.send_signal(signal.SIGSTOP)
+                gate.open()
+                async with Redis.from_url(redis_url) as other:
+                    await until(lambda: waits(other), "its answer lies in its stream")
+        transport = RedisTransport(redis_url, **options)
+        async with Durable(postgres_url, workflows=[far_steps], transport=transport, lease=SHORT) as app:
+            gate.open()
+            assert await app.run(run_id).result(PATIENCE) == ["x", "x", 3]
+        assert gate.started == [f"{run_id}:1"]
+
+
+async def published(postgres_url: str, run_id: str, count: int) -> bool:
+    async with await psycopg.AsyncConnection.connect(postgres_url) as connection:
+        found = await connection.execute(
+            "SELECT count(*) FROM durable.journal WHERE run_id = %s AND status = 'published'", [run_id]
+        )
+        row = await found.fetchone()
+    return row is not None and row[0] == count
+
+
+async def waits(other: Redis) -> bool:
+    streams = [key async for key in other.scan_iter("durable-lane-results-*")]
+    return any([await other.xlen(stream) for stream in streams])
