@@ -59,12 +59,12 @@ class Process:
 
 
 @asynccontextmanager
-async def started(*command: str, cwd: Path) -> AsyncIterator[Process]:
+async def started(*command: str, cwd: Path, **variables: str) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *command,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -200,3 +200,14 @@ async def test_what_a_body_raises_comes_back_from_another_process(app: Durable, 
             await run.result(PATIENCE)
         line = await process.said(kind="task")
         assert (line["outcome"], line["error"]["message"]) == ("failed", "cannot bear it")
+
+
+async def test_the_example_runs_in_two_processes(redis_url: str, tmp_path: Path) -> None:
+    """What its first lines say: the steps here, the workflow there, the same file."""
+    example = str(ROOT / "examples" / "worker_steps.py")
+    command = ("-m", "durable", "worker", example, "--json", "--transport", redis_url)
+    async with started(*command, cwd=tmp_path) as process:
+        assert (await process.said(kind="started"))["steps"] == ["text.count", "text.shout"]
+        async with started(example, cwd=tmp_path, EXAMPLE_TRANSPORT=redis_url) as workflow:
+            assert await workflow.line() == "result: 10 WORDS"
+            assert await workflow.ended() == 0
