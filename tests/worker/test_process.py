@@ -202,6 +202,22 @@ async def test_what_a_body_raises_comes_back_from_another_process(app: Durable, 
         assert (line["outcome"], line["error"]["message"]) == ("failed", "cannot bear it")
 
 
+async def test_N16_a_worker_process_says_whether_and_when_to_try_again(
+    app: Durable, redis_url: str, tmp_path: Path
+) -> None:
+    """(N16) NonRetryable ends the step at its first attempt; RetryAfter is waited for."""
+    async with worker(redis_url, tmp_path):
+        never, later = await app.start(relay, ["picky", "never"]), await app.start(relay, ["picky", "later"])
+        with pytest.raises(RunFailed, match="not with me"):
+            await never.result(PATIENCE)
+        assert await later.result(PATIENCE) == 2
+        entries = [entry async for entry in app.watch(never.id)]
+        assert {entry.attempt for entry in entries if entry.kind == "remote"} == {1}
+        entries = [entry async for entry in app.watch(later.id)]
+        failed, again = (e.at for e in entries if e.status == "retrying" or (e.status, e.attempt) == ("dispatched", 2))
+        assert again - failed >= 300_000
+
+
 async def test_the_example_runs_in_two_processes(redis_url: str, tmp_path: Path) -> None:
     """What its first lines say: the steps here, the workflow there, the same file."""
     example = str(ROOT / "examples" / "worker_steps.py")
