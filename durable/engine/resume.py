@@ -176,7 +176,9 @@ def arrival_of(row: InboxRow) -> Arrival:
         assert message.payload is not None
         report = msgspec.json.decode(message.payload, type=_Report)
         payload = bytes(report.result)
-        lines = [Line(mark, bytes(line)) for mark, line in zip(report.marks, report.lines, strict=True)]
+        # One of an earlier version says nothing of marks: its lines were never told live.
+        marks = report.marks or [(0, f"line {n}") for n in range(len(report.lines))]
+        lines = [Line(mark, bytes(line)) for mark, line in zip(marks, report.lines, strict=True)]
     return Arrival(
         row.created_at,
         REMOTE,

@@ -31,6 +31,8 @@ ROUND_SECONDS = 0.1
 """Between two rounds of live lines."""
 ROUND_LINES = 10
 """Live lines of one attempt in a round; the others wait for the next, or come with the result."""
+ROUND_MAX = 100
+"""Live lines of one worker in a round."""
 PUBLISH_SECONDS = 1.0
 """The longest one live line may take."""
 LEVELS = {"debug": "debug", "info": "info", "warn": "warn", "warning": "warn", "error": "error", "critical": "error"}
@@ -147,9 +149,16 @@ class Teller:
         try:
             await asyncio.sleep(FIRST_SECONDS)
             while talking := [lines for lines in self._lines if lines.untold]:
+                room = ROUND_MAX
                 for lines in talking:
-                    for event in lines.take(ROUND_LINES):
+                    taken = lines.take(min(ROUND_LINES, room))
+                    room -= len(taken)
+                    for event in taken:
                         await self._say(lines.task, event)
+                    if lines in self._lines:  # behind those that had no room in this round
+                        self._lines[lines] = self._lines.pop(lines)
+                    if not room:
+                        break
                 await asyncio.sleep(ROUND_SECONDS)
         finally:
             self._task = None

@@ -6,7 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from durable import Durable, current_step
+from durable import Durable, NonRetryable, RetryAfter, current_step
 
 app = Durable("sqlite:///never-opened.db")
 
@@ -53,3 +53,14 @@ def spin(_: None) -> None:
 @app.step("broken", retries=0)
 def broken(_: None) -> None:
     raise ValueError("cannot bear it")
+
+
+@app.step("picky")
+async def picky(mood: str) -> int:
+    """Raises by its mood; else returns its attempt."""
+    attempt = current_step().attempt
+    if mood == "never":
+        raise NonRetryable("not with me")
+    if mood == "later" and attempt == 1:
+        raise RetryAfter("come back", seconds=0.3)
+    return attempt

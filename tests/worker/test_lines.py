@@ -332,6 +332,28 @@ def live(plane: Spy) -> int:
     return sum(1 for message in plane.said if message.event is not None and message.event["type"] == "step.progress")
 
 
+async def test_many_chatty_bodies_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round has room for so many lines of all bodies together, and the next begins with those that had none."""
+    monkeypatch.setattr(worker_lines, "ROUND_MAX", 4)
+    monkeypatch.setattr(worker_lines, "ROUND_LINES", 2)
+    monkeypatch.setattr(worker_lines, "ROUND_SECONDS", 0.0)
+    said: list[tuple[str, int]] = []
+
+    async def tell(event: dict[str, Any]) -> None:
+        said.append((event["name"], event["event"]["index"]))
+
+    teller = worker_lines.Teller(tell, lambda: True)
+    bodies = [Lines(msgspec.structs.replace(TASK, name=name), lambda: 1, teller.wake) for name in "abc"]
+    for lines in bodies:
+        teller.follow(lines)
+        for _ in range(3):
+            lines.write("info", "x", {}, False)
+    await eventually(lambda: len(said) == 9, "all are told")
+    assert [name for name, _ in said] == [*"aabbccabc"]
+    assert [index for name, index in said if name == "c"] == [0, 1, 2]
+    teller.stop()
+
+
 async def test_a_plane_that_hangs_delays_no_body(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines are sent and forgotten; the step is as quick as ever, and its lines are there."""
     monkeypatch.setattr(worker_lines, "PUBLISH_SECONDS", 0.05)

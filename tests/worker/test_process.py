@@ -59,12 +59,12 @@ class Process:
 
 
 @asynccontextmanager
-async def started(*command: str, cwd: Path) -> AsyncIterator[Process]:
+async def started(*command: str, cwd: Path, **variables: str) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *command,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -146,17 +146,15 @@ async def test_E11_a_second_signal_ends_it_at_once(app: Durable, redis_url: str,
 
 
 async def test_S14_a_killed_workers_task_is_run_by_another(app: Durable, redis_url: str, tmp_path: Path) -> None:
-    """(S14) kill -9 in the middle of a step: the transport's lease runs out, the next worker takes it."""
-    async with worker(redis_url, tmp_path) as first, worker(redis_url, tmp_path, "--concurrency", "1") as second:
+    """(S14) kill -9 in the middle of a step: the transport's lease runs out, and the worker that is left takes it."""
+    async with worker(redis_url, tmp_path) as first:
         run = await app.start(relay, ["first_hangs", str(tmp_path / "marker")])
         await begun(app, run)
-        # Whichever has it; the marker does not say.
-        first.signal(signal.SIGKILL)
-        await first.ended()
-        async with worker(redis_url, tmp_path):
-            second.signal(signal.SIGKILL)
-            await second.ended()
+        async with worker(redis_url, tmp_path) as second:
+            first.signal(signal.SIGKILL)
+            assert await first.ended() == -signal.SIGKILL
             assert await run.result(PATIENCE) == "done"
+            assert (await second.said(kind="task"))["outcome"] == "completed"
 
 
 async def test_N10_a_cancel_reaches_bodies_in_worker_processes(app: Durable, redis_url: str, tmp_path: Path) -> None:
@@ -202,3 +200,30 @@ async def test_what_a_body_raises_comes_back_from_another_process(app: Durable, 
             await run.result(PATIENCE)
         line = await process.said(kind="task")
         assert (line["outcome"], line["error"]["message"]) == ("failed", "cannot bear it")
+
+
+async def test_N16_a_worker_process_says_whether_and_when_to_try_again(
+    app: Durable, redis_url: str, tmp_path: Path
+) -> None:
+    """(N16) NonRetryable ends the step at its first attempt; RetryAfter is waited for."""
+    async with worker(redis_url, tmp_path):
+        never, later = await app.start(relay, ["picky", "never"]), await app.start(relay, ["picky", "later"])
+        with pytest.raises(RunFailed, match="not with me"):
+            await never.result(PATIENCE)
+        assert await later.result(PATIENCE) == 2
+        entries = [entry async for entry in app.watch(never.id)]
+        assert {entry.attempt for entry in entries if entry.kind == "remote"} == {1}
+        entries = [entry async for entry in app.watch(later.id)]
+        failed, again = (e.at for e in entries if e.status == "retrying" or (e.status, e.attempt) == ("dispatched", 2))
+        assert again - failed >= 300_000
+
+
+async def test_the_example_runs_in_two_processes(redis_url: str, tmp_path: Path) -> None:
+    """What its first lines say: the steps here, the workflow there, the same file."""
+    example = str(ROOT / "examples" / "worker_steps.py")
+    command = ("-m", "durable", "worker", example, "--json", "--transport", redis_url)
+    async with started(*command, cwd=tmp_path) as process:
+        assert (await process.said(kind="started"))["steps"] == ["text.count", "text.shout"]
+        async with started(example, cwd=tmp_path, EXAMPLE_TRANSPORT=redis_url) as workflow:
+            assert await workflow.line() == "result: 10 WORDS"
+            assert await workflow.ended() == 0
