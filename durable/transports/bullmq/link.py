@@ -37,7 +37,7 @@ class Link:
             self._asking = self._client()
             self._waiting = self._client()
         except ValueError as error:
-            raise DefinitionError(f"{url!r} is no URL of a Redis, like redis://localhost:6379/0: {error}") from error
+            raise DefinitionError(f"That is no URL of a Redis, like redis://localhost:6379/0: {error}") from error
         self._queue: list[tuple[tuple[Any, ...], int, asyncio.Future[Any]]] = []
         self._sending: asyncio.Task[None] | None = None
 
