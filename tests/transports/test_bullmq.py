@@ -484,8 +484,9 @@ async def test_an_answer_outlives_its_engines(house: House) -> None:
     await eventually(lambda: "r:0" in results, "the next engine had it")
 
 
-async def test_what_waits_for_its_time_comes_at_its_time(house: House) -> None:
-    """A delayed job is taken when it is due, not at the next whole second."""
+@pytest.mark.parametrize("cut", [False, True], ids=["calm", "cut"])
+async def test_what_waits_for_its_time_comes_at_its_time(house: House, cut: bool) -> None:
+    """A delayed job is taken when it is due, not at the next whole second; also where the links are cut meanwhile (B28)."""
     seen: list[float] = []
 
     async def handle(task: Task) -> StepResult:
@@ -495,9 +496,10 @@ async def test_what_waits_for_its_time_comes_at_its_time(house: House) -> None:
     await house.worker(handle)
     tasks = house.queue(f"tasks-{ECHO}")
     due = time.time() + 1.1
-    await tasks.add(
-        "task", json.loads(msgspec.json.encode(task("r", input=1))), {"delay": 1100, "removeOnComplete": True}
-    )
+    data = json.loads(msgspec.json.encode(task("r", input=1)))
+    await tasks.add("task", data, {"delay": 1100, "removeOnComplete": True})
+    if cut:
+        await house.redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     await eventually(lambda: seen, "it was taken")
     assert -0.1 < seen[0] - due < 0.6
 
@@ -838,14 +840,14 @@ async def test_what_is_asked_at_once_goes_out_together(house: House) -> None:
     await end.dispatch(task("first"))
     before = (await house.redis.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0)
     batches: list[int] = []
-    send = link.Link._send
+    send = link._Lane._send
 
-    async def counted(self: Link, batch: Any) -> None:
+    async def counted(self: Any, batch: Any) -> None:
         batches.append(len(batch))
         await send(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(link.Link, "_send", counted)
+        patch.setattr(link._Lane, "_send", counted)
         await asyncio.gather(*(end.dispatch(task(f"r{n:03}")) for n in range(100)))
     assert (await house.redis.info("commandstats"))["cmdstat_evalsha"]["calls"] - before >= 100
     assert max(batches) >= 100

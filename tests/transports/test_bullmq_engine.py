@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -112,6 +113,54 @@ async def test_a_worker_that_fails_at_its_job_uses_up_retries(place: Place) -> N
         handle = await app.start(lonely)
         with pytest.raises(RunFailed, match="remote step worker failed: out of memory at 3"):
             await handle.result(timeout=30)
+
+
+MORTAL = """
+import asyncio, sys
+from durable import Durable
+from durable.transports.bullmq import BullMQTransport
+
+url, prefix = sys.argv[1:]
+worker = Durable(transport=BullMQTransport(url, prefix=prefix, lock=0.5, stalled_interval=0.2), role="worker")
+
+@worker.step("heavy")
+async def heavy(n: int) -> int:
+    print("began", flush=True)
+    await asyncio.sleep(3600)
+
+async def main():
+    async with worker:
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_step_outlives_the_process_of_its_worker(place: Place) -> None:
+    """kill -9 in the middle of a step: another worker has it as soon as the lock has run out, as the same attempt."""
+    app = place.app()
+
+    @app.workflow
+    async def lonely(ctx: Context) -> int:
+        return await ctx.remote("heavy", 20, retries=0, returns=int)
+
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", MORTAL, place.url, place.prefix, stdout=asyncio.subprocess.PIPE
+    )
+    worker = Durable(transport=place.transport(lock=0.5, stalled_interval=0.2), role="worker")
+
+    @worker.step("heavy")
+    async def heavy(n: int) -> int:
+        return n + 1
+
+    async with app:
+        handle = await app.start(lonely)
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.readline(), 30) == b"began\n"
+        process.kill()
+        await process.wait()
+        async with worker:
+            assert await handle.result(timeout=30) == 21
 
 
 async def test_a_run_is_started_by_message(place: Place) -> None:

@@ -43,7 +43,10 @@ class Scriptbook:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.conn = None
-        self.commands = {name: Script(link, loadScript(file)) for name, file in SCRIPT_DEFINITIONS.items()}
+        self.commands = {
+            name: Script(link.take if name == "moveToActive" else link.ask, loadScript(file))
+            for name, file in SCRIPT_DEFINITIONS.items()
+        }
 
 
 class _Scripts(Scripts):  # type: ignore[misc]

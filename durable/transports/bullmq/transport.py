@@ -194,14 +194,14 @@ class BullMQTransport:
             await life.link.close()
             raise
         self._life = life
-        self._channel = RedisChannel(self._url, name=names.heartbeat(self._prefix))
         if self._heartbeat_handler is not None:
+            self._channel = RedisChannel(self._url, name=names.heartbeat(self._prefix))
             self._channel.on(names.heartbeat(self._prefix), self._hear_beat)
-        try:
-            await self._channel.start()
-        except Exception as error:
-            await self.close(0.0)
-            raise TransportError(f"Redis takes no subscriptions: {error or type(error).__name__}.") from error
+            try:
+                await self._channel.start()
+            except Exception as error:
+                await self.close(0.0)
+                raise TransportError(f"Redis takes no subscriptions: {error or type(error).__name__}.") from error
         if self._result_handler is not None:
             self._hear(life)
         for server in self._arranged:
@@ -568,9 +568,11 @@ class BullMQTransport:
             raise _refused(error) from error
 
     async def heartbeat(self, beat: Heartbeat) -> None:
-        """Say it on the channel; a hint."""
-        if self._channel is not None:
-            self._channel.publish(names.heartbeat(self._prefix), encode(beat))
+        """Say it on the channel; a hint. Raises TransportError."""
+        try:
+            await self._open().link.ask("PUBLISH", names.heartbeat(self._prefix), encode(beat))
+        except RedisError as error:
+            raise _refused(error) from error
 
     def _hear_control(self, message: ControlMessage) -> None:
         """What a worker has to know: nobody waits for a run any more, or for one task of it."""
