@@ -31,6 +31,7 @@ SAYS: dict[str, list[str]] = {
     "typed_values": ["Shirt: Size.LARGE Decimal('39.80') 2026-01-02 b'\\x00\\xff'", "refused [payload_type]"],
     "idempotent_start": ["the same run: True", "result: sent", "refused [idempotency_conflict]"],
     "orders_module": ["the shop opens", "order m-1: 42.00 paid as ch_", "the shop is closed"],
+    "hosted_workflow": ["worker: weighing books", "result: books: 50 g, with ann", "  turn:1\n"],
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
 }
 
