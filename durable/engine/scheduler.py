@@ -11,7 +11,7 @@ from durable.core.clock import SECOND
 from durable.core.errors import StoreError
 from durable.core.replay import Machine
 from durable.engine.executor import Executor
-from durable.engine.recovery import Recovery
+from durable.engine.recovery import Recovery, back_from_the_dead
 from durable.engine.requeue import dropped_lines
 from durable.engine.residents import Resident
 from durable.engine.resume import Resume
@@ -182,7 +182,7 @@ class Scheduler:
             record.recovery_attempts,
         )
         self._resume.take(run, rows)  # first: a run that is buried at once is to be seen with its mail
-        if record.recovery_attempts > 0:
+        if record.recovery_attempts > 0 or back_from_the_dead(journal.entries):
             self._recovery.admit(run, journal)
         else:
             executor.admit(run, journal)
