@@ -36,6 +36,7 @@ SAYS: dict[str, list[str]] = {
     "idempotent_start": ["the same run: True", "result: sent", "refused [idempotency_conflict]"],
     "orders_module": ["the shop opens", "order m-1: 42.00 paid as ch_", "the shop is closed"],
     "over_db": ["hello ann, attempt 1, from the worker: True", "hello bob"],
+    "hosted_workflow": ["worker: weighing books", "result: books: 50 g, with ann", "  turn:1\n"],
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
 }
 
