@@ -26,7 +26,7 @@ from durable.protocol.messages import Answer, ControlMessage, StepResult, Task
 from durable.testing.facts import eventually
 from durable.testing.suites.control_plane import Heard
 from durable.testing.suites.transport import ECHO, Gate, Results, answer, echo, task
-from durable.transports.rabbitmq import QUEUE, REASON, RESULTS_AHEAD, RabbitMqTransport
+from durable.transports.rabbitmq.transport import QUEUE, REASON, RESULTS_AHEAD, RabbitMqTransport
 from tests.servers.rabbitmq import RabbitServer
 
 ROOT = Path(__file__).resolve().parents[2]
