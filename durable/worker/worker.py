@@ -36,6 +36,7 @@ from durable.worker.dedupe import Answered
 from durable.worker.handler import StepHandler, groups_of
 from durable.worker.lines import Teller
 from durable.worker.stopping import stop_signals
+from durable.worker.turns import TurnHandler, turn_groups
 
 log = logging.getLogger("durable.worker")
 
@@ -70,8 +71,9 @@ class Worker:
 
     def __init__(
         self,
-        steps: Registry | Iterable[Any],
+        steps: Registry | Iterable[Any] = (),
         *,
+        workflows: Iterable[Any] = (),
         transport: Transport | str | None = None,
         transports: Mapping[str, Transport | str] | None = None,
         control_plane: ControlPlane | str | None = None,
@@ -85,8 +87,9 @@ class Worker:
         threads: bool = True,
         clock: Clock | None = None,
     ) -> None:
-        """`steps`: functions and objects with `@durable_step`, or a registry. `transport`, or `transports` by id: URLs or
-        objects, the same as the engines'. `control_plane`: where cancels are heard and lines told live; default the first
+        """`steps`: functions and objects with `@durable_step`, or a registry. `workflows`: those that are hosted here, turn by
+        turn (docs/hosted-workflows.md); of a registry of steps only the steps are served. `transport`, or `transports` by id:
+        URLs or objects, the same as the engines'. `control_plane`: where cancels are heard and lines told live; default the first
         transport, if it can. `partition`: serve only what is sent to this group. `concurrency`: a number, or `Adaptive()`.
         `dedupe`: so many answers are remembered; 0: none. `on_step`: told before each body, `on_done` after each task.
         `transport_options`: for transports by URL, such as prefix and namespace. `threads` False: plain bodies run in
@@ -105,7 +108,8 @@ class Worker:
         self.registry = steps if isinstance(steps, Registry) else Registry(steps)
         self.id = SystemIds().unique()
         """This worker's incarnation on the control plane."""
-        self.groups = groups_of(self.registry, partition)
+        self._hosted = Registry(workflows)
+        self.groups = [*groups_of(self.registry, partition), *turn_groups(self._hosted, partition)]
         """Routing tokens it serves."""
         self.counts: Counter[str] = Counter()
         """Tasks done with, by outcome (`Done.outcome`)."""
@@ -122,6 +126,7 @@ class Worker:
         self._answered = Answered(dedupe)
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._handler: StepHandler | None = None
+        self._turns: TurnHandler | None = None
         self._pool: TransportPool | None = None
         self._plane: ControlPlane | None = None
         self._plane_apart = False
@@ -179,6 +184,13 @@ class Worker:
             threads=threads if self._threads else 0,
             teller=None if self._plane is None else self._speaker(self._plane),
         )
+        self._turns = TurnHandler(
+            self._hosted,
+            self._clock,
+            self._on_step,
+            threads=threads if self._threads else 0,
+            partition=self._partition,
+        )
         self._pool = pool
         try:
             await pool.start()
@@ -201,8 +213,9 @@ class Worker:
             await pool.close(self.drain_timeout if timeout is None else timeout)
         finally:
             self._unhear()
-            if self._handler is not None:
+            if self._handler is not None and self._turns is not None:
                 self._handler.close()
+                self._turns.close()
             if self._plane is not None and self._plane_apart:
                 await self._plane.close()
 
@@ -253,9 +266,10 @@ class Worker:
             job.over.set()
 
     async def _run(self, job: _Job) -> Answer:
-        assert self._handler is not None
+        handler = self._handler if isinstance(job.task, RemoteTask) else self._turns
+        assert handler is not None
         try:
-            answer = await self._handler(job.task)
+            answer = await handler(job.task)
         except asyncio.CancelledError:
             if not job.told or job.work.uncancel() > job.before:
                 raise
