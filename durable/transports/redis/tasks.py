@@ -193,10 +193,9 @@ class Tasks:
         while True:
             try:
                 answers = await self._link.call(*commands)
-                refused = next((each for each in answers if isinstance(each, ReplyError)), None)
-                if refused is None:
+                if not isinstance(answers[0], ReplyError):
                     break
-                log.warning("the answer of %s was refused by Redis and is sent again: %s", task.id, refused)
+                log.warning("the answer of %s was refused by Redis and is sent again: %s", task.id, answers[0])
             except TransportError as error:
                 log.debug("the answer of %s is sent again: %s", task.id, error)
             await asyncio.sleep(pause)
