@@ -25,10 +25,10 @@ from typing import Any
 import psycopg
 
 from durable import Context, Durable, current_step, workflow
-from durable.app import open_store
 from durable.core.ids import SystemIds
 from durable.core.journal import Entry
 from durable.engine.start import StartRequest
+from durable.opening import open_store
 from durable.store.records import Commit, NewRun
 from tests.bench.kit.child import VALUE, gaps, serve, throughput
 
