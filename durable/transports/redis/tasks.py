@@ -157,6 +157,9 @@ class Tasks:
         """Work on it, or do what else is to be done with such an entry."""
         if entry in self._mine[stream]:
             return
+        if not fields:  # somebody has deleted it
+            await self._link.call(("XACK", stream, GROUP, entry))
+            return
         told = dict(zip(fields[::2], fields[1::2], strict=False))
         data, engine = told.get(b"t", b""), told.get(b"r", b"")
         try:
