@@ -834,6 +834,25 @@ async def test_closing_gives_tasks_back_at_once(house: House) -> None:
     await eventually(lambda: "r:0" in results, "the other worker ran it")
 
 
+@pytest.mark.parametrize("after", range(6))
+async def test_closing_amid_traffic_leaves_nothing_behind(house: House, after: int) -> None:
+    """Wherever close comes upon a worker that is taking tasks, the next worker has them all at once, and none waits for a
+    lock to run out."""
+
+    async def work(task: Task) -> StepResult:
+        await asyncio.sleep(0.005)
+        return answer(task)
+
+    end, results = await house.engine()
+    first = await house.worker(work)
+    sending = [asyncio.create_task(end.dispatch(task(f"r{n}"))) for n in range(30)]
+    await asyncio.sleep(0.006 * after)
+    await first.close(0.01)
+    await asyncio.gather(*sending)
+    await house.worker()
+    await eventually(lambda: len(results) == 30, "all were answered", timeout=15)
+
+
 async def test_what_is_asked_at_once_goes_out_together(house: House) -> None:
     """A hundred dispatches of one moment cost a few round trips, and keep their order."""
     end, _ = await house.engine()

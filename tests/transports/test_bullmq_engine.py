@@ -171,12 +171,12 @@ async def test_a_run_is_started_by_message(place: Place) -> None:
     async def add(ctx: Context, numbers: dict[str, int]) -> int:
         return sum(numbers.values())
 
+    await place.wish(workflow="add", input={"a": 5})  # before there is an engine
     async with app:
         for _ in range(3):
             await place.wish(
                 workflow="add", input={"a": 1, "b": 2}, runId="asked-1", tags=["x"], searchAttributes={"n": 1}
             )
-        await place.wish(workflow="add", input={"a": 5})
         await until(lambda: _count(app, 2), "both wishes were granted")
         assert await app.run("asked-1").result(timeout=10) == 3
         record = await app.run("asked-1").get()
