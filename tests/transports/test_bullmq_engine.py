@@ -121,7 +121,7 @@ from durable import Durable
 from durable.transports.bullmq import BullMQTransport
 
 url, prefix = sys.argv[1:]
-worker = Durable(transport=BullMQTransport(url, prefix=prefix, lock=0.5, stalled_interval=0.2), role="worker")
+worker = Durable(transport=BullMQTransport(url, prefix=prefix, lock=0.5, stalled_interval=0.2, max_stalled=9), role="worker")
 
 @worker.step("heavy")
 async def heavy(n: int) -> int:
@@ -147,7 +147,7 @@ async def test_a_step_outlives_the_process_of_its_worker(place: Place) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", MORTAL, place.url, place.prefix, stdout=asyncio.subprocess.PIPE
     )
-    worker = Durable(transport=place.transport(lock=0.5, stalled_interval=0.2), role="worker")
+    worker = Durable(transport=place.transport(stalled_interval=0.2, max_stalled=9), role="worker")
 
     @worker.step("heavy")
     async def heavy(n: int) -> int:
