@@ -232,13 +232,9 @@ class BullMQTransport:
             life.stalled.cancel()
         if life.chores:
             await asyncio.wait(set(life.chores), timeout=SETTLE_SECONDS)
-        if self._liveness is not None:
-            await self._liveness.close()
         self._unhear()
-        await self._control.close()
-        if self._channel is not None:
-            await self._channel.close()
-        await life.locks.close()
+        parts = [part for part in (self._liveness, self._channel, self._control, life.locks) if part is not None]
+        await asyncio.gather(*(part.close() for part in parts))
         await life.link.close()
         self._bench.servers.clear()
         self._arranged.clear()
