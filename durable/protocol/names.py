@@ -59,6 +59,11 @@ def engine(prefix: str, incarnation: str) -> str:
     return f"{prefix}-engine:{incarnation}"
 
 
+def given_up(prefix: str) -> str:
+    """Where a broker puts tasks that it has delivered too often; an engine takes them from there as failed."""
+    return f"{prefix}-given-up"
+
+
 def dead(prefix: str) -> str:
     """Where a broker puts tasks it has given up on, and we put messages nobody may read."""
     return f"{prefix}-dead"
@@ -90,6 +95,36 @@ def worker_descriptor(prefix: str, token: str, instance: str) -> str:
     return f"{prefix}-worker-descriptor:{token}:{instance}"
 
 
+def lane_tasks(prefix: str, token: str) -> str:
+    """The Redis lane's stream of tasks of one routing token."""
+    return f"{prefix}-lane-tasks-{token}"
+
+
+def lane_results(prefix: str, instance: str) -> str:
+    """The Redis lane's stream of answers for one engine."""
+    return f"{prefix}-lane-results-{instance}"
+
+
+def lane_unclaimed(prefix: str) -> str:
+    """The Redis lane's stream of answers that came while no engine was there."""
+    return f"{prefix}-lane-unclaimed"
+
+
+def lane_engines(prefix: str) -> str:
+    """The Redis lane's sorted set of engines, each with the epoch ms until which it counts as alive."""
+    return f"{prefix}-lane-engines"
+
+
+def lane_cancels(prefix: str) -> str:
+    """The Redis lane's channel on which workers hear what to cancel, and nothing else."""
+    return f"{prefix}-lane-cancels"
+
+
+def lane_held(prefix: str) -> str:
+    """The Redis lane's hash of tasks that are queued, under way or answered and not yet taken: id → attempt."""
+    return f"{prefix}-lane-held"
+
+
 def tasks_table(prefix: str) -> str:
     """The DB transport's rows of tasks. Quoted as it is: a prefix may contain a dash."""
     return f"{prefix}_transport_tasks"
@@ -105,6 +140,13 @@ def restricted(name: str) -> str:
     byte becomes `_x<HH>_`, and so does the underscore of what would read as such an escape. `unrestricted` is its inverse."""
     guarded = _MISLEADING.sub("_x5F_", name)
     return re.sub(r"[^A-Za-z0-9_-]", lambda found: "".join(f"_x{byte:02X}_" for byte in found[0].encode()), guarded)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """What a queue of this name may be called in such a place, in the order to look; the last is what we create. The plain
+    name goes first, but not where it reads as the escaped one of another: that is a stranger's queue."""
+    escaped = restricted(name)
+    return (escaped,) if escaped == name or _MISLEADING.search(name) else (name, escaped)
 
 
 def unrestricted(name: str) -> str:

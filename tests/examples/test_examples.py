@@ -35,10 +35,19 @@ SAYS: dict[str, list[str]] = {
     "typed_values": ["Shirt: Size.LARGE Decimal('39.80') 2026-01-02 b'\\x00\\xff'", "refused [payload_type]"],
     "idempotent_start": ["the same run: True", "result: sent", "refused [idempotency_conflict]"],
     "orders_module": ["the shop opens", "order m-1: 42.00 paid as ch_", "the shop is closed"],
+    "over_db": ["hello ann, attempt 1, from the worker: True", "hello bob"],
+    "hosted_workflow": ["worker: weighing books", "result: books: 50 g, with ann", "  turn:1\n"],
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
 }
 
 SERVED: dict[str, tuple[str, str, list[str]]] = {
+    "over_redis": (
+        "kept_redis_url",
+        "REDIS_URL",
+        ["order 0 charged under :0 by another process: True", "order 2 charged under :2 by another process"],
+    ),
+    "over_sqs": ("sqs_url", "SQS_ENDPOINT_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
+    "over_rabbitmq": ("amqp_url", "AMQP_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
     "over_bullmq": (
         "kept_redis_url",
         "REDIS_URL",
