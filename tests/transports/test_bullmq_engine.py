@@ -15,7 +15,7 @@ import pytest
 from bullmq import Queue, Worker
 from redis.asyncio import Redis
 
-from durable import Context, Durable, RunCancelled, RunFailed
+from durable import Context, Durable, RetryPolicy, RunCancelled, RunFailed, remote_workflow
 from durable.core.errors import RunNotFound
 from durable.testing.facts import eventually
 from durable.transports.bullmq import BullMQTransport
@@ -113,6 +113,33 @@ async def test_a_worker_that_fails_at_its_job_uses_up_retries(place: Place) -> N
         handle = await app.start(lonely)
         with pytest.raises(RunFailed, match="remote step worker failed: out of memory at 3"):
             await handle.result(timeout=30)
+
+
+async def test_a_turn_whose_worker_died_is_taken_again(place: Place) -> None:
+    """A turn that BullMQ has failed says nothing about its run: the turn is sent again, to whoever is there."""
+    tries: list[str] = []
+    decisions = place.queue("decisions")
+
+    async def host(job: Any, token: str) -> None:
+        tries.append(job.data["taskId"])
+        if len(tries) == 1:
+            raise RuntimeError("out of memory")
+        decision = {
+            "taskId": job.data["taskId"],
+            "runId": job.data["runId"],
+            "status": "completed",
+            "output": "in the end",
+        }
+        await decisions.add("decision", decision | {"commands": []}, {"removeOnComplete": True, "removeOnFail": True})
+
+    worker = Worker(f"{place.prefix}-tasks-py", host, {"connection": place.url})
+    place.stack.push_async_callback(worker.close, True)
+    app = place.app()
+    app.register(remote_workflow("py", retries=RetryPolicy(max_attempts=3, initial_delay=0.05)))
+    async with app:
+        handle = await app.start("py", {})
+        assert await handle.result(timeout=30) == "in the end"
+    assert len(set(tries)) == 2
 
 
 MORTAL = """
