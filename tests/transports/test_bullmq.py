@@ -543,6 +543,18 @@ async def test_redis_that_is_not_there_is_said_at_start() -> None:
         BullMQTransport("http://example.com")
 
 
+async def test_options_of_the_driver_in_the_url_do_no_harm(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """A URL may say what the driver is to do; waiting for work is not cut short by it, and answers are read all the same."""
+    end = BullMQTransport(f"{house.url}?socket_timeout=0.1&protocol=3", prefix=house.prefix)
+    await house.started(end)
+    await end.serve([ECHO], echo)
+    engine, results = await house.engine()
+    await asyncio.sleep(0.3)
+    await engine.dispatch(task("r"))
+    await eventually(lambda: "r:0" in results, "it was answered")
+    assert "cannot be read" not in caplog.text
+
+
 def test_missing_drivers_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extra an import says what to install."""
     for name in [name for name in sys.modules if name.startswith("durable.transports.bullmq")]:
