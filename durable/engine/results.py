@@ -141,8 +141,8 @@ class Results:
         await durable
 
 
-NOT_HERE = frozenset({"unknown_workflow", "unknown_version"})
-"""Codes by which a worker says that it is the wrong one, and nothing about the run: another may have the code."""
+NOT_HERE = frozenset({"unknown_workflow", "unknown_version", "worker_failed"})
+"""Codes that say that this worker is the wrong one, or has died, and nothing about the run: another may do better."""
 
 
 def _verdict(decision: WorkflowDecision, limit: int) -> tuple[str, bytes]:

@@ -37,6 +37,7 @@ SAYS: dict[str, list[str]] = {
     "orders_module": ["the shop opens", "order m-1: 42.00 paid as ch_", "the shop is closed"],
     "over_db": ["hello ann, attempt 1, from the worker: True", "hello bob"],
     "hosted_workflow": ["worker: weighing books", "result: books: 50 g, with ann", "  turn:1\n"],
+    "worker_steps": ["result: 10 WORDS", "tasks: {'completed': 2}"],
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
 }
 
