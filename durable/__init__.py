@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RunDead,
         RunFailed,
         RunTimeout,
+        StepCancelled,
         StepFailed,
         StepTimeout,
         WaitTimeout,
@@ -33,10 +34,13 @@ if TYPE_CHECKING:
     from durable.core.step import current_step
     from durable.engine.handle import RunHandle
     from durable.engine.start import StartRequest
+    from durable.worker.adaptive import Adaptive
+    from durable.worker.worker import Worker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptive",
     "ChildFailed",
     "ChildHandle",
     "Context",
@@ -54,9 +58,11 @@ __all__ = [
     "RunHandle",
     "RunTimeout",
     "StartRequest",
+    "StepCancelled",
     "StepFailed",
     "StepTimeout",
     "WaitTimeout",
+    "Worker",
     "current_step",
     "dead_letter",
     "durable_step",
@@ -65,6 +71,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "Adaptive": "durable.worker.adaptive",
+    "Worker": "durable.worker.worker",
     "Durable": "durable.app",
     "ChildHandle": "durable.core.ctx",
     "Context": "durable.core.ctx",

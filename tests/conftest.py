@@ -16,17 +16,19 @@ import pytest
 
 from tests.servers.pgbouncer import pooled_url, pooler
 from tests.servers.postgres import postgres_server, postgres_url
-from tests.servers.rabbitmq import amqp_url, rabbit_server
+from tests.servers.rabbitmq import _own_rabbit, amqp_url, rabbit, rabbit_server
 from tests.servers.redis import redis_server, redis_url
 from tests.servers.services import require
 from tests.servers.sqs import sqs_server, sqs_url
 
 __all__ = [  # fixtures for all
+    "_own_rabbit",
     "amqp_url",
     "pooled_url",
     "pooler",
     "postgres_server",
     "postgres_url",
+    "rabbit",
     "rabbit_server",
     "redis_server",
     "redis_url",

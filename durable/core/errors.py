@@ -17,8 +17,9 @@ DurableError
 │   └── RunTimeout             run_timeout
 ├── StepFailed                 step_failed: inside a workflow, after the last attempt
 │   ├── StepTimeout            step_timeout
-│   │                          (step_cancelled: in `error.code`, of a body that cancelled itself)
 │   └── ChildFailed            child_failed
+├── StepCancelled              step_cancelled: what `raise_if_cancelled` raises; in `error.code` also of a body that
+│                              cancelled itself, or that its worker has cancelled
 ├── WaitTimeout                wait_timeout: also a TimeoutError
 ├── IdempotencyConflict        idempotency_conflict: same key, other input
 ├── NonRetryable               non_retryable: raise it in a step to end retries at once
@@ -170,6 +171,12 @@ class StepTimeout(StepFailed):
 
 class ChildFailed(StepFailed):
     code = "child_failed"
+
+
+class StepCancelled(DurableError):
+    """Nobody waits for this body any more."""
+
+    code = "step_cancelled"
 
 
 class WaitTimeout(DurableError, TimeoutError):

@@ -18,6 +18,7 @@ from durable.core.journal import CHILD, LOG, REMOTE, RUN, Entry
 from durable.core.payload import decode_error, encode_error
 from durable.engine.apply import RetryNote
 from durable.engine.residents import Arrival, Resident
+from durable.protocol.codec import MAX_EVENTS
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -63,6 +64,7 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     if arrival.kind != CHILD and run.recovery_attempts:
         run.progressed = True
     run.attempts.pop(key, None)
+    run.told.pop(key, None)
     if run.retries:
         run.retries.pop(key, None)
     return True
@@ -77,11 +79,39 @@ def _by_ordinal(outstanding: Iterable[Command], arrival: Arrival) -> Command | N
 
 
 def _write_lines(executor: Executor, run: Resident, key: str, arrival: Arrival) -> None:
-    """With the result, so that neither is there without the other."""
-    for payload in arrival.lines:
-        index = run.logs.get(key, 0)
-        run.logs[key] = index + 1
-        executor.append(run, Arrival(arrival.happened, LOG, "written", key=key, ordinal=index, payload=payload))
+    """With the result, so that neither is there without the other. What was told live is there already."""
+    attempt = arrival.attempt or run.attempts.get(key, 1)
+    told = run.told.setdefault(key, set())
+    for line in arrival.lines:
+        if (attempt, line.mark) not in told:
+            told.add((attempt, line.mark))
+            entry = Arrival(
+                arrival.happened,
+                LOG,
+                "written",
+                key=key,
+                ordinal=line.index,
+                attempt=attempt,
+                payload=line.payload,
+            )
+            executor.append(run, entry)
+
+
+def hears(run: Resident, arrival: Arrival) -> bool:
+    """Whether a live line is to be journaled: once, and only while its very attempt is awaited."""
+    key, line = arrival.key, arrival.line
+    assert key is not None
+    assert line is not None
+    sent = run.sent.get(key)
+    if sent is None or sent.attempt != arrival.attempt:
+        return False
+    told = run.told.setdefault(key, set())
+    mark = (arrival.attempt, line.mark)
+    if mark in told or sent.lines >= MAX_EVENTS:
+        return False
+    told.add(mark)
+    sent.lines += 1
+    return True
 
 
 def _late(executor: Executor, run: Resident, arrival: Arrival) -> None:
@@ -101,6 +131,7 @@ def _gives_up(executor: Executor, run: Resident, command: Command, arrival: Arri
     made = attempt - run.spent.get(command.ordinal, 0)
     if policy.gives_up(made, retryable=error.retryable, names=(error.code, error.type)):
         run.attempts.pop(key, None)
+        run.told.pop(key, None)
         run.retries.pop(key, None)
         return True
     delay = policy.delay(made, executor.deps.ids.random(), retry_after=error.retry_after)

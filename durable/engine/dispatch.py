@@ -30,6 +30,8 @@ log = logging.getLogger("durable.dispatch")
 
 ASK_SECONDS_MIN = 0.1
 ASK_SECONDS_MAX = 30.0
+OUT_MAX = 10_000
+"""Tasks of runs that left memory which are remembered."""
 ASK_MAX = 1_000
 """Tasks a transport is asked after at once."""
 
@@ -69,6 +71,8 @@ class Dispatch:
         """Task id → who waits for it here, under which key."""
         self._held: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._out: dict[str, tuple[str, int]] = {}
+        """Step id → key and attempt, of runs that left; the latest of them. What is told live of one wakes its run."""
         self._lost: dict[tuple[str, str], str] = {}
         """(Run, key) → the member whose attempt has come to nothing; until the next one is sent."""
         self._asking = False
@@ -138,16 +142,22 @@ class Dispatch:
         self.tell_worker(run, key)
         self.settle(run, key)
         run.attempts.pop(key, None)
+        run.told.pop(key, None)
 
     def tell_worker(self, run: Resident, key: str) -> None:
         """Ask for the body to be cancelled; a hint."""
         sent = run.sent.get(key)
         if sent is not None:
             self._spawn(self._cancel(sent.transport, task_id(run, sent.command, sent.attempt)))
+            self._executor.on_unwanted(run, sent)
 
     def forget(self, run: Resident) -> None:
         """The run leaves memory; its tasks go on."""
-        for key in list(run.sent):
+        for key, sent in list(run.sent.items()):
+            if not run.ended:
+                self._out[step_id(run.run_id, sent.command.ordinal)] = key, sent.attempt
+                if len(self._out) > OUT_MAX:
+                    del self._out[next(iter(self._out))]
             self.settle(run, key)
         if self._lost:
             for run_id, key in [lost for lost in self._lost if lost[0] == run.run_id]:
@@ -156,6 +166,10 @@ class Dispatch:
     def awaited(self, task: str) -> tuple[Resident, str] | None:
         """Who waits for this step id in this engine."""
         return self._awaited.get(task)
+
+    def out(self, task: str) -> tuple[str, int] | None:
+        """Key and attempt of a task whose run has left this engine's memory while it was out."""
+        return self._out.get(task)
 
     def beat(self, heartbeat: Heartbeat) -> None:
         """A worker is alive, and at it."""
@@ -181,6 +195,7 @@ class Dispatch:
         deadline = None if timeout is None else now + int(timeout * SECOND)
         sent = Sent(command, attempt, now, deadline, last_beat=now)
         run.sent[command.key] = sent
+        self._out.pop(step_id(run.run_id, command.ordinal), None)
         run.attempts[command.key] = attempt
         self._awaited[task_id(run, command, attempt)] = (run, command.key)
         return sent

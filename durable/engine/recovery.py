@@ -3,8 +3,8 @@
 Most of them only happened to be there, so a suspect goes on at once. One that is at its last attempt runs alone among
 its like, until it has made progress, waits, or has survived for a while: a poison run may use up its neighbours'
 attempts but for the last, which nobody but itself can take (D7, S32). A run that was dead and is requeued has its whole
-budget again and nobody's trust: it runs alone until it has made progress. Those that wait for their turn are stored as `queued`, so
-that another crash does not count against them.
+budget again and nobody's trust: it runs alone until it has made progress. Those that wait for their turn are stored as
+`queued`, so that another crash does not count against them.
 """
 
 from __future__ import annotations

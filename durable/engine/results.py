@@ -11,10 +11,10 @@ import msgspec
 
 from durable.core.errors import ErrorData, RunNotFound
 from durable.core.journal import REMOTE
-from durable.core.payload import clean, encode_error
-from durable.engine.apply import log_payload
+from durable.core.payload import encode_error
 from durable.engine.executor import Executor
-from durable.engine.residents import Arrival, Left, Resident
+from durable.engine.lines import line_of
+from durable.engine.residents import Arrival, Left, Line, Resident
 from durable.engine.resume import decision_arrival, report_of
 from durable.engine.signals import Mail
 from durable.protocol.messages import Answer, StepResult, WorkflowDecision
@@ -104,7 +104,7 @@ class Results:
         )
         raise RunNotFound(f"Run {result.run_id!r} is of another workspace.", run_id=result.run_id)
 
-    async def _hand_over(self, run: Resident, result: StepResult, payload: bytes, lines: Sequence[bytes]) -> None:
+    async def _hand_over(self, run: Resident, result: StepResult, payload: bytes, lines: Sequence[Line]) -> None:
         """Straight to the run. Raises Left if it goes before the result is committed."""
         now = self._executor.clock.now()
         found = self._executor.dispatch.awaited(result.step_id)
@@ -171,16 +171,15 @@ def _kept(result: StepResult, limit: int) -> tuple[StepResult, bytes]:
     return msgspec.structs.replace(result, status="failed", output=msgspec.UNSET, error=error), encode_error(error)
 
 
-def _lines(result: StepResult, limit: int) -> list[bytes]:
-    """What the body told of itself, as payloads of log entries. One that no store takes costs itself alone."""
+def _lines(result: StepResult, limit: int) -> list[Line]:
+    """What the body told of itself. A line that no store takes costs itself alone."""
     lines = []
     for event in result.events or ():
-        fields = None if event.data is None else msgspec.json.encode(event.data)
-        line = log_payload(event.level, clean(event.message), fields)
-        if len(line) <= limit:
+        line = line_of(event)
+        if len(line.payload) <= limit:
             lines.append(line)
         else:
-            log.warning("a log line of %s has %d bytes and is left out", result.step_id, len(line))
+            log.warning("a log line of %s has %d bytes and is left out", result.step_id, len(line.payload))
     return lines
 
 

@@ -480,7 +480,7 @@ class _Turn:
     async def _attempt(self, command: RunStep, attempt: int, events: list[StepEvent]) -> bytes:
         run_id = self._task.run_id
 
-        def write(level: str, message: str, fields: dict[str, Any]) -> None:
+        def write(level: str, message: str, fields: dict[str, Any], progress: bool) -> None:
             at = self._clock.now() // 1_000
             events.append(StepEvent(at=at, level=level, message=message, data=fields or None))  # type: ignore[arg-type]
 

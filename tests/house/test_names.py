@@ -6,6 +6,7 @@ import durable
 from tests.house.sources import ROOT, tracked
 
 PUBLIC = [
+    "Adaptive",
     "ChildFailed",
     "ChildHandle",
     "Context",
@@ -23,9 +24,11 @@ PUBLIC = [
     "RunHandle",
     "RunTimeout",
     "StartRequest",
+    "StepCancelled",
     "StepFailed",
     "StepTimeout",
     "WaitTimeout",
+    "Worker",
     "current_step",
     "dead_letter",
     "durable_step",
