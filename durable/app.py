@@ -239,7 +239,7 @@ class Durable:
 
     def as_worker(self, **options: Any) -> None:
         """Be a node of role worker when opened, with these options of `Worker`: what a command line says wins over the
-        program. Before the app is opened."""
+        program. `hosts`: host this app's workflows too, for engines elsewhere. Before the app is opened."""
         self.role = "worker"
         self._worker_options = options
 
@@ -261,7 +261,10 @@ class Durable:
             "clock": self._clock,
             "threads": settings.threads,
         }
-        worker = Worker(self.registry, **(ours | self._worker_options))
+        options = ours | self._worker_options
+        if options.pop("hosts", False):
+            options["workflows"] = self.registry
+        worker = Worker(self.registry, **options)
         await worker.start()
         self._worker = worker
 

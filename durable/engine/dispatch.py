@@ -178,11 +178,27 @@ class Dispatch:
             found = self._awaited.get(heartbeat.step_id)
             if found is not None and found[1] in found[0].sent:
                 found[0].sent[found[1]].last_beat = now
+                found[0].sent[found[1]].beaten = True
             return
         run = self._executor.residents.get(heartbeat.run_id)
         if run is not None:
             for sent in run.sent.values():
                 sent.last_beat = now
+                sent.beaten = True
+
+    def only_waits(self, run: Resident, key: str) -> bool:
+        """Whether the silence over a turn may be that of a queue: nobody has begun it, and the transport can be asked whether it
+        still has it. Then it is asked, and silence counts anew from now: sending the turn again would only lengthen the queue."""
+        sent = run.sent[key]
+        member = self._executor.deps.transport.member(sent.transport).capabilities
+        if not (isinstance(sent.command, TakeTurn) and sent.published and member.holds and member.heartbeats):
+            return False
+        if sent.beaten or sent.asking:
+            return False
+        sent.last_beat = self._executor.clock.now()
+        sent.asking = True
+        self._spawn(self._ask(run, sent.command, sent))
+        return True
 
     def release_held(self) -> None:
         """The lease has been renewed: publish what waited for that."""

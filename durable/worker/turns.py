@@ -14,7 +14,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -167,14 +167,16 @@ class _HostedContext(Context):
 
     def gather(self, *awaitables: Any, mode: str = "all") -> Any:
         if mode == "first" and not self._machine.ordered:
-            raise _race("ctx.gather(mode='first')")
+            self._machine.refuse(_race("ctx.gather(mode='first')"))
         return super().gather(*awaitables, mode=mode)  # type: ignore[call-overload]
 
     def patched(self, id: str) -> bool:
         if not self._machine.timed:
-            raise DeterminismError(
-                f"ctx.patched({id!r}): this engine does not say how far a run had come, so nobody can tell which way is right. "
-                "Register the new code under another version instead."
+            self._machine.refuse(
+                DeterminismError(
+                    f"ctx.patched({id!r}): this engine does not say how far a run had come, so nobody can tell which way is "
+                    "right. Register the new code under another version instead."
+                )
             )
         return super().patched(id)
 
@@ -207,6 +209,20 @@ class _HostedMachine(Machine):
             return Failed(encode_error(error.error))
         return super()._outcome_of(main)
 
+    def refuse(self, error: DeterminismError) -> NoReturn:
+        """A broken rule sticks: code cannot catch it away."""
+        self.loop.error = self.loop.error or error
+        raise error
+
+    def races(self) -> Iterator[str]:
+        """What of the code waits for whichever comes first."""
+        for alarm in self.loop.alarms.values():
+            if getattr(alarm._callback, "__name__", "") not in _SLEEPS:
+                yield "a timeout"
+        for future in (*self._promises.values(), *self.loop.living()):
+            for callback, _ in future._callbacks or ():
+                yield from _race_in(callback)
+
     def behind(self, is_behind: bool) -> None:
         """Whether the code is on ground that an earlier turn has covered."""
         self._behind = is_behind
@@ -228,7 +244,7 @@ class _HostedMachine(Machine):
 
     def wait_signal(self, command: WaitSignal, *arguments: Any) -> Asked:
         if not self.ordered and arguments[1] is not None:
-            raise _race(f"ctx.wait_for_signal({command.name!r}, timeout=...)")
+            self.refuse(_race(f"ctx.wait_for_signal({command.name!r}, timeout=...)"))
         return super().wait_signal(command, *arguments)
 
 
@@ -403,7 +419,8 @@ class _Turn:
         for item in self._machine.deliver(msgspec.structs.replace(entry, at=self._at)):
             self._heed(item)
         if not self._machine.ordered:
-            self._refuse_races()
+            for race in self._machine.races():
+                raise _race(race)
 
     def _heed(self, item: Command | Note) -> None:
         if isinstance(item, Command):
@@ -415,16 +432,9 @@ class _Turn:
             at = self._clock.now() // 1_000
             self._logs.append(StepEvent(at=at, level=item.level, message=item.message, data=fields))  # type: ignore[arg-type]
         elif isinstance(item, Abandon):
-            if not self._machine.ordered and self._machine.outcome is None:
-                raise _race(f"giving up {item.command.kind} {item.command.key!r} for something else")
             body = self._under_way.pop(item.command.key, None)
             if body is not None:
                 body.cancel()
-
-    def _refuse_races(self) -> None:
-        for alarm in self._machine.loop.alarms.values():
-            if getattr(alarm._callback, "__name__", "") not in _SLEEPS:
-                raise _race("a timeout")
 
     # ------------------------------------------------------------------ steps that run here
 
@@ -548,7 +558,7 @@ class _Turn:
         """What waits for something outside, and what the engine does not know of."""
         machine, found = self._machine, list[TurnCommand]()
         for command in machine.outstanding.values():
-            if command.ordinal < self._new_from:
+            if self._is_known(command.ordinal):
                 continue
             if isinstance(command, SendTask):
                 group = command.options.group or self._partition or ""
@@ -558,9 +568,13 @@ class _Turn:
             elif isinstance(command, StartChild):
                 found.append(StartChildRun(seq=command.ordinal, workflow=command.workflow, input=Raw(command.input)))
         for ordinal, alarm in machine.loop.alarms.items():
-            if ordinal >= self._new_from:
+            if not self._is_known(ordinal):
                 found.append(Sleep(seq=ordinal, ms=self._left(ordinal, alarm)))
         return sorted(found, key=lambda command: command.seq)
+
+    def _is_known(self, ordinal: int) -> bool:
+        """Whether the engine has been asked for it: by an earlier turn, or so long ago that there is an answer, which waits."""
+        return ordinal < self._new_from or (not self._machine.ordered and ordinal in self._machine.items)
 
     def _left(self, ordinal: int, alarm: Alarm) -> int:
         """Milliseconds, rounded up. What sleeps for a while has slept since it was asked for; what sleeps until a moment
@@ -588,6 +602,17 @@ def _mismatch(item: HistoryItem, asked: str) -> NonDeterminism:
         recorded=recorded,
         asked=asked,
     )
+
+
+def _race_in(callback: Any) -> Iterator[str]:
+    """asyncio.wait and as_completed leave a callback with every future they wait for."""
+    name = getattr(callback, "__qualname__", "")
+    if name.startswith(("as_completed.", "_AsCompletedIterator.")):
+        yield "asyncio.as_completed"
+    elif name == "_wait.<locals>._on_completion":
+        held = dict(zip(callback.__code__.co_freevars, callback.__closure__, strict=True))
+        if "return_when" in held and held["return_when"].cell_contents == asyncio.FIRST_COMPLETED:
+            yield "asyncio.wait(return_when=FIRST_COMPLETED)"
 
 
 def _race(what: str) -> DeterminismError:

@@ -1,4 +1,5 @@
-"""`Worker`: serves steps over transports, with no engine and no store inside. A process of its own, or a part of one.
+"""`Worker`: serves steps, and hosts workflows, over transports: no engine and no store inside. A process of its own, or a
+part of one.
 
     async with Worker([resize], transport="redis://localhost"):
         ...
@@ -67,13 +68,13 @@ class _Job:
 
 
 class Worker:
-    """Serves steps, at most `concurrency` of them at once on each transport."""
+    """Serves steps and turns of workflows, at most `concurrency` of them at once on each transport."""
 
     def __init__(
         self,
         steps: Registry | Iterable[Any] = (),
         *,
-        workflows: Iterable[Any] = (),
+        workflows: Registry | Iterable[Any] = (),
         transport: Transport | str | None = None,
         transports: Mapping[str, Transport | str] | None = None,
         control_plane: ControlPlane | str | None = None,
@@ -87,9 +88,9 @@ class Worker:
         threads: bool = True,
         clock: Clock | None = None,
     ) -> None:
-        """`steps`: functions and objects with `@durable_step`, or a registry. `workflows`: those that are hosted here, turn by
-        turn (docs/hosted-workflows.md); of a registry of steps only the steps are served. `transport`, or `transports` by id:
-        URLs or objects, the same as the engines'. `control_plane`: where cancels are heard and lines told live; default the first
+        """`steps`: functions and objects with `@durable_step`, or a registry. `workflows`: those to host, for engines that know
+        them by `remote_workflow`. `transport`, or `transports` by id: URLs or
+        objects, the same as the engines'. `control_plane`: where cancels are heard and lines told live; default the first
         transport, if it can. `partition`: serve only what is sent to this group. `concurrency`: a number, or `Adaptive()`.
         `dedupe`: so many answers are remembered; 0: none. `on_step`: told before each body, `on_done` after each task.
         `transport_options`: for transports by URL, such as prefix and namespace. `threads` False: plain bodies run in
@@ -108,8 +109,8 @@ class Worker:
         self.registry = steps if isinstance(steps, Registry) else Registry(steps)
         self.id = SystemIds().unique()
         """This worker's incarnation on the control plane."""
-        self._hosted = Registry(workflows)
-        self.groups = [*groups_of(self.registry, partition), *turn_groups(self._hosted, partition)]
+        self.workflows = workflows if isinstance(workflows, Registry) else Registry(workflows)
+        self.groups = list(dict.fromkeys(groups_of(self.registry, partition) + turn_groups(self.workflows, partition)))
         """Routing tokens it serves."""
         self.counts: Counter[str] = Counter()
         """Tasks done with, by outcome (`Done.outcome`)."""
@@ -170,7 +171,7 @@ class Worker:
                 if unbound
                 else "put @durable_step on what it is to serve"
             )
-            raise DefinitionError(f"This worker has no steps to serve: {why}.")
+            raise DefinitionError(f"This worker has no steps to serve: {why}. Or give it `workflows` to host.")
         pool, plane = open_pool(self._given, self._asked_plane, options=self._transport_options)
         self._plane = plane or pool.control_plane
         shared: object = self._plane
@@ -185,7 +186,7 @@ class Worker:
             teller=None if self._plane is None else self._speaker(self._plane),
         )
         self._turns = TurnHandler(
-            self._hosted,
+            self.workflows,
             self._clock,
             self._on_step,
             threads=threads if self._threads else 0,
@@ -213,8 +214,9 @@ class Worker:
             await pool.close(self.drain_timeout if timeout is None else timeout)
         finally:
             self._unhear()
-            if self._handler is not None and self._turns is not None:
+            if self._handler is not None:
                 self._handler.close()
+            if self._turns is not None:
                 self._turns.close()
             if self._plane is not None and self._plane_apart:
                 await self._plane.close()
@@ -266,14 +268,14 @@ class Worker:
             job.over.set()
 
     async def _run(self, job: _Job) -> Answer:
+        assert self._handler is not None
+        assert self._turns is not None
         handler = self._handler if isinstance(job.task, RemoteTask) else self._turns
-        assert handler is not None
         try:
             answer = await handler(job.task)
         except asyncio.CancelledError:
             if not job.told or job.work.uncancel() > job.before:
                 raise
-            assert isinstance(job.task, RemoteTask)
             return cancelled(job.task)
         if job.told:
             job.work.uncancel()  # the body insists on its answer
@@ -304,12 +306,12 @@ class Worker:
             attempt = event.get("attempt")
             self._cancel(
                 lambda task: (
-                    task.step_id == event.get("stepId") and (not isinstance(attempt, int) or task.attempt <= attempt)
+                    task.id == event.get("stepId") and (not isinstance(attempt, int) or task.attempt <= attempt)
                 )
             )
 
-    def _cancel(self, meant: Callable[[RemoteTask], bool]) -> None:
+    def _cancel(self, meant: Callable[[Task], bool]) -> None:
         for job in list(self._jobs.values()):
-            if isinstance(job.task, RemoteTask) and meant(job.task) and not job.told:
+            if meant(job.task) and not job.told:
                 job.told = True
                 job.work.cancel()
