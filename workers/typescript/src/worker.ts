@@ -1,0 +1,335 @@
+/** The worker: takes what a transport brings, runs handlers, answers. It knows no broker.
+ *
+ *   delivery → read → (no handler | duplicate) → handler → answer handed over → acknowledged
+ *                                      └─ cancelled or lost ──→ no answer
+ */
+
+import { randomBytes } from "node:crypto";
+import type { Control } from "./control.js";
+import { describe } from "./errors.js";
+import { readTask, type ControlMessage, type RemoteTask, type StepResult, type WorkflowTask } from "./messages.js";
+import { routingToken } from "./names.js";
+import { Unreadable } from "./read.js";
+import { Step } from "./step.js";
+import { pause, sleep, type Answer, type Delivery, type Host, type Log, type Transport } from "./transports/transport.js";
+
+/** A handler says itself what its input is: it comes as JSON, unchecked. */
+export type Handler = (input: any, step: Step) => unknown;
+
+export interface WorkerOptions {
+  transport: Transport;
+  /** Handlers by step name. */
+  steps: Record<string, Handler>;
+  /** How many tasks at once. Over BullMQ: of each step. */
+  concurrency?: number;
+  /** Serve the tasks of this partition, and no others. */
+  partition?: string;
+  /** Where cancels come from and progress goes; the transport's own where it has one. */
+  control?: Control;
+  /** Seconds that tasks under way have to finish when the worker stops. */
+  drainTimeout?: number;
+  /** Seconds between two heartbeats, where the transport carries them. */
+  heartbeatInterval?: number;
+  /** Results that are kept to answer tasks that come twice; 0: none. */
+  remember?: number;
+  log?: Log;
+}
+
+interface Job {
+  task: RemoteTask;
+  abort: AbortController;
+  /** Nobody wants an answer. */
+  cancelled: boolean;
+  /** The broker may have given it to another worker. */
+  lost: boolean;
+}
+
+const ANSWER_TRIES = 8;
+
+export class Worker {
+  private readonly transport: Transport;
+  private readonly control: Control | undefined;
+  private readonly concurrency: number;
+  private readonly drainTimeout: number;
+  private readonly log: Log;
+  private readonly incarnation = randomBytes(8).toString("hex");
+  private readonly jobs = new Set<Job>();
+  private readonly settling = new Set<Promise<void>>();
+  /** By step id and attempt: answers under way. */
+  private readonly twins = new Map<string, Promise<Answer | undefined>>();
+  private readonly remembered = new Map<string, Answer>();
+  private roomWaiters: (() => void)[] = [];
+  private beating: NodeJS.Timeout | undefined;
+  private state: "new" | "running" | "stopping" | "stopped" = "new";
+  /** Tasks left under way are given back, without an answer. */
+  private leaving = new AbortController();
+  private ended: Promise<void> | undefined;
+
+  constructor(private readonly options: WorkerOptions) {
+    if (!Object.keys(options.steps).length) throw new Error("A worker needs at least one step: steps: {name: handler}.");
+    this.transport = options.transport;
+    this.control = options.control ?? options.transport.control;
+    this.concurrency = options.concurrency ?? 16;
+    this.drainTimeout = options.drainTimeout ?? 30;
+    this.log = options.log ?? ((level, message) => level !== "debug" && console.error(`${level}: ${message}`));
+  }
+
+  /** Work until `stop`, or until SIGTERM or SIGINT: then finish what is under way. A second signal ends the process at once. */
+  async run(): Promise<void> {
+    await this.start();
+    const leave = () => {
+      if (this.state === "running") {
+        this.log("info", "stopping: tasks under way may finish; a second signal ends the process at once");
+        void this.stop();
+      } else {
+        process.exit(1); // the broker gives what is left to others
+      }
+    };
+    process.on("SIGTERM", leave).on("SIGINT", leave);
+    try {
+      await new Promise<void>((resolve) => this.whenStopped.push(resolve));
+    } finally {
+      process.off("SIGTERM", leave).off("SIGINT", leave);
+    }
+  }
+
+  private readonly whenStopped: (() => void)[] = [];
+
+  /** Begin, and return once tasks are taken. Throws with what to do about it. */
+  async start(): Promise<void> {
+    if (this.state !== "new") throw new Error("A worker is started once; make another one.");
+    this.state = "running";
+    const steps = Object.keys(this.options.steps);
+    const host: Host = {
+      steps,
+      tokens: [...new Set(steps.map((name) => routingToken(name, this.options.partition)))],
+      ...(this.options.partition && { partition: this.options.partition }),
+      concurrency: this.concurrency,
+      log: this.log,
+      room: () => this.room(),
+      take: (delivery) => this.take(delivery),
+      cancelStep: (stepId) => this.cancel((task) => task.stepId === stepId),
+    };
+    await this.control?.start((message) => this.heard(message));
+    await this.transport.start(host);
+    const interval = (this.options.heartbeatInterval ?? 5) * 1_000;
+    if (this.transport.heartbeat) this.beating = setInterval(() => this.beat(), interval);
+  }
+
+  /** Take nothing more, let what is under way finish, give back what is still there after `drainTimeout`. Idempotent. */
+  stop(): Promise<void> {
+    this.ended ??= this.end();
+    return this.ended;
+  }
+
+  private async end(): Promise<void> {
+    this.state = "stopping";
+    this.wake();
+    await this.transport.stop();
+    const drained = Promise.all(this.settling);
+    await Promise.race([drained, sleep(this.drainTimeout * 1_000, this.leaving.signal)]);
+    this.leaving.abort();
+    for (const job of this.jobs) job.abort.abort(new Error("The worker is stopping."));
+    await Promise.race([Promise.all(this.settling), sleep(2_000)]);
+    clearInterval(this.beating);
+    await this.transport.close();
+    await this.control?.close();
+    this.state = "stopped";
+    for (const resolve of this.whenStopped) resolve();
+  }
+
+  // -- taking
+
+  private async room(): Promise<number> {
+    while (this.state === "running" && this.settling.size >= this.concurrency) {
+      await new Promise<void>((resolve) => this.roomWaiters.push(resolve));
+    }
+    return this.state === "running" ? this.concurrency - this.settling.size : 0;
+  }
+
+  private wake(): void {
+    const waiters = this.roomWaiters;
+    this.roomWaiters = [];
+    for (const resolve of waiters) resolve();
+  }
+
+  private take(delivery: Delivery): Promise<void> {
+    const settled = this.settle(delivery).catch((error: unknown) => {
+      this.log("warn", `a task could not be settled, and comes again: ${String(error)}`);
+    });
+    this.settling.add(settled);
+    return settled.finally(() => {
+      this.settling.delete(settled);
+      this.wake();
+    });
+  }
+
+  private async settle(delivery: Delivery): Promise<void> {
+    let task;
+    try {
+      task = readTask(delivery.read());
+    } catch (error) {
+      if (!(error instanceof Unreadable)) throw error;
+      this.log("error", `a message that cannot be read is put away: ${error.message}`);
+      return delivery.refuse(error.message);
+    }
+    if ("turn" in task) return this.handOver(delivery, { decision: noHost(task.turn) });
+    const answer = await this.once(task.step, delivery);
+    if (answer) return this.handOver(delivery, answer);
+    if (delivery.signal.aborted) return; // it is somebody else's
+    return this.leaving.signal.aborted ? delivery.giveBack() : delivery.drop();
+  }
+
+  /** The answer of one step and attempt, however often it is delivered. None: cancelled, lost, or cut short. */
+  private async once(task: RemoteTask, delivery: Delivery): Promise<Answer | undefined> {
+    const key = `${task.stepId}#${task.attempt}`;
+    const twin = this.twins.get(key);
+    const known = this.remembered.get(key) ?? (twin && (await twin));
+    if (known) return known;
+    const working = this.work(task, delivery);
+    this.twins.set(key, working);
+    try {
+      const answer = await working;
+      if (answer && "result" in answer && answer.result.status === "completed") this.remember(key, answer);
+      return answer;
+    } finally {
+      if (this.twins.get(key) === working) this.twins.delete(key);
+    }
+  }
+
+  private remember(key: string, answer: Answer): void {
+    this.remembered.set(key, answer);
+    const [oldest] = this.remembered.keys();
+    if (this.remembered.size > (this.options.remember ?? 1_000) && oldest !== undefined) this.remembered.delete(oldest);
+  }
+
+  // -- working
+
+  private async work(task: RemoteTask, delivery: Delivery): Promise<Answer | undefined> {
+    const handler = Object.hasOwn(this.options.steps, task.name) ? this.options.steps[task.name] : undefined;
+    const echo = {
+      runId: task.runId,
+      seq: task.seq,
+      stepId: task.stepId,
+      attempt: task.attempt,
+      ...(task.token !== undefined && { token: task.token }),
+    };
+    if (!handler) {
+      const error = { message: `no handler for ${task.name}`, code: "unknown_step", retryable: false };
+      return { result: { ...echo, status: "failed", error } };
+    }
+    const job: Job = { task, abort: new AbortController(), cancelled: false, lost: false };
+    const lose = () => {
+      job.lost = true;
+      job.abort.abort(new Error("The task was taken away from this worker."));
+    };
+    delivery.signal.addEventListener("abort", lose);
+    if (delivery.signal.aborted) lose();
+    const startedAt = Date.now();
+    const step = new Step(task, job.abort.signal, (event) => this.progress(task, event));
+    const events = () => step.events.length > 0 && { events: step.events };
+    this.jobs.add(job);
+    try {
+      const output = await untilLeaving(this.leaving.signal, handler(task.input, step));
+      if (job.cancelled || job.lost) return undefined;
+      return { result: this.fitting({ ...echo, status: "completed", startedAt, ...written(output), ...events() }) };
+    } catch (thrown) {
+      if (job.cancelled || job.lost || thrown === LEFT) return undefined;
+      return { result: this.fitting({ ...echo, status: "failed", startedAt, error: describe(thrown), ...events() }) };
+    } finally {
+      delivery.signal.removeEventListener("abort", lose);
+      this.jobs.delete(job);
+    }
+  }
+
+  /** Itself, or where no wire carries it, a failure that says so. */
+  private fitting(result: StepResult): StepResult {
+    const { output: _output, events: _events, error: _error, ...bare } = result;
+    const failed = (code: string, message: string): StepResult => ({
+      ...bare,
+      status: "failed",
+      error: { message, code, retryable: false },
+    });
+    let size;
+    try {
+      size = Buffer.byteLength(JSON.stringify(result));
+    } catch (error) {
+      return failed("payload_type", `the step returned what JSON cannot say: ${String(error)}`);
+    }
+    if (size <= this.transport.maxMessage) return result;
+    const limit = this.transport.maxMessage;
+    return failed(
+      "payload_too_large",
+      `the step's answer has ${size} bytes, the transport carries ${limit}: return a reference to the data instead`,
+    );
+  }
+
+  private async handOver(delivery: Delivery, answer: Answer): Promise<void> {
+    for (let tries = 0; ; tries++) {
+      if (delivery.signal.aborted) return;
+      try {
+        return await delivery.answer(answer);
+      } catch (error) {
+        this.log("warn", `an answer could not be handed over: ${String(error)}`);
+        if (tries >= ANSWER_TRIES || this.leaving.signal.aborted) return delivery.giveBack();
+        await sleep(pause(tries), this.leaving.signal);
+      }
+    }
+  }
+
+  // -- telling and hearing
+
+  private progress(task: RemoteTask, event: Step["events"][number]): void {
+    const { runId, seq, stepId, attempt, name } = task;
+    const told = { type: "step.progress", runId, seq, stepId, attempt, name, event, at: event.at };
+    this.control?.publish({ from: this.incarnation, kind: "event", event: told });
+  }
+
+  private beat(): void {
+    for (const { task } of this.jobs) {
+      const { runId, seq, stepId, group } = task;
+      this.transport.heartbeat?.({ runId, seq, stepId, group }).catch(() => {}); // a hint
+    }
+  }
+
+  private heard({ from, kind, runId, event }: ControlMessage): void {
+    if (from === this.incarnation) return;
+    if (kind === "cancel" && runId) this.cancel((task) => task.runId === runId);
+    if (kind === "event" && event?.type === "step.cancel") this.cancel((task) => task.stepId === event.stepId);
+  }
+
+  private cancel(meant: (task: RemoteTask) => boolean): void {
+    for (const job of this.jobs) {
+      if (!meant(job.task)) continue;
+      job.cancelled = true;
+      job.abort.abort(new Error("The step was cancelled."));
+    }
+  }
+}
+
+const LEFT = Symbol("left");
+
+/** What the handler gives; where the worker leaves first, and the handler does not end soon after, `LEFT` is thrown. */
+async function untilLeaving(leaving: AbortSignal, working: unknown): Promise<unknown> {
+  if (!(working instanceof Promise)) return working;
+  let leave = () => {};
+  const left = new Promise<never>((_, reject) => {
+    leave = () => reject(LEFT as unknown as Error);
+    leaving.addEventListener("abort", leave);
+  });
+  try {
+    return await Promise.race([working, left]);
+  } finally {
+    leaving.removeEventListener("abort", leave);
+    working.catch(() => {});
+  }
+}
+
+/** Nothing is null. */
+const written = (output: unknown) => ({ output: output === undefined ? null : output });
+
+/** This worker hosts no workflows; a turn that nobody answers would come again for ever. */
+function noHost(turn: WorkflowTask): Extract<Answer, { decision: unknown }>["decision"] {
+  const error = { message: `no handler for ${turn.workflow}`, code: "unknown_step", retryable: false };
+  return { taskId: turn.taskId, runId: turn.runId, status: "failed", commands: [], error };
+}
