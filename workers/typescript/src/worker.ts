@@ -45,6 +45,8 @@ interface Job {
 }
 
 const ANSWER_TRIES = 8;
+/** For giving back what could not be finished. */
+const LAST_WORDS_MS = 2_000;
 
 export class Worker {
   private readonly transport: Transport;
@@ -62,7 +64,7 @@ export class Worker {
   private beating: NodeJS.Timeout | undefined;
   private state: "new" | "running" | "stopping" | "stopped" = "new";
   /** Tasks left under way are given back, without an answer. */
-  private leaving = new AbortController();
+  private readonly leaving = new AbortController();
   private ended: Promise<void> | undefined;
 
   constructor(private readonly options: WorkerOptions) {
@@ -126,16 +128,22 @@ export class Worker {
     this.state = "stopping";
     this.wake();
     await this.transport.stop();
-    const drained = Promise.all(this.settling);
-    await Promise.race([drained, sleep(this.drainTimeout * 1_000, this.leaving.signal)]);
+    await this.settled(this.drainTimeout * 1_000);
     this.leaving.abort();
     for (const job of this.jobs) job.abort.abort(new Error("The worker is stopping."));
-    await Promise.race([Promise.all(this.settling), sleep(2_000)]);
+    await this.settled(LAST_WORDS_MS);
     clearInterval(this.beating);
     await this.transport.close();
     await this.control?.close();
     this.state = "stopped";
     for (const resolve of this.whenStopped) resolve();
+  }
+
+  /** Waits for all that is under way, at most so long. */
+  private async settled(ms: number): Promise<void> {
+    const done = new AbortController();
+    const all = Promise.all(this.settling).then(() => done.abort());
+    await Promise.race([all, sleep(ms, done.signal)]);
   }
 
   // -- taking
@@ -242,22 +250,26 @@ export class Worker {
     }
   }
 
-  /** Itself, or where no wire carries it, a failure that says so. */
+  /** Itself, where it is too large less of it, and where no wire carries what counts in it, a failure that says so. */
   private fitting(result: StepResult): StepResult {
-    const { output: _output, events: _events, error: _error, ...bare } = result;
+    const { events: _events, ...quiet } = result;
+    const { output: _output, error, ...bare } = quiet;
     const failed = (code: string, message: string): StepResult => ({
       ...bare,
       status: "failed",
       error: { message, code, retryable: false },
     });
-    let size;
-    try {
-      size = Buffer.byteLength(JSON.stringify(result));
-    } catch (error) {
-      return failed("payload_type", `the step returned what JSON cannot say: ${String(error)}`);
-    }
-    if (size <= this.transport.maxMessage) return result;
+    const { details: _details, stack: _stack, ...terse } = error ?? { message: "" };
     const limit = this.transport.maxMessage;
+    let size = 0;
+    try {
+      for (const less of [result, quiet, ...(error ? [{ ...bare, error: terse }] : [])]) {
+        size = Buffer.byteLength(JSON.stringify(less));
+        if (size <= limit) return less;
+      }
+    } catch (reason) {
+      return failed("payload_type", `the step returned what JSON cannot say: ${String(reason)}`);
+    }
     return failed(
       "payload_too_large",
       `the step's answer has ${size} bytes, the transport carries ${limit}: return a reference to the data instead`,

@@ -17,7 +17,7 @@ import type { ControlMessage, StepResult } from "../src/messages.js";
 import { Unreadable } from "../src/read.js";
 
 class Memory implements Transport {
-  maxMessage = 1_000;
+  maxMessage = 4_000;
   host!: Host;
   /** What happened, in order. */
   readonly said: string[] = [];
@@ -178,11 +178,28 @@ test("a message that cannot be read is put away, and the next is served", async 
 });
 
 test("what no wire carries fails the step for good", async () => {
-  const { transport } = await working({ large: () => "x".repeat(2_000), big: () => 1n });
+  const { transport } = await working({ large: () => "x".repeat(5_000), big: () => 1n });
   await transport.deliver(task("large"));
   assert.deepEqual([transport.result().error?.code, transport.result().error?.retryable], ["payload_too_large", false]);
   await transport.deliver(task("big"));
   assert.deepEqual([transport.result().error?.code, transport.result().error?.retryable], ["payload_type", false]);
+});
+
+test("lines, details and stack are left out before an answer is too large", async () => {
+  const { transport } = await working({
+    talk: (_input, step) => {
+      step.log("x".repeat(5_000));
+      return 1;
+    },
+    fail: () => {
+      throw new NonRetryable("declined", { code: "card_declined", details: "x".repeat(5_000) });
+    },
+  });
+  await transport.deliver(task("talk"));
+  assert.deepEqual([transport.result().output, transport.result().events], [1, undefined]);
+  await transport.deliver(task("fail", { attempt: 3 }));
+  const error = { message: "declined", code: "card_declined", type: "NonRetryable", retryable: false };
+  assert.deepEqual(transport.result().error, error);
 });
 
 test("lines are numbered, told at once and kept with the answer", async () => {
