@@ -66,6 +66,7 @@ export class Worker {
   /** Tasks left under way are given back, without an answer. */
   private readonly leaving = new AbortController();
   private ended: Promise<void> | undefined;
+  private readonly whenStopped = deferred();
 
   constructor(private readonly options: WorkerOptions) {
     if (!Object.keys(options.steps).length) throw new Error("A worker needs at least one step: steps: {name: handler}.");
@@ -78,24 +79,22 @@ export class Worker {
 
   /** Work until `stop`, or until SIGTERM or SIGINT: then finish what is under way. A second signal ends the process at once. */
   async run(): Promise<void> {
-    await this.start();
+    let started: Promise<void> | undefined;
+    let asked = false;
     const leave = () => {
-      if (this.state === "running") {
-        this.log("info", "stopping: tasks under way may finish; a second signal ends the process at once");
-        void this.stop();
-      } else {
-        process.exit(1); // the broker gives what is left to others
-      }
+      if (asked) process.exit(1); // the broker gives what is left to others
+      asked = true;
+      this.log("info", "stopping: tasks under way may finish; a second signal ends the process at once");
+      void started?.then(() => this.stop());
     };
     process.on("SIGTERM", leave).on("SIGINT", leave);
     try {
-      await new Promise<void>((resolve) => this.whenStopped.push(resolve));
+      await (started = this.start());
+      await this.whenStopped.promise;
     } finally {
       process.off("SIGTERM", leave).off("SIGINT", leave);
     }
   }
-
-  private readonly whenStopped: (() => void)[] = [];
 
   /** Begin, and return once tasks are taken. Throws with what to do about it. */
   async start(): Promise<void> {
@@ -110,7 +109,6 @@ export class Worker {
       log: this.log,
       room: () => this.room(),
       take: (delivery) => this.take(delivery),
-      cancelStep: (stepId) => this.cancel((task) => task.stepId === stepId),
     };
     await this.control?.start((message) => this.heard(message));
     await this.transport.start(host);
@@ -136,7 +134,7 @@ export class Worker {
     await this.transport.close();
     await this.control?.close();
     this.state = "stopped";
-    for (const resolve of this.whenStopped) resolve();
+    this.whenStopped.resolve();
   }
 
   /** Waits for all that is under way, at most so long. */
@@ -317,6 +315,12 @@ export class Worker {
       job.abort.abort(new Error("The step was cancelled."));
     }
   }
+}
+
+function deferred(): { promise: Promise<void>; resolve: () => void } {
+  let resolve = () => {};
+  const promise = new Promise<void>((settle) => (resolve = settle));
+  return { promise, resolve };
 }
 
 const LEFT = Symbol("left");

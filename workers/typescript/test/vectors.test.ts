@@ -10,7 +10,7 @@ import * as messages from "../src/messages.js";
 import * as names from "../src/names.js";
 import { Unreadable, type Read } from "../src/read.js";
 
-const PROTOCOL = process.env.DURABLE_PROTOCOL ?? fileURLToPath(new URL("../../../../protocol", import.meta.url));
+const PROTOCOL = process.env.PROTOCOL_FOLDER ?? fileURLToPath(new URL("../../../../protocol", import.meta.url));
 const load = (path: string) => JSON.parse(readFileSync(join(PROTOCOL, "vectors", path), "utf8"));
 
 const READERS: Record<string, Read<unknown>> = {

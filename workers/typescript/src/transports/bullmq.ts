@@ -71,6 +71,7 @@ export function bullmq(options: BullMQOptions = {}): Transport {
       connection,
       concurrency: host.concurrency,
       lockDuration,
+      stalledInterval: lockDuration,
       autorun: false,
       removeOnComplete: { count: 0 },
       removeOnFail: { age: 86_400 },
@@ -102,7 +103,7 @@ export function bullmq(options: BullMQOptions = {}): Transport {
   }
 
   return {
-    maxMessage: 1 << 20,
+    maxMessage: (1 << 20) + (256 << 10),
     control: redisControl(options),
 
     async start(host) {

@@ -2,12 +2,14 @@
 
 import { createHash, randomUUID } from "node:crypto";
 import pg from "pg";
-import { parse } from "../messages.js";
+import { parse, type ErrorData } from "../messages.js";
 import * as names from "../names.js";
 import { pause, sleep, type Answer, type Host, type Transport } from "./transport.js";
 
 const NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint";
-const MORE = { tasks: ["token", "extra", "priority", "kind", "cancelled_at"], results: ["attempt", "token", "extra", "kind"] };
+/** The engine takes an extension for a heartbeat. */
+const BEAT_MS = 5_000;
+const MORE = { tasks: ["token", "extra", "priority", "kind", "cancelled_at", "deliveries"], results: ["attempt", "token", "extra", "kind"] };
 
 export interface PostgresOptions {
   /** `postgresql://…` */
@@ -18,6 +20,8 @@ export interface PostgresOptions {
   schema?: string;
   /** Seconds a task stays ours without a sign of life. The same for all who use the tables. */
   lease?: number;
+  /** How many workers may take a task and not finish it before it is answered as failed. */
+  maxDeliveries?: number;
   /** Seconds between two looks while nothing was said. */
   poll?: number;
 }
@@ -35,6 +39,7 @@ interface Row {
   priority?: number | null;
   kind?: string | null;
   cancelled_at?: string | null;
+  deliveries?: number | null;
 }
 
 interface Held {
@@ -49,6 +54,7 @@ export function postgres(options: PostgresOptions): Transport {
   const tasks = schema + pg.escapeIdentifier(names.tasksTable(prefix));
   const results = schema + pg.escapeIdentifier(names.resultsTable(prefix));
   const leaseMs = (options.lease ?? 30) * 1_000;
+  const maxDeliveries = options.maxDeliveries ?? 3;
   const word = createHash("sha256")
     .update(`${options.schema ?? ""}.${names.tasksTable(prefix)}`)
     .digest("hex")
@@ -124,11 +130,16 @@ export function postgres(options: PostgresOptions): Transport {
       return;
     }
     const there = new Map(kept.map((row) => [`${row.id}#${row.claim}`, row.cancelled]));
-    for (const each of all) {
-      const state = there.get(`${each.row.step_id}#${each.claim}`);
-      if (state === undefined) each.lost.abort(); // cancelled and gone, replaced, or somebody else's
-      if (state) host.cancelStep(each.row.step_id);
+    for (const { row, claim: name, lost } of all) {
+      const state = there.get(`${row.step_id}#${name}`);
+      if (state === false) continue;
+      lost.abort(); // no row: gone, replaced, or somebody else's
+      if (state) await remove(row, name).catch(() => {}); // claimed again when this claim has run out
     }
+  }
+
+  async function remove(row: Row, name: string): Promise<void> {
+    await pool.query(`DELETE FROM ${tasks} WHERE step_id = $1 AND claimed_by = $2`, [row.step_id, name]);
   }
 
   async function finish(row: Row, claim: string, answer: Answer): Promise<void> {
@@ -164,32 +175,27 @@ export function postgres(options: PostgresOptions): Transport {
   function take(host: Host, mine: Held): void {
     const { row, claim, lost } = mine;
     const key = `${row.step_id}#${claim}`;
-    held.set(key, mine);
     const where = "WHERE step_id = $1 AND claimed_by = $2";
     const delivery = {
       read: () => messageOf(row),
       signal: lost.signal,
       answer: (answer: Answer) => finish(row, claim, answer),
-      async drop() {
-        await pool.query(`DELETE FROM ${tasks} ${where}`, [row.step_id, claim]);
-      },
+      drop: () => remove(row, claim),
       async giveBack() {
         const less = columns?.tasks.has("deliveries") ? ", deliveries = deliveries - 1" : "";
         await pool.query(`UPDATE ${tasks} SET claimed_by = NULL, claimed_at = NULL${less} ${where}`, [row.step_id, claim]);
         await pool.query("SELECT pg_notify($1, $2)", [channel("tasks"), row.grp]);
       },
-      async refuse(why: string) {
-        // Whose it is stands in columns of its own, so it can be answered, and nobody waits for ever.
-        const error = { message: `The task's row cannot be read: ${why}`, code: "payload_type", retryable: false };
-        const bare = { runId: row.run_id, seq: row.seq, stepId: row.step_id, attempt: row.attempt };
-        await finish(row, claim, { result: { ...bare, status: "failed", error } });
+      refuse: (why: string) =>
+        finish(row, claim, failed(row, { message: `The task's row cannot be read: ${why}`, code: "payload_type", retryable: false })),
+      giveUp() {
+        const message = `remote step worker failed: ${(row.deliveries ?? 1) - 1} workers took the task and none finished it`;
+        return finish(row, claim, failed(row, { message, code: "worker_failed", type: "WorkerFailed" }));
       },
     };
-    if (row.cancelled_at) {
-      held.delete(key);
-      void delivery.drop().catch(() => {}); // claimed again when this claim has run out
-      return;
-    }
+    if (row.cancelled_at) return void delivery.drop().catch(() => {}); // claimed again when this claim has run out
+    if ((row.deliveries ?? 0) > maxDeliveries) return void delivery.giveUp().catch(() => {});
+    held.set(key, mine);
     void host.take(delivery).finally(() => held.delete(key));
   }
 
@@ -220,8 +226,8 @@ export function postgres(options: PostgresOptions): Transport {
       const client = new pg.Client({ connectionString: options.url, application_name: "durable worker", keepAlive: true });
       const ended = new Promise<void>((resolve) => client.once("end", resolve).on("error", () => resolve()));
       client.on("notification", ({ channel: from, payload }) => {
-        if (from === channel("cancels") && payload) host.cancelStep(payload);
-        else news.abort();
+        if (from !== channel("cancels")) news.abort();
+        else if (!payload || [...held.values()].some(({ row }) => row.step_id === payload)) void keep(host);
       });
       try {
         await client.connect();
@@ -240,7 +246,7 @@ export function postgres(options: PostgresOptions): Transport {
   }
 
   return {
-    maxMessage: 1 << 20,
+    maxMessage: (1 << 20) + (256 << 10),
 
     async start(host) {
       try {
@@ -248,7 +254,7 @@ export function postgres(options: PostgresOptions): Transport {
       } catch (error) {
         throw new Error(`The database cannot be reached: ${String(error)}. Check the URL, and that it is up.`);
       }
-      keeping = setInterval(() => void keep(host), leaseMs / 3);
+      keeping = setInterval(() => void keep(host), Math.min(leaseMs / 3, BEAT_MS));
       loops = [work(host), listen(host)];
     },
 
@@ -264,6 +270,15 @@ export function postgres(options: PostgresOptions): Transport {
       await pool.end();
     },
   };
+}
+
+/** Whose it is stands in columns of its own, so it can be answered whatever else is in it, and nobody waits for ever. */
+function failed(row: Row, error: ErrorData): Answer {
+  if (row.kind === "turn") {
+    return { decision: { taskId: row.step_id, runId: row.run_id, status: "failed", commands: [], error } };
+  }
+  const { run_id: runId, seq, step_id: stepId, attempt, token } = row;
+  return { result: { runId, seq, stepId, attempt, ...(token && { token }), status: "failed", error } };
 }
 
 /** The row as the message it stands for. Throws Unreadable. */

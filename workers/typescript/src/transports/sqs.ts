@@ -10,6 +10,7 @@ import {
   type Message,
 } from "@aws-sdk/client-sqs";
 import { createHash } from "node:crypto";
+import { setMaxListeners } from "node:events";
 import { parse } from "../messages.js";
 import * as names from "../names.js";
 import { pause, sleep, type Answer, type Delivery, type Host, type Transport } from "./transport.js";
@@ -21,7 +22,7 @@ const STRANGERS_MS = 500;
 
 export interface SqsOptions {
   region?: string;
-  /** Another endpoint than Amazon's; SQS_ENDPOINT_URL where there is none. */
+  /** Another endpoint than Amazon's; SQS_ENDPOINT_URL where there is none. Credentials: what the environment says, as ever. */
   endpoint?: string;
   prefix?: string;
   namespace?: string;
@@ -43,10 +44,10 @@ export function sqs(options: SqsOptions = {}): Transport {
   const prefix = names.effectivePrefix(options.prefix, options.namespace);
   const visibility = options.visibility ?? 30;
   const endpoint = options.endpoint ?? process.env.SQS_ENDPOINT_URL;
-  const client =
-    options.client ??
-    new SQSClient({ ...(options.region && { region: options.region }), ...(endpoint && { endpoint }) });
+  const region = options.region ?? process.env.AWS_REGION ?? process.env.AWS_DEFAULT_REGION;
+  const client = options.client ?? new SQSClient({ ...(region && { region }), ...(endpoint && { endpoint }) });
   const stopping = new AbortController();
+  setMaxListeners(0, stopping.signal); // each queue's poll is one
   const urls = new Map<string, string>();
   let loops: Promise<void>[] = [];
 

@@ -34,8 +34,6 @@ export interface Host {
   room(): Promise<number>;
   /** Work on it. Resolves when it is settled, and never rejects. */
   take(delivery: Delivery): Promise<void>;
-  /** Cancel what is under way. */
-  cancelStep(stepId: string): void;
 }
 
 export interface Transport {
