@@ -2,14 +2,12 @@
 
 import type { WorkerDescriptor } from "./messages.js";
 
-/** 64-bit FNV-1a over UTF-16 code units, low byte first; 16 hex digits. */
+/** 64-bit FNV-1a over UTF-16 code units: xor the low byte, xor the high byte, multiply once. 16 hex digits. */
 export function fnv1a64(text: string): string {
   let hash = 0xcbf29ce484222325n;
   for (let at = 0; at < text.length; at++) {
     const unit = text.charCodeAt(at);
-    for (const byte of [unit & 0xff, unit >> 8]) {
-      hash = BigInt.asUintN(64, (hash ^ BigInt(byte)) * 0x100000001b3n);
-    }
+    hash = BigInt.asUintN(64, (hash ^ BigInt((unit & 0xff) ^ (unit >> 8))) * 0x100000001b3n);
   }
   return hash.toString(16).padStart(16, "0");
 }

@@ -124,7 +124,7 @@ export function bullmq(options: BullMQOptions = {}): Transport {
         runtime: "node",
         sdk: { name: "durable-worker", version },
         protocol: { version: 1, range: [1, 1] },
-        capabilities: ["cancellation", "events", "heartbeats"],
+        capabilities: ["cancel", "heartbeats", "progress"],
         workflows: [],
         steps: host.steps,
         startedAt: Date.now(),
