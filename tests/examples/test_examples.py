@@ -34,8 +34,8 @@ SAYS: dict[str, list[str]] = {
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
 }
 
-PARTS = {"orders", "order_demo", "shop"}
-"""The demo's files; tests/examples/test_demo.py runs them."""
+PARTS = {"orders", "order_demo", "shop", "one_workflow_three_ways"}
+"""The demo's files, which tests/examples/test_demo.py runs; and what tests/workers runs, since it has the other languages."""
 
 
 def test_every_example_is_run() -> None:

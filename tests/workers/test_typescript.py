@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 import pytest
 from msgspec import Raw
 
@@ -225,6 +228,40 @@ async def test_a_cancel_reaches_the_body(site: Site) -> None:
             await eventually(lambda: site.said("aborted") == 1, "the step was aborted")
 
 
+async def test_it_can_be_seen(redis_url: str, tmp_path: Path) -> None:
+    """Over BullMQ: keys that say who is alive and what it serves, gone when it leaves; lines as they are told."""
+    require("node")
+    site = Site("bullmq", redis_url, tmp_path, None)
+    from redis.asyncio import Redis
+
+    from durable.protocol.liveness import WorkerDescriptor, descriptor_hash, read_beat
+
+    alive, what = (f"{site.prefix}-worker-{kind}:ts.talk" for kind in ("heartbeat", "descriptor"))
+    async with Redis.from_url(redis_url) as client, client.pubsub() as heard, site.app(work := _workflow()) as app:
+        await heard.subscribe(f"{site.prefix}-control")
+        with site.worker() as process:
+            run = await app.start(work, {"step": "ts.talk"})
+            await run.result(timeout=20)
+            [key] = await client.keys(f"{alive}:*")
+            [described] = await client.keys(f"{what}:*")
+            beat = read_beat(await client.get(key))
+            descriptor = msgspec.json.decode(await client.get(described), type=WorkerDescriptor)
+            assert beat.descriptor_hash == descriptor_hash(descriptor)
+            assert (descriptor.runtime, "ts.talk" in descriptor.steps) == ("node", True)
+            assert 0 < await client.ttl(key) <= 35
+            process.send_signal(signal.SIGTERM)
+            assert await ended(process) == 0
+            assert await client.keys(f"{site.prefix}-worker-*") == []
+        lines = []
+        while said := await heard.get_message(timeout=0.2):
+            if said["type"] == "message" and (event := json.loads(said["data"]).get("event") or {}):
+                lines += [event] if event["type"] == "step.progress" else []
+    assert [(line["stepId"], line["attempt"], line["event"]["message"], line["event"]["index"]) for line in lines] == [
+        (f"{run.id}:0", 1, "begun", 0),
+        (f"{run.id}:0", 1, "slow", 1),
+    ]
+
+
 async def test_S14_a_killed_workers_task_runs_elsewhere(site: Site) -> None:
     """kill -9 in the middle of a step: another worker does it, as the same attempt, and the run completes."""
     again = site.folder / "again"
@@ -262,6 +299,33 @@ async def test_a_second_signal_ends_it_at_once(site: Site) -> None:
             await eventually(lambda: "stopping" in log.read_text(), "the first signal was heard")
             process.send_signal(signal.SIGTERM)
             assert await ended(process) == 1
+
+
+def test_one_workflow_moves_from_place_to_place(redis_url: str, tmp_path: Path) -> None:
+    """The example: the same workflow inside one process, over BullMQ, and served by this worker."""
+    require("node")
+    ready = node.built()
+    assert ready is not None
+    variables = {
+        "REDIS_URL": redis_url,
+        "NODE": ready.node,
+        "TYPESCRIPT_DIST": str(ready.dist),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "one_workflow_three_ways.py")],
+        cwd=tmp_path,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "inside: a.png, 160 px wide, by Python; b.png, 160 px wide, by Python",
+        "Python over BullMQ: a.png, 160 px wide, by Python; b.png, 160 px wide, by Python",
+        "TypeScript over BullMQ: a.png, 160 px wide, by Node; b.png, 160 px wide, by Node",
+    ]
 
 
 def _workflow() -> Any:

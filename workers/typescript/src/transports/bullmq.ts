@@ -9,9 +9,10 @@ import { redisControl } from "../control.js";
 import { descriptorHash } from "../descriptor.js";
 import type { WorkerDescriptor } from "../messages.js";
 import * as names from "../names.js";
-import type { Host, Transport } from "./transport.js";
+import { sleep, type Host, type Transport } from "./transport.js";
 
 const BEAT_MS = 10_000;
+const CLOSE_MS = 2_000;
 const BEAT_EXPIRES = 35;
 const GIVEN_UP = { removeOnComplete: true, removeOnFail: true };
 const { version } = createRequire(import.meta.url)("../../../package.json") as { version: string };
@@ -151,6 +152,10 @@ export function bullmq(options: BullMQOptions = {}): Transport {
 
     async close() {
       clearInterval(beating);
+      // Jobs that were answered a moment ago are still being marked as done: else they would come again.
+      const done = new AbortController();
+      const closed = Promise.all(workers.map((worker) => worker.close())).then(() => done.abort());
+      await Promise.race([closed.catch(() => {}), sleep(CLOSE_MS, done.signal)]);
       await Promise.all(workers.map((worker) => worker.close(true)));
       await connection.del(...keys).catch(() => {}); // they expire by themselves
       await Promise.all([answers.results.close(), answers.decisions.close()]);
