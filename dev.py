@@ -67,10 +67,11 @@ def test(args: list[str]) -> int:
         return [] if everything else ["--budget", str(seconds)]
 
     two = ["-n", "2"] if (os.cpu_count() or 1) > 1 else []
-    unmarked = ["-m", "not simulation and not chaos"]
+    unmarked = ["-m", "not simulation and not chaos and not broker"]
     outside = ["--ignore=tests/examples", "--ignore=tests/cli"]
     suites = [
         ("unit, conformance", [*pytest, "tests", *unmarked, *two, *outside]),
+        ("transports, workers", [*pytest, "tests", "-m", "broker", *two, *(["--dist", "loadfile"] if two else [])]),
         ("simulation", [*pytest, "tests", "-m", "simulation", *within(SIMULATION_SECONDS)]),
         ("chaos", [*pytest, "tests", "-m", "chaos", *within(CHAOS_SECONDS)]),
     ]

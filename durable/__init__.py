@@ -23,19 +23,24 @@ if TYPE_CHECKING:
         RunDead,
         RunFailed,
         RunTimeout,
+        StepCancelled,
         StepFailed,
         StepTimeout,
         WaitTimeout,
     )
+    from durable.core.hosted import remote_workflow
     from durable.core.retention import Retention
     from durable.core.retry import RetryPolicy
     from durable.core.step import current_step
     from durable.engine.handle import RunHandle
     from durable.engine.start import StartRequest
+    from durable.worker.adaptive import Adaptive
+    from durable.worker.worker import Worker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptive",
     "ChildFailed",
     "ChildHandle",
     "Context",
@@ -53,16 +58,21 @@ __all__ = [
     "RunHandle",
     "RunTimeout",
     "StartRequest",
+    "StepCancelled",
     "StepFailed",
     "StepTimeout",
     "WaitTimeout",
+    "Worker",
     "current_step",
     "dead_letter",
     "durable_step",
+    "remote_workflow",
     "workflow",
 ]
 
 _HOME = {
+    "Adaptive": "durable.worker.adaptive",
+    "Worker": "durable.worker.worker",
     "Durable": "durable.app",
     "ChildHandle": "durable.core.ctx",
     "Context": "durable.core.ctx",
@@ -70,6 +80,7 @@ _HOME = {
     "dead_letter": "durable.core.dead_letter",
     "durable_step": "durable.core.definition",
     "workflow": "durable.core.definition",
+    "remote_workflow": "durable.core.hosted",
     "Retention": "durable.core.retention",
     "RetryPolicy": "durable.core.retry",
     "current_step": "durable.core.step",

@@ -1,25 +1,23 @@
 """`Durable`: an application as one plain object. Decorate functions with it, enter it, start runs.
 
-It puts the parts together — a store by URL, a transport, an engine — and knows them all by name; nothing else does.
+It puts the parts together: a store by URL, transports, an engine, or of a worker node only what serves steps.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import Any, TypeVar, overload
 
 import msgspec
 
 from durable.control_plane.interface import ControlPlane
-from durable.control_plane.local import LocalControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
 from durable.core.ctx import Context, PlainWorkflowClass, WorkflowClass
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
-from durable.core.errors import DefinitionError, DurableError, EngineStopped, StoreError
+from durable.core.errors import DefinitionError, DurableError, EngineStopped
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
@@ -31,98 +29,21 @@ from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.handle import RunHandle
 from durable.engine.start import StartRequest
+from durable.opening import default_control_plane, open_pool, open_store
 from durable.store.interface import Store
-from durable.store.memory import MemoryStore
 from durable.store.records import RunPage, RunQuery, RunRecord
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
-from durable.transports.pool import DEFAULT, TransportPool
-from durable.worker.handler import StepHandler, groups_of
-
-if TYPE_CHECKING:
-    from durable.store.postgres import PostgresStore
+from durable.transports.pool import DEFAULT
+from durable.worker.handler import StepHandler
+from durable.worker.lines import Teller
+from durable.worker.worker import Worker
 
 I = TypeVar("I")  # noqa: E741
 O = TypeVar("O")  # noqa: E741
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_STORE = "sqlite:///.durable/durable.db"
-
-
-def open_store(store: Store | str) -> Store:
-    """A store by its URL: `memory://`, `sqlite:///path` (three slashes relative, four absolute), or
-    `postgresql://user@host/database`. A store is itself.
-
-    Raises DurableError: not known, or its driver is not installed.
-    """
-    if not isinstance(store, str):
-        return store
-    if store in ("memory", "memory://"):
-        return MemoryStore()
-    if store.startswith("sqlite:"):
-        from durable.store.sqlite import SqliteStore  # only who uses it loads a driver
-
-        return SqliteStore(store)
-    if store.startswith(("postgresql://", "postgres://")):
-        return _postgres(store)
-    hint = " `postgres` alone is for the command line: durable dev --store postgres." if store == "postgres" else ""
-    # It may hold a password, and not where one would look for it.
-    shown = re.split("[:=]", store)[0] + "…" if re.search("@|password", store, re.IGNORECASE) else store
-    raise DurableError(
-        f"No store is known for {shown!r}. Give sqlite:///path/to/file.db, postgresql://user@host/database or memory://.{hint}"
-    )
-
-
-def _postgres(url: str) -> Store:
-    try:
-        from durable.store.postgres import PostgresStore
-    except ImportError as error:
-        # Without its library psycopg raises an ImportError that names nothing.
-        if error.name is not None and error.name.partition(".")[0] not in ("psycopg", "psycopg_pool"):
-            raise
-        raise StoreError(f"A Postgres store needs psycopg: pip install 'durable[postgres]'. ({error})") from error
-    return PostgresStore(url)
-
-
-def open_control_plane(plane: ControlPlane | str) -> ControlPlane:
-    """A control plane by its URL: `postgresql://user@host/database`, `redis://host/0` or `rediss://`. A control plane is
-    itself. Raises DefinitionError."""
-    if not isinstance(plane, str):
-        return plane
-    if plane.startswith(("redis://", "rediss://")):
-        try:
-            from durable.control_plane.redis import RedisControlPlane  # only who uses it loads a driver
-        except ModuleNotFoundError as error:
-            raise DefinitionError("A control plane on Redis needs a driver: pip install 'durable[redis]'.") from error
-        return RedisControlPlane(plane)
-    if not plane.startswith(("postgresql://", "postgres://")):
-        raise DefinitionError(
-            "No control plane is known for the URL given. Give postgresql://user@host/database, redis://host/0 or a "
-            "ControlPlane, or leave it out: the first transport or the store's database is used where it can broadcast."
-        )
-    try:
-        from durable.control_plane.postgres import PostgresControlPlane
-    except ModuleNotFoundError as error:
-        raise DefinitionError("A control plane on Postgres needs a driver: pip install 'durable[postgres]'.") from error
-    return PostgresControlPlane(plane)
-
-
-def _default_control_plane(pool: TransportPool, store: Store) -> ControlPlane:
-    """The first transport, if it can broadcast to other processes; else the store's own database, if it can; else what
-    stays in this process. The store is open."""
-    first = pool.control_plane
-    if first is not None and next(iter(pool.members.values())).capabilities.shared:
-        return first
-    if store.capabilities.name == "postgres":
-        from durable.control_plane.postgres import PostgresControlPlane
-        from durable.store.postgres.channel import channel_name
-
-        postgres = cast("PostgresStore", store)
-        if postgres.notifications:
-            return PostgresControlPlane(postgres.connect, name=channel_name("control", postgres.schema))
-    return first or LocalControlPlane()
-
-
 ROLES = ("engine", "api", "worker")
 
 
@@ -138,8 +59,8 @@ def _role(role: str | None, worker: bool) -> str:
 class Durable:
     """An application: workflows, steps, and the engine that runs them.
 
-    `store`: a URL or a Store. `transport`: carries remote steps; default in-process. `transports`: several, by id, in order
-    of preference. `control_plane`: an object, or a `postgresql://` or `redis://` URL; default the first transport, if it can
+    `store`: a URL or a Store. `transport`: carries remote steps, a URL or a Transport; default in-process. `transports`:
+    several, by id, in order of preference. `control_plane`: a URL or an object; default the first transport, if it can
     broadcast to other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept,
     a rule or an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of docs/operate.md,
     durations in any spelling ("10s").
@@ -154,8 +75,8 @@ class Durable:
         *,
         workflows: Sequence[Any] = (),
         steps: Sequence[Any] = (),
-        transport: Transport | None = None,
-        transports: Mapping[str, Transport] | None = None,
+        transport: Transport | str | None = None,
+        transports: Mapping[str, Transport | str] | None = None,
         control_plane: ControlPlane | str | None = None,
         worker: bool = True,
         role: str | None = None,
@@ -186,7 +107,8 @@ class Durable:
             dead_letter_workflow=workflow_name(dead_letter_workflow),
             retention=retention_of(retention),
         )
-        self._serving: Transport | None = None
+        self._worker: Worker | None = None
+        self._worker_options: dict[str, Any] = {}
         self._serves: StepHandler | None = None
         self._engine: WorkflowEngine | None = None
 
@@ -264,7 +186,7 @@ class Durable:
     @property
     def engine(self) -> WorkflowEngine:
         """The running engine. Raises EngineStopped before `async with app:`."""
-        if self._serving is not None:
+        if self._worker is not None:
             raise EngineStopped(
                 "This node is a worker: it serves steps and has no engine. Ask a node of role engine or api."
             )
@@ -281,13 +203,19 @@ class Durable:
 
     async def open(self) -> None:
         """Open the store and start the engine. Raises StoreError with what to do."""
-        if self._engine is not None or self._serving is not None:
+        if self._engine is not None or self._worker is not None:
             raise DurableError("The app is running already.")
         if self.role == "worker":
             await self._serve()
             return
         store = open_store(self.store)
-        pool, plane = self._pool({DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports)
+        pool, plane = open_pool(
+            {DEFAULT: EventEmitterTransport()} if self._transports is None else self._transports,
+            self._control_plane,
+            dispatch_timeout=self.settings.dispatch_timeout,
+            cool_down=self.settings.cool_down,
+            task_key=self.settings.task_key,
+        )
         await store.open()
         try:
             engine = WorkflowEngine(
@@ -297,7 +225,7 @@ class Durable:
                     transport=pool,
                     handler=self._handler() if self.settings.execute else None,
                     on_step=self._on_step,
-                    control_plane=plane or _default_control_plane(pool, store),
+                    control_plane=plane or default_control_plane(pool, store),
                     clock=self._clock,
                     ids=self._ids,
                     settings=self.settings,
@@ -309,19 +237,33 @@ class Durable:
             raise
         self._engine = engine
 
-    def _pool(self, given: Mapping[str, Transport]) -> tuple[TransportPool, ControlPlane | None]:
-        """The transports, and the control plane that was asked for, if any. An emitter may have been given to several
-        applications: each has an end of its own, or what one registers would outlive it."""
-        ends = {id(one): one.end() if isinstance(one, EventEmitterTransport) else one for one in given.values()}
-        pool = TransportPool(
-            {name: ends[id(one)] for name, one in given.items()},
-            dispatch_timeout=self.settings.dispatch_timeout,
-            cool_down=self.settings.cool_down,
-            task_key=self.settings.task_key,
-        )
-        asked: Any = ends.get(id(self._control_plane), self._control_plane)
-        plane = None if asked is None else open_control_plane(asked)
-        return pool, plane
+    def as_worker(self, **options: Any) -> None:
+        """Be a node of role worker when opened, with these options of `Worker`: what a command line says wins over the
+        program. Before the app is opened."""
+        self.role = "worker"
+        self._worker_options = options
+
+    @property
+    def worker(self) -> Worker:
+        """The worker that a node of role worker is. Raises EngineStopped before `async with app:`, and for other roles."""
+        if self._worker is None:
+            raise EngineStopped(f"No worker runs here: the role is {self.role}, or the app has not been entered.")
+        return self._worker
+
+    async def _serve(self) -> None:
+        """As a worker: no store, no engine, only the transports' worker ends."""
+        settings = self.settings
+        ours: dict[str, Any] = {
+            "transports": self._transports,
+            "control_plane": self._control_plane,
+            "drain_timeout": settings.drain_timeout,
+            "on_step": self._on_step,
+            "clock": self._clock,
+            "threads": settings.threads,
+        }
+        worker = Worker(self.registry, **(ours | self._worker_options))
+        await worker.start()
+        self._worker = worker
 
     def _handler(self) -> StepHandler:
         self._serves = StepHandler(
@@ -329,26 +271,19 @@ class Durable:
             self._clock,
             self._on_step,
             threads=self.settings.body_threads if self.settings.threads else 0,
+            teller=Teller(self._tell_line, lambda: self._engine is not None),
         )
         return self._serves
 
-    async def _serve(self) -> None:
-        """As a worker: no store, no engine, only the transports' worker ends."""
-        if self._transports is None:
-            raise DefinitionError(
-                "A worker needs a transport that reaches the engines: the default one stays inside this process. "
-                "Give transport=..., the same as theirs."
-            )
-        pool, _ = self._pool(self._transports)
-        await pool.start()
-        await pool.serve(groups_of(self.registry), self._handler())
-        self._serving = pool
+    async def _tell_line(self, event: dict[str, Any]) -> None:
+        if self._engine is not None:
+            await self._engine.tell_line(event)
 
     async def close(self, timeout: float | None = None) -> None:
         """Drain the engine and close the store; a worker finishes what it has taken. Idempotent."""
-        serving, self._serving = self._serving, None
-        if serving is not None:
-            await serving.close(self.settings.drain_timeout if timeout is None else timeout)
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close(timeout)
         engine, self._engine = self._engine, None
         if engine is not None:
             try:

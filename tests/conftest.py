@@ -1,6 +1,6 @@
 """What every test may ask for: services with their remedies, and a budget for suites that could go on for ever.
 
-Tests under tests/simulation and tests/chaos bear those marks by where they stand.
+Tests under tests/simulation and tests/chaos bear those marks by where they stand, and so do those of brokers and workers.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import pytest
 
 from tests.servers.pgbouncer import pooled_url, pooler
 from tests.servers.postgres import postgres_server, postgres_url
-from tests.servers.rabbitmq import amqp_url, rabbit_server
+from tests.servers.rabbitmq import _own_rabbit, amqp_url, rabbit, rabbit_server
 from tests.servers.redis import redis_server, redis_url
 from tests.servers.services import require
 from tests.servers.sqs import sqs_server, sqs_url
 
 __all__ = [  # fixtures for all
+    "_own_rabbit",
     "amqp_url",
     "pooled_url",
     "pooler",
     "postgres_server",
     "postgres_url",
+    "rabbit",
     "rabbit_server",
     "redis_server",
     "redis_url",
@@ -41,6 +43,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def require_fixture() -> Callable[[str], None]:
     """`require("redis")` at the start of a test or a fixture."""
     return require
+
+
+BROKERS = {
+    ROOT / "tests" / path
+    for path in (
+        "transports",
+        "worker",
+        "workers",
+        *(f"conformance/test_{name}.py" for name in ("bullmq", "db", "rabbitmq", "redis_lane", "sqs")),
+    )
+}
+"""Where tests talk to brokers and workers: a suite of its own, file by file, so that one process starts each server."""
 
 
 class Budget:
@@ -98,6 +112,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark in ("simulation", "chaos"):
             if (ROOT / "tests" / mark) in item.path.parents:
                 item.add_marker(mark)
+        if item.path in BROKERS or any(folder in BROKERS for folder in item.path.parents):
+            item.add_marker("broker")
     if config.getoption("--budget") is not None:
         outgrowing = [item for item in items if budgeted(item)]
         first = session_budget(config).start % max(1, len(outgrowing))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from durable import Context, Durable, DurableError, RunFailed
-from durable.app import open_store
+from durable.opening import open_store
 
 NOW = 0
 """Retries."""

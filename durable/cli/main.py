@@ -12,6 +12,7 @@ from durable.cli.doctor import doctor
 from durable.cli.modules import modules
 from durable.cli.output import EXIT_HELP, Exit, Problem
 from durable.cli.runs import runs
+from durable.cli.worker import worker
 
 
 class Cli(click.Group):
@@ -61,6 +62,7 @@ def cli() -> None:
 
     \b
       durable dev orders:app           run an app's engine here, and watch it work
+      durable worker orders:app        serve an app's steps to engines elsewhere
       durable runs list                what runs there are
       durable runs show 7f3a           one run: its state, its timeline, its errors
       durable modules shop:AppModule   what an app is made of
@@ -69,6 +71,7 @@ def cli() -> None:
 
 
 cli.add_command(dev)
+cli.add_command(worker)
 cli.add_command(runs)
 cli.add_command(doctor)
 cli.add_command(modules)

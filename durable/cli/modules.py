@@ -32,7 +32,7 @@ def modules(app: str, as_json: bool) -> None:
       durable modules shop.app:AppModule
       durable modules examples/orders_module.py --json
     """
-    from durable.cli.dev import load_module_app
+    from durable.cli.target import load_module_app
 
     described = load_module_app(app).describe()
     if as_json:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from durable.control_plane.interface import LOOK_EVERYWHERE, ControlHandler
 from durable.control_plane.listeners import Listeners
-from durable.control_plane.redis_channel import RedisChannel
+from durable.control_plane.redis_channel import Handler, RedisChannel
 from durable.core.errors import DefinitionError, PayloadError, TransportError
 from durable.protocol.codec import decode_control, encode
 from durable.protocol.messages import ControlMessage
@@ -29,6 +29,7 @@ class RedisControlPlane:
         self._starts = 0
         self._turn = asyncio.Lock()
         self._listeners = Listeners()
+        self._beside: list[tuple[str, Handler]] = []
         self._complained = False
 
     def _build(self) -> RedisChannel:
@@ -54,7 +55,8 @@ class RedisControlPlane:
         async with self._turn:
             if self._channel is None:
                 channel = self._build()
-                channel.on(self._name, self._heard)
+                for name, handler in [(self._name, self._heard), *self._beside]:
+                    channel.on(name, handler)
                 try:
                     await channel.start()
                 except Exception as error:
@@ -89,6 +91,24 @@ class RedisControlPlane:
     def on_control(self, incarnation: str, handler: ControlHandler) -> Callable[[], None]:
         """Hear what others say, and `LOOK_EVERYWHERE` after a gap. Returns the way to stop."""
         return self._listeners.add(incarnation, handler)
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody listens on this instance."""
+        return len(self._listeners) > 0
+
+    # -- other channels on the same connections, for a transport's heartbeats
+
+    def also(self, name: str, handler: Handler) -> None:
+        """Hear another channel, from the next `start` on; None after a gap."""
+        self._beside.append((name, handler))
+
+    def say(self, name: str, data: bytes) -> None:
+        """Say something on any channel, soon. Dropped while Redis is away."""
+        if self._channel is not None:
+            self._channel.publish(name, data)
+
+    # -- what comes
 
     def _heard(self, data: bytes | None) -> None:
         if data is None:

@@ -17,8 +17,9 @@ DurableError
 │   └── RunTimeout             run_timeout
 ├── StepFailed                 step_failed: inside a workflow, after the last attempt
 │   ├── StepTimeout            step_timeout
-│   │                          (step_cancelled: in `error.code`, of a body that cancelled itself)
 │   └── ChildFailed            child_failed
+├── StepCancelled              step_cancelled: what `raise_if_cancelled` raises; in `error.code` also of a body that
+│                              cancelled itself, or that its worker has cancelled
 ├── WaitTimeout                wait_timeout: also a TimeoutError
 ├── IdempotencyConflict        idempotency_conflict: same key, other input
 ├── NonRetryable               non_retryable: raise it in a step to end retries at once
@@ -38,6 +39,7 @@ DurableError
 │   ├── AllTransportsFailed    all_transports_failed: no member of the pool took the task
 │   ├── UnknownTransport       unknown_transport: a step is pinned to a member the pool does not have
 │   └── MessageRefused         message_refused: a message that nobody may take in, however often it comes
+│                              (bad_decision: in `error.code`, of a hosted run whose worker answers nonsense)
 │                              (worker_failed: in `error.code`, of a task the broker has given up on)
 ├── Fenced                     fenced: another engine owns the run now
 └── EngineStopped              engine_stopped
@@ -169,6 +171,12 @@ class StepTimeout(StepFailed):
 
 class ChildFailed(StepFailed):
     code = "child_failed"
+
+
+class StepCancelled(DurableError):
+    """Nobody waits for this body any more."""
+
+    code = "step_cancelled"
 
 
 class WaitTimeout(DurableError, TimeoutError):

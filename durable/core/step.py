@@ -1,4 +1,4 @@
-"""What a step body may know of itself: `current_step()`.
+"""What a step body may know and tell of itself: `current_step()`.
 
 Set by whoever runs the body, the engine for `ctx.step`, a worker for a remote step.
 """
@@ -11,7 +11,13 @@ from typing import Any
 
 from msgspec import Struct
 
-from durable.core.errors import DurableError
+from durable.core.errors import DurableError, StepCancelled
+
+PROGRESS_SECONDS = 0.1
+"""A body that tells of its progress more often is not heard more often."""
+
+Write = Callable[[str, str, dict[str, Any], bool], None]
+"""Takes a line: level, message, fields, and whether it tells of progress, so that the next of that kind may replace it."""
 
 
 class StepScope(Struct, eq=False):
@@ -24,7 +30,14 @@ class StepScope(Struct, eq=False):
     name: str
     attempt: int
     """From 1."""
-    _write: Callable[[str, str, dict[str, Any]], None]
+    _write: Write
+    traceparent: str | None = None
+    """W3C, of the run's trace, where whoever sent the task has one."""
+    context: dict[str, Any] | None = None
+    """What came with the task beside its input; opaque."""
+    cancelled: bool = False
+    """Whether nobody waits for the body any more: the run was cancelled, the step took too long, the process stops. An
+    `async def` is told by CancelledError; a plain `def` has to look."""
 
     @property
     def idempotency_key(self) -> str:
@@ -32,8 +45,36 @@ class StepScope(Struct, eq=False):
         return self.step_id
 
     def log(self, message: str, *, level: str = "info", **fields: Any) -> None:
-        """Write a line to the run's journal, under this step."""
-        self._write(level, message, fields)
+        """Write a line to the run's journal, under this step. Raises PayloadError for fields that are no JSON."""
+        self._write(level, message, fields, False)
+
+    def progress(self, value: Any, message: str = "", **fields: Any) -> None:
+        """Say how far it is: a fraction from 0 to 1, or anything that is JSON. A line of the journal with the field
+        `progress`; said too often, the last one counts. Raises PayloadError."""
+        if not message:
+            part = isinstance(value, float) and 0.0 <= value <= 1.0
+            message = f"{value:.0%}" if part else "progress"
+        self._write("info", message, {"progress": value} | fields, True)
+
+    def raise_if_cancelled(self) -> None:
+        """For a plain `def` between two pieces of work. Raises StepCancelled."""
+        if self.cancelled:
+            raise StepCancelled(f"Nobody waits for step {self.name} any more.")
+
+
+class Pace:
+    """Lets the first line of progress through, and then one every `PROGRESS_SECONDS`."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._next = float("-inf")
+
+    def may(self) -> bool:
+        now = self._monotonic()
+        if now < self._next:
+            return False
+        self._next = now + PROGRESS_SECONDS
+        return True
 
 
 StepObserver = Callable[[StepScope], None]

@@ -12,12 +12,12 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from durable.control_plane.interface import ControlPlane
 from durable.core.journal import REMOTE, RUN, STEP, Entry
-from durable.engine.residents import Resident
-from durable.protocol.messages import ControlMessage
+from durable.engine.residents import Resident, Sent
+from durable.protocol.messages import ControlMessage, step_id
 from durable.store.records import Commit
 
 log = logging.getLogger("durable.announce")
@@ -43,6 +43,8 @@ class Announcer:
         self._plane = plane
         self._incarnation = incarnation
         self._hints: dict[tuple[Literal["cancel", "enqueued"], str], None] = {}
+        self._words: deque[dict[str, Any]] = deque()
+        """Events that somebody waits for, to be told one by one."""
         self._events: dict[str, tuple[str, Entry]] = {}
         """Run → its workflow, and the latest there is to tell."""
         self._round: deque[ControlMessage] = deque()
@@ -53,6 +55,12 @@ class Announcer:
         """There is something for this run."""
         if self._plane.audience and len(self._hints) < HINTS_MAX:
             self._hints[kind, run_id] = None
+            self._speak()
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Something for workers, at once."""
+        if self._plane.audience and len(self._words) < HINTS_MAX:
+            self._words.append(event)
             self._speak()
 
     def committed(self, run: Resident, commit: Commit) -> None:
@@ -104,6 +112,8 @@ class Announcer:
             kind, run_id = next(iter(self._hints))
             del self._hints[kind, run_id]
             return ControlMessage(sender=sender, kind=kind, run_id=run_id)
+        if self._words:
+            return ControlMessage(sender=sender, kind="event", event=self._words.popleft())
         if not self._round and self._events and self._pause is None:
             for run_id in list(islice(self._events, EVENTS_MAX)):
                 workflow, entry = self._events.pop(run_id)
@@ -121,3 +131,14 @@ def event(run_id: str, workflow: str, entry: Entry) -> dict[str, object]:
     elif entry.kind in (STEP, REMOTE):
         told |= {"type": f"step.{entry.status}", "seq": entry.ordinal, "name": entry.name}
     return told | {"at": entry.at // 1_000}
+
+
+def step_cancel(run_id: str, sent: Sent, at: int) -> dict[str, Any]:
+    """A task that nobody waits for any more, as workers are told of it: this attempt, and those before it."""
+    return {
+        "type": "step.cancel",
+        "runId": run_id,
+        "stepId": step_id(run_id, sent.command.ordinal),
+        "attempt": sent.attempt,
+        "at": at // 1_000,
+    }

@@ -5,6 +5,7 @@ A retry is a journal entry and a time: no worker is held while it waits, and it 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,21 @@ from durable.core.journal import CHILD, LOG, REMOTE, RUN, Entry
 from durable.core.payload import decode_error, encode_error
 from durable.engine.apply import RetryNote
 from durable.engine.residents import Arrival, Resident
+from durable.protocol.codec import MAX_EVENTS
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
 
+log = logging.getLogger("durable.attempts")
+
 
 def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     """Take in what came of a command. True if the entry is to be journaled as it is; otherwise it has been dealt with."""
+    if arrival.task_id is not None:
+        arrival.key = executor.dispatch.turn_of(run, arrival.task_id)
+        if arrival.key is None:
+            log.info("a decision for %s is passed over: that turn is not awaited", arrival.task_id)
+            return False
     key, outstanding = arrival.key, run.machine.outstanding
     command = outstanding.get(key) if key is not None else _by_ordinal(outstanding.values(), arrival)
     if arrival.child_id is not None and isinstance(command, StartChild) and arrival.child_id != command.child_id:
@@ -55,6 +64,7 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     if arrival.kind != CHILD and run.recovery_attempts:
         run.progressed = True
     run.attempts.pop(key, None)
+    run.told.pop(key, None)
     if run.retries:
         run.retries.pop(key, None)
     return True
@@ -69,11 +79,39 @@ def _by_ordinal(outstanding: Iterable[Command], arrival: Arrival) -> Command | N
 
 
 def _write_lines(executor: Executor, run: Resident, key: str, arrival: Arrival) -> None:
-    """With the result, so that neither is there without the other."""
-    for payload in arrival.lines:
-        index = run.logs.get(key, 0)
-        run.logs[key] = index + 1
-        executor.append(run, Arrival(arrival.happened, LOG, "written", key=key, ordinal=index, payload=payload))
+    """With the result, so that neither is there without the other. What was told live is there already."""
+    attempt = arrival.attempt or run.attempts.get(key, 1)
+    told = run.told.setdefault(key, set())
+    for line in arrival.lines:
+        if (attempt, line.mark) not in told:
+            told.add((attempt, line.mark))
+            entry = Arrival(
+                arrival.happened,
+                LOG,
+                "written",
+                key=key,
+                ordinal=line.index,
+                attempt=attempt,
+                payload=line.payload,
+            )
+            executor.append(run, entry)
+
+
+def hears(run: Resident, arrival: Arrival) -> bool:
+    """Whether a live line is to be journaled: once, and only while its very attempt is awaited."""
+    key, line = arrival.key, arrival.line
+    assert key is not None
+    assert line is not None
+    sent = run.sent.get(key)
+    if sent is None or sent.attempt != arrival.attempt:
+        return False
+    told = run.told.setdefault(key, set())
+    mark = (arrival.attempt, line.mark)
+    if mark in told or sent.lines >= MAX_EVENTS:
+        return False
+    told.add(mark)
+    sent.lines += 1
+    return True
 
 
 def _late(executor: Executor, run: Resident, arrival: Arrival) -> None:
@@ -93,6 +131,7 @@ def _gives_up(executor: Executor, run: Resident, command: Command, arrival: Arri
     made = attempt - run.spent.get(command.ordinal, 0)
     if policy.gives_up(made, retryable=error.retryable, names=(error.code, error.type)):
         run.attempts.pop(key, None)
+        run.told.pop(key, None)
         run.retries.pop(key, None)
         return True
     delay = policy.delay(made, executor.deps.ids.random(), retry_after=error.retry_after)
@@ -141,5 +180,6 @@ def due(executor: Executor, run: Resident, moment: int) -> Arrival | None:
 def _lost(executor: Executor, run: Resident, key: str, moment: int, why: str) -> Arrival:
     sent = run.sent[key]
     executor.dispatch.tell_worker(run, key)
+    executor.dispatch.let_down(run, key)
     error = ErrorData(message=why, code="step_timeout", type="StepTimeout")
     return Arrival(moment, REMOTE, "failed", key=key, attempt=sent.attempt, payload=encode_error(error))

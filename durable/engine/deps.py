@@ -46,6 +46,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How long `async with app` waits, on its way out, for runs that are executing."""
     task_key: str | None = None
     """The engines' secret: with it tasks carry a token, and a result with another one is refused. The same on all."""
+    ask_every: float = 60.0
+    """How long a task may be out before its transport is asked whether it still has it, and asked again, each time after as
+    long as it has been out. What no longer is there, after a FLUSHALL for instance, is sent again."""
     dispatch_timeout: float = 5.0
     """How long one transport may take to accept a task, before the next is tried."""
     cool_down: float = 1.0
@@ -79,6 +82,7 @@ DURATIONS = frozenset(
         "hot_for",
         "cancel_grace",
         "drain_timeout",
+        "ask_every",
         "dispatch_timeout",
         "cool_down",
         "reconcile",

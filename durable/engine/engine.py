@@ -17,14 +17,15 @@ from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import RUN, Entry
 from durable.core.payload import encode
 from durable.engine import collector, dead_letter
-from durable.engine.announce import Announcer
+from durable.engine.announce import Announcer, step_cancel
 from durable.engine.deps import Deps
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
 from durable.engine.lease import Lease
+from durable.engine.lines import LIVE_LINE, Hearing
 from durable.engine.recovery import Recovery
 from durable.engine.requeue import requeue
-from durable.engine.residents import Final, Resident
+from durable.engine.residents import Final, Resident, Sent
 from durable.engine.results import Results
 from durable.engine.resume import Resume
 from durable.engine.retention import Pruner
@@ -35,6 +36,7 @@ from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
 from durable.store.records import Commit, Message, PruneRequest, RunPage, RunQuery, RunRecord
+from durable.transports.interface import StartsRuns
 from durable.transports.pool import TransportPool
 from durable.worker.handler import groups_of
 
@@ -65,6 +67,7 @@ class WorkflowEngine:
         self._starter = Starter(self._executor, self._scheduler, self.definition)
         self._mail = Mail(deps, self._nudge)
         self._results = Results(self._executor, self._mail)
+        self._hearing = Hearing(self._executor, self._mail)
         self._timeline = Timeline(deps, self._executor.residents.__contains__)
         self._pruner = Pruner(deps)
         self._announcer = Announcer(deps.control_plane, lambda: self.incarnation)
@@ -83,6 +86,8 @@ class WorkflowEngine:
         executor.on_mail = self._resume.mail
         executor.on_due = self._scheduler.nudge
         executor.on_nudge = self._nudge
+        executor.on_unwanted = self._unwanted
+        executor.on_cancelling = self._cancelling
 
     @property
     def incarnation(self) -> str:
@@ -119,6 +124,9 @@ class WorkflowEngine:
         deps = self.deps
         deps.transport.on_result(self._results.take)
         deps.transport.on_heartbeat(self._executor.dispatch.beat)
+        for member in deps.transport.members.values():
+            if isinstance(member, StartsRuns):
+                member.on_start_run(self._starter.asked)
         await deps.transport.start()
         if deps.handler is not None:
             await deps.transport.serve(groups_of(deps.registry), deps.handler)
@@ -331,6 +339,9 @@ class WorkflowEngine:
         """Another engine says where to look. What there is to see is in the store: a cancel is an inbox row."""
         if message.kind == "event":
             event = message.event or {}
+            if event.get("type") == LIVE_LINE:
+                self._hearing.hear(event)
+                return
             self._timeline.news(str(event.get("runId")), ended=event.get("type") in _ENDED)
         elif message.run_id is not None:
             run = self._executor.residents.get(message.run_id)
@@ -340,6 +351,25 @@ class WorkflowEngine:
                 self._scheduler.nudge()
         else:
             self._hint()  # a control plane that may have missed something
+
+    def _unwanted(self, run: Resident, sent: Sent) -> None:
+        """Nobody waits for a task that is out. Where its transport is not the control plane too, workers may hear of it
+        here only."""
+        member = self.deps.transport.member(sent.transport)
+        plane: object = self.deps.control_plane
+        if member.capabilities.shared and plane is not member:
+            self._announcer.tell(step_cancel(run.run_id, sent, self.clock.now()))
+
+    def _cancelling(self, run: Resident) -> None:
+        """A run with tasks out is being cancelled. Workers of other makes know this word only."""
+        pool = self.deps.transport
+        if any(pool.member(sent.transport).capabilities.shared for sent in run.sent.values()):
+            self._announcer.hint("cancel", run.run_id)
+
+    async def tell_line(self, event: dict[str, Any]) -> None:
+        """A live line of a body that is served beside this engine: for a run here, or for whoever owns it."""
+        if not self._hearing.hear(event):
+            self._announcer.tell(event)
 
     def _hint(self) -> None:
         self._scheduler.nudge()
@@ -364,6 +394,7 @@ class WorkflowEngine:
         self._scheduler.sweep()
         self._executor.steps.release_held()
         self._executor.dispatch.release_held()
+        self._executor.dispatch.look_after()
 
     def _lost(self, why: str) -> None:
         """Everything in memory is somebody else's now. Forget it, and come back as somebody new."""

@@ -17,17 +17,19 @@ from contextvars import Context as Variables
 from operator import attrgetter
 from typing import Any
 
+from msgspec.structs import replace
+
 from durable.core.clock import SECOND, StoreClock
 from durable.core.commands import Command
 from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDeterminism
-from durable.core.journal import COMMAND_KINDS, RUN, TIMER, Entry
+from durable.core.journal import COMMAND_KINDS, LOG, RUN, TIMER, Entry
 from durable.core.payload import describe, encode_error
 from durable.engine import apply, attempts, children
 from durable.engine.committer import Group
 from durable.engine.deps import Deps
 from durable.engine.dispatch import Dispatch
 from durable.engine.lease import Lease
-from durable.engine.residents import Arrival, Final, Resident, left, tell
+from durable.engine.residents import Arrival, Final, Resident, Sent, left, tell
 from durable.engine.settle import Settler
 from durable.engine.steps import LocalSteps
 from durable.protocol.states import Status
@@ -78,6 +80,9 @@ class Executor:
         self.on_mail: Callable[[Resident], None] = lambda run: None
         self.on_due: Callable[[], None] = lambda: None
         self.on_nudge: Callable[[str, str | None], None] = lambda run_id, owner: None
+
+        self.on_unwanted: Callable[[Resident, Sent], None] = lambda run, sent: None
+        self.on_cancelling: Callable[[Resident], None] = lambda run: None
 
         self._ready: deque[Resident] = deque()
         self._pumping = False
@@ -264,10 +269,16 @@ class Executor:
                 return
         elif kind == RUN and (run.cancel_deadline is not None):
             return  # cancelled twice, or timed out while cancelling: the first one counts
+        elif kind == LOG and arrival.line is not None and not attempts.hears(run, arrival):
+            return
         entry = self.append(run, arrival)
         if kind == RUN:
             self._recall(run, entry)
+            if run.sent:
+                self.on_cancelling(run)
         if entry.delivers:
+            if arrival.whole is not None:
+                entry = replace(entry, payload=arrival.whole)
             apply.apply(self, run, run.machine.deliver(entry))
 
     def append(self, run: Resident, arrival: Arrival, command: Command | None = None) -> Entry:

@@ -2,8 +2,9 @@
 
 Most of them only happened to be there, so a suspect goes on at once. One that is at its last attempt runs alone among
 its like, until it has made progress, waits, or has survived for a while: a poison run may use up its neighbours'
-attempts but for the last, which nobody but itself can take (D7, S32). Those that wait for their turn are stored as `queued`, so
-that another crash does not count against them.
+attempts but for the last, which nobody but itself can take (D7, S32). A run that was dead and is requeued has its whole
+budget again and nobody's trust: it runs alone until it has made progress. Those that wait for their turn are stored as
+`queued`, so that another crash does not count against them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,19 @@ from durable.store.records import Commit, CommitOutcome, CommitStatus, Journal, 
 log = logging.getLogger("durable.recovery")
 
 
+def back_from_the_dead(entries: Sequence[Entry]) -> bool:
+    """Whether a requeue has reopened a dead run, and it has got no further since."""
+    reopened = False
+    for entry in reversed(entries):
+        if entry.kind == RUN and entry.status in ("requeued", "dead"):
+            if reopened and entry.status == "dead":
+                return True
+            reopened = entry.status == "requeued"
+        elif entry.delivers and not reopened:
+            return False
+    return False
+
+
 class Recovery:
     """The lane of suspects."""
 
@@ -40,7 +54,8 @@ class Recovery:
         """Take a suspect in. It stays still until the store says that it executes; the last attempt is made alone."""
         run.held = True
         self._executor.residents[run.run_id] = run
-        if run.recovery_attempts < self._executor.settings.max_recovery_attempts:
+        last = run.recovery_attempts >= self._executor.settings.max_recovery_attempts
+        if not last and not back_from_the_dead(journal.entries):
             self._try(run, journal)
             return
         self._lane.append((run, journal))

@@ -21,6 +21,18 @@ from durable.protocol.states import Activity, Status
 from durable.store.records import Effect, Journal, Parent
 
 
+class Line(Struct, frozen=True, gc=False):
+    """Something a body told of itself, for the journal."""
+
+    mark: int | tuple[int, str]
+    """Which line of its attempt it is: its index; of a worker that does not count, when it was told and its text."""
+    payload: bytes
+
+    @property
+    def index(self) -> int | None:
+        return self.mark if isinstance(self.mark, int) else None
+
+
 class Arrival(Struct, gc=False):
     """Something that happened to a run and is not journaled yet. Fields as in Entry; `happened` orders it (µs)."""
 
@@ -37,8 +49,14 @@ class Arrival(Struct, gc=False):
     finished_at: int | None = None
     child_id: str | None = None
     """Whose outcome it is: the command may have started another child since, after a requeue."""
-    lines: Sequence[bytes] = ()
-    """Of a result: what its body told of itself, as payloads of log entries. Journaled before it, under its step."""
+    lines: Sequence[Line] = ()
+    """Of a result: what its body told of itself. Journaled before it, under its step, but for what was told live."""
+    line: Line | None = None
+    """Of a log entry: told live by a worker; it comes again with the result."""
+    task_id: str | None = None
+    """Of a hosted run's turn: which attempt of which turn it answers."""
+    whole: bytes | None = None
+    """What the workflow is handed where the journal keeps less."""
     number: int | None = None
     """Its inbox row, if it came that way."""
     ack: Callable[[BaseException | None], None] | None = None
@@ -55,7 +73,17 @@ class Sent(Struct):
     published: bool = False
     transport: str | None = None
     """The member of the pool that accepted it; None: not known (yet)."""
+    avoid: str | None = None
+    """The member that let the attempt before down."""
     last_beat: int = 0
+    lines: int = 0
+    """Live lines of this attempt that were journaled here."""
+    asking: bool = False
+    """Its transport is being asked after it: the run stays until there is an answer."""
+    asked_at: int = 0
+    """When its transport was last asked after it."""
+    missed: bool = False
+    """It did not hold it then."""
 
     def silent_at(self) -> int | None:
         """When silence alone says that the attempt is lost; None where it never does."""
@@ -121,6 +149,7 @@ class Resident:
         "suspending",
         "tail",
         "timed_out",
+        "told",
         "workspace",
     )
 
@@ -185,6 +214,8 @@ class Resident:
         self.sent: dict[str, Sent] = {}
         self.logs: dict[str, int] = {}
         """Lines written by step scope."""
+        self.told: dict[str, set[tuple[int, int | tuple[int, str]]]] = {}
+        """By key of a remote step: the lines of its bodies that are journaled, as attempt and mark."""
         self.deadline: int | None = None
         """Of the run's own timeout."""
         self.cancel_deadline: int | None = None

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 import msgspec
 
 from durable.core.errors import StoreError
-from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL
+from durable.core.hosted import stripped
+from durable.core.journal import CHILD, LOG, REMOTE, RUN, SIGNAL
 from durable.engine.executor import Executor
-from durable.engine.residents import Arrival, Resident
+from durable.engine.residents import Arrival, Line, Resident
+from durable.protocol.messages import WorkflowDecision
 from durable.store.records import InboxRow
 
 log = logging.getLogger("durable.resume")
@@ -81,21 +83,45 @@ class _Report(msgspec.Struct):
 
     lines: list[msgspec.Raw]
     result: msgspec.Raw
+    marks: list[int | tuple[int, str]] = []
 
 
-def report_of(result: bytes, lines: Sequence[bytes], limit: int) -> bytes | None:
+class _Told(msgspec.Struct):
+    """Payload of a `line`."""
+
+    mark: int | tuple[int, str]
+    line: msgspec.Raw
+
+
+def told_of(line: Line) -> bytes:
+    """The payload of a `line`."""
+    return msgspec.json.encode(_Told(line.mark, msgspec.Raw(line.payload)))
+
+
+def report_of(result: bytes, lines: Sequence[Line], limit: int) -> bytes | None:
     """The payload of a `report`, of the lines that fit with the result into `limit` bytes, the first ones; None if none does."""
     room = limit - len(result) - 64
     kept: list[msgspec.Raw] = []
+    marks: list[int | tuple[int, str]] = []
     for line in lines:
-        room -= len(line) + 1
+        room -= len(line.payload) + len(msgspec.json.encode(line.mark)) + 2
         if room < 0:
             log.warning(
                 "a result came with more lines than the store takes with it: %d are left out", len(lines) - len(kept)
             )
             break
-        kept.append(msgspec.Raw(line))
-    return msgspec.json.encode(_Report(kept, msgspec.Raw(result))) if kept else None
+        kept.append(msgspec.Raw(line.payload))
+        marks.append(line.mark)
+    return msgspec.json.encode(_Report(kept, msgspec.Raw(result), marks)) if kept else None
+
+
+def decision_arrival(happened: int, task: str, status: str, data: bytes) -> Arrival:
+    """A turn's end, as what it means to the run: the journal keeps less of a decision than the workflow is handed."""
+    arrival = Arrival(happened, REMOTE, status, payload=data, task_id=task)
+    if status == "completed":
+        arrival.payload = stripped(msgspec.json.decode(data, type=WorkflowDecision))
+        arrival.whole = data
+    return arrival
 
 
 def arrival_of(row: InboxRow) -> Arrival:
@@ -125,12 +151,34 @@ def arrival_of(row: InboxRow) -> Arrival:
             child_id=message.id.removesuffix(":outcome"),
             number=row.number,
         )
+    if message.kind == "line":
+        assert message.payload is not None
+        told = msgspec.json.decode(message.payload, type=_Told)
+        line = Line(told.mark, bytes(told.line))
+        return Arrival(
+            row.created_at,
+            LOG,
+            "written",
+            key=message.key,
+            ordinal=line.index,
+            attempt=message.attempt,
+            payload=line.payload,
+            line=line,
+            number=row.number,
+        )
+    if message.kind == "decision":
+        arrival = decision_arrival(row.created_at, message.id, message.name, message.payload or b"null")
+        arrival.number = row.number
+        return arrival
     payload = message.payload
-    lines: list[bytes] = []
+    lines: list[Line] = []
     if message.kind == "report":
         assert message.payload is not None
         report = msgspec.json.decode(message.payload, type=_Report)
-        payload, lines = bytes(report.result), [bytes(line) for line in report.lines]
+        payload = bytes(report.result)
+        # One of an earlier version says nothing of marks: its lines were never told live.
+        marks = report.marks or [(0, f"line {n}") for n in range(len(report.lines))]
+        lines = [Line(mark, bytes(line)) for mark, line in zip(marks, report.lines, strict=True)]
     return Arrival(
         row.created_at,
         REMOTE,

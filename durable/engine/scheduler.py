@@ -10,8 +10,9 @@ from contextlib import suppress
 from durable.core.clock import SECOND
 from durable.core.errors import StoreError
 from durable.core.replay import Machine
+from durable.engine import lines
 from durable.engine.executor import Executor
-from durable.engine.recovery import Recovery
+from durable.engine.recovery import Recovery, back_from_the_dead
 from durable.engine.requeue import dropped_lines
 from durable.engine.residents import Resident
 from durable.engine.resume import Resume
@@ -145,6 +146,10 @@ class Scheduler:
             try:
                 journals = await store.load([c.run.id for c in claimed])
                 inboxes = await store.inbox([(c.run.id, c.run.inbox_read) for c in claimed])
+                heard = [
+                    await lines.told(store, one.run.id, journal.entries, one.run.seq)
+                    for one, journal in zip(claimed, journals, strict=True)
+                ]
                 break
             except Exception as error:
                 known = isinstance(error, StoreError)
@@ -156,10 +161,10 @@ class Scheduler:
             await asyncio.sleep(0.1)
         if incarnation != self._executor.lease.incarnation:
             return  # the lease was lost meanwhile: they are no longer ours
-        for one, journal, rows in zip(claimed, journals, inboxes, strict=True):
-            self._admit(one, journal, rows)
+        for one, journal, rows, told in zip(claimed, journals, inboxes, heard, strict=True):
+            self._admit(one, journal, rows, told)
 
-    def _admit(self, claimed: ClaimedRun, journal: Journal, rows: list[InboxRow]) -> None:
+    def _admit(self, claimed: ClaimedRun, journal: Journal, rows: list[InboxRow], told: lines.Told) -> None:
         executor = self._executor
         record = claimed.run
         before = executor.residents.get(record.id)
@@ -181,8 +186,9 @@ class Scheduler:
             record.inbox_read,
             record.recovery_attempts,
         )
+        run.told = told
         self._resume.take(run, rows)  # first: a run that is buried at once is to be seen with its mail
-        if record.recovery_attempts > 0:
+        if record.recovery_attempts > 0 or back_from_the_dead(journal.entries):
             self._recovery.admit(run, journal)
         else:
             executor.admit(run, journal)

@@ -92,7 +92,7 @@ class Settler:
         if run.bodies or run.arrivals or run.actions or run.fetching or run.asking:
             return False
         for sent in run.sent.values():
-            if not sent.published or sent.command.options.heartbeat_timeout is not None:
+            if not sent.published or sent.asking or sent.command.options.heartbeat_timeout is not None:
                 return False
         # A task in this process lives and dies with it, so its run must be seen to die too.
         return not self.has_task_here(run)
@@ -269,12 +269,19 @@ class Settler:
                 commit.activity = activity
                 commit.error = blocked
                 if blocked is None:
-                    commit.wake_at = run.next_wake() or self.clock.now() + int(self.settings.reconcile * SECOND)
+                    commit.wake_at = self._wake_at(run)
         actions, run.actions = run.actions, []
         acks, run.acks = run.acks, []
         run.committing = True
         run.suspending = suspend
         self._executor.commits.submit(commit, partial(self._committed, run, commit, actions, acks))
+
+    def _wake_at(self, run: Resident) -> int:
+        """When a run that leaves memory is due again: never without a time, and in time to ask after its tasks."""
+        now = self.clock.now()
+        wake = run.next_wake() or now + int(self.settings.reconcile * SECOND)
+        asks = (self._executor.dispatch.ask_at(sent, now) for sent in run.sent.values())
+        return min([wake, *(ask for ask in asks if ask is not None)])
 
     def _committed(
         self,

@@ -4,13 +4,20 @@ left for whoever serves it. Runs no user code."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from durable.core.definition import WorkflowDefinition
-from durable.core.errors import EngineStopped, IdempotencyConflict, StoreError
+from durable.core.errors import (
+    DefinitionError,
+    EngineStopped,
+    IdempotencyConflict,
+    MessageRefused,
+    PayloadError,
+    StoreError,
+)
 from durable.core.journal import RUN, Entry
 from durable.core.payload import fingerprint
 from durable.core.replay import Machine
@@ -19,8 +26,12 @@ from durable.engine.committer import Group
 from durable.engine.executor import Executor
 from durable.engine.residents import Resident
 from durable.engine.scheduler import Scheduler
+from durable.protocol.messages import StartRunRequest
 from durable.protocol.states import Activity
 from durable.store.records import Journal, NewRun, StartOutcome, StartStatus
+
+RUN_ID_MAX = 200
+"""Characters of a run id that another system has given."""
 
 
 class StartRequest(Struct, kw_only=True):
@@ -28,6 +39,7 @@ class StartRequest(Struct, kw_only=True):
 
     workflow: Any
     input: Any = None
+    """Encoded already, and a stranger's, if it is Raw."""
     key: str | None = None
     """Idempotency key: the same key and input find the run there is; another input is a conflict."""
     version: str | None = None
@@ -36,6 +48,9 @@ class StartRequest(Struct, kw_only=True):
     """Not before this moment, µs."""
     priority: int | None = None
     tags: Sequence[str] = ()
+    attributes: Mapping[str, str | int | float | bool] = {}
+    run_id: str | None = None
+    """Where another system has named the run; a run of this id that is there already is the one. Default: a fresh id."""
 
 
 Started = tuple[str, WorkflowDefinition]
@@ -86,6 +101,29 @@ class Starter:
                 answers.append(error)
         return answers
 
+    async def asked(self, wish: StartRunRequest) -> None:
+        """Another system's wish, by message: returns once the run is durable, whoever starts it. Raises MessageRefused for
+        what no engine of this workspace may start, NotRegistered for what another one may know."""
+        own = self._executor.settings.workspace
+        if wish.tenant != own:
+            raise MessageRefused(
+                f"A run of {wish.workflow!r} was asked for tenant {wish.tenant!r}, and these engines serve {own!r}. Send it to "
+                "the namespace of that tenant's engines."
+            )
+        if wish.run_id is not None and not 0 < len(wish.run_id) <= RUN_ID_MAX:
+            raise MessageRefused(f"A run id has 1 to {RUN_ID_MAX} characters, this one {len(wish.run_id)}.")
+        request = StartRequest(
+            workflow=wish.workflow,
+            input=wish.input,
+            tags=wish.tags or (),
+            attributes=wish.search_attributes or {},
+            run_id=wish.run_id,
+        )
+        try:
+            await self.start(request)
+        except (PayloadError, DefinitionError) as error:
+            raise MessageRefused(f"A run of {wish.workflow!r} cannot be started so: {error}") from error
+
     async def close(self) -> None:
         """Refuse new starts; finish those under way."""
         self.open = False
@@ -96,16 +134,21 @@ class Starter:
             raise EngineStopped("This engine is stopping or has not been started; start runs on another.")
         definition = self._resolve(request.workflow, request.version)
         given = request.input if request.input is not None else self._executor.deps.registry.default_input(definition)
-        data = definition.encode_input(given)
+        if isinstance(given, Raw):
+            data = bytes(given)
+            definition.check_input(data)
+        else:
+            data = definition.encode_input(given)
         executor = self._executor
         now = executor.clock.now()
         hot = (
             self.hot
             and request.at is None
+            and request.run_id is None  # it may be there, and somebody's
             and executor.lease.safe()
             and executor.running + len(self._scheduler.starting) < executor.settings.max_running
         )
-        run_id = executor.deps.ids.run_id()
+        run_id = request.run_id or executor.deps.ids.run_id()
         if hot:
             self._scheduler.starting.add(run_id)  # now: the next of many must see that there is less room
         new = NewRun(
@@ -118,6 +161,7 @@ class Starter:
             idempotency_key=request.key,
             priority=definition.priority if request.priority is None else request.priority,
             tags=tuple(request.tags) or tuple(definition.tags),
+            attributes=request.attributes,
             owner=executor.lease.incarnation if hot else None,
             entries=(Entry(1, now, RUN, "started", name=definition.name, payload=STARTED),) if hot else (),
             wake_at=request.at,

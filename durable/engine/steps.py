@@ -15,7 +15,7 @@ from durable.core.commands import RunStep
 from durable.core.errors import ErrorData, PayloadError, StepTimeout
 from durable.core.journal import LOG, STEP
 from durable.core.payload import DEFAULT_LIMIT, clean, describe, encode, encode_error, through
-from durable.core.step import StepScope, enter_step
+from durable.core.step import Pace, StepScope, enter_step
 from durable.engine.apply import log_payload
 from durable.engine.residents import Arrival, Resident
 from durable.protocol.messages import step_id
@@ -82,23 +82,24 @@ class LocalSteps:
     async def _run(self, run: Resident, command: RunStep, attempt: int, began: int) -> None:
         key = command.key
         status = "completed"
+        scope = StepScope(
+            run.run_id,
+            step_id(run.run_id, command.ordinal),
+            key,
+            command.name,
+            attempt,
+            partial(self._log, run, key, Pace(self._executor.clock.monotonic)),
+        )
         try:
-            scope = StepScope(
-                run.run_id,
-                step_id(run.run_id, command.ordinal),
-                key,
-                command.name,
-                attempt,
-                partial(self._log, run, key),
-            )
             enter_step(scope, self._executor.deps.on_step)
             if command.options.timeout is None:
                 result = await self._bodies.call(command.body, command.args)
             else:
-                result = await self._timed(run, command, attempt, command.options.timeout)
+                result = await self._timed(run, command, attempt, command.options.timeout, scope)
             # Read back too: what cannot be read as its type fails the step now, and not its every replay.
             payload, _ = through(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
         except asyncio.CancelledError:
+            scope.cancelled = True
             if run.dropped or key not in run.bodies:
                 return  # by us: nobody waits for it
             status = "failed"
@@ -123,7 +124,7 @@ class LocalSteps:
             Arrival(now, STEP, status, key, None, None, attempt, payload, None, began, now),
         )
 
-    async def _timed(self, run: Resident, command: RunStep, attempt: int, timeout: float) -> Any:
+    async def _timed(self, run: Resident, command: RunStep, attempt: int, timeout: float, scope: StepScope) -> Any:
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
@@ -131,6 +132,7 @@ class LocalSteps:
                 return await self._bodies.call(command.body, command.args, late=late)
         except TimeoutError:
             if limit.expired():
+                scope.cancelled = True
                 raise StepTimeout(f"The step took longer than its timeout of {timeout} s.") from None
             raise
 
@@ -146,7 +148,18 @@ class LocalSteps:
         now = self._executor.clock.now()
         self._executor.arrive(run, Arrival(now, STEP, status, key, attempt=attempt, payload=payload, finished_at=now))
 
-    def _log(self, run: Resident, key: str, level: str, message: str, fields: dict[str, Any]) -> None:
+    def _log(
+        self,
+        run: Resident,
+        key: str,
+        pace: Pace,
+        level: str,
+        message: str,
+        fields: dict[str, Any],
+        progress: bool,
+    ) -> None:
+        if progress and not pace.may():
+            return
         data = encode(fields, what="the fields of a log line", limit=self._limit) if fields else None
         payload = log_payload(level, clean(str(message)), data)
 

@@ -49,6 +49,21 @@ def start_run(prefix: str) -> str:
     return f"{prefix}-start-run"
 
 
+def groups(prefix: str) -> str:
+    """The set of all groups that tasks have been sent to, so that an engine that starts knows where to look."""
+    return f"{prefix}-groups"
+
+
+def engine(prefix: str, incarnation: str) -> str:
+    """A key by which an engine's end sees that its Redis still is what it was."""
+    return f"{prefix}-engine:{incarnation}"
+
+
+def given_up(prefix: str) -> str:
+    """Where a broker puts tasks that it has delivered too often; an engine takes them from there as failed."""
+    return f"{prefix}-given-up"
+
+
 def dead(prefix: str) -> str:
     """Where a broker puts tasks it has given up on, and we put messages nobody may read."""
     return f"{prefix}-dead"
@@ -69,9 +84,45 @@ def worker_heartbeat(prefix: str, token: str, instance: str) -> str:
     return f"{prefix}-worker-heartbeat:{token}:{instance}"
 
 
+def workers_pattern(prefix: str) -> str:
+    """What a SCAN looks for to find all who are alive."""
+    literal = re.sub(r"([\[\]*?\\])", r"\\\1", prefix)
+    return worker_heartbeat(literal, "*", "*")
+
+
 def worker_descriptor(prefix: str, token: str, instance: str) -> str:
     """The key that says what a worker is."""
     return f"{prefix}-worker-descriptor:{token}:{instance}"
+
+
+def lane_tasks(prefix: str, token: str) -> str:
+    """The Redis lane's stream of tasks of one routing token."""
+    return f"{prefix}-lane-tasks-{token}"
+
+
+def lane_results(prefix: str, instance: str) -> str:
+    """The Redis lane's stream of answers for one engine."""
+    return f"{prefix}-lane-results-{instance}"
+
+
+def lane_unclaimed(prefix: str) -> str:
+    """The Redis lane's stream of answers that came while no engine was there."""
+    return f"{prefix}-lane-unclaimed"
+
+
+def lane_engines(prefix: str) -> str:
+    """The Redis lane's sorted set of engines, each with the epoch ms until which it counts as alive."""
+    return f"{prefix}-lane-engines"
+
+
+def lane_cancels(prefix: str) -> str:
+    """The Redis lane's channel on which workers hear what to cancel, and nothing else."""
+    return f"{prefix}-lane-cancels"
+
+
+def lane_held(prefix: str) -> str:
+    """The Redis lane's hash of tasks that are queued, under way or answered and not yet taken: id → attempt."""
+    return f"{prefix}-lane-held"
 
 
 def tasks_table(prefix: str) -> str:
@@ -89,6 +140,13 @@ def restricted(name: str) -> str:
     byte becomes `_x<HH>_`, and so does the underscore of what would read as such an escape. `unrestricted` is its inverse."""
     guarded = _MISLEADING.sub("_x5F_", name)
     return re.sub(r"[^A-Za-z0-9_-]", lambda found: "".join(f"_x{byte:02X}_" for byte in found[0].encode()), guarded)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """What a queue of this name may be called in such a place, in the order to look; the last is what we create. The plain
+    name goes first, but not where it reads as the escaped one of another: that is a stranger's queue."""
+    escaped = restricted(name)
+    return (escaped,) if escaped == name or _MISLEADING.search(name) else (name, escaped)
 
 
 def unrestricted(name: str) -> str:

@@ -8,11 +8,11 @@ late, doubled or reordered: the engine counts an answer once by task id, so a tr
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
 
-from durable.protocol.messages import Answer, Heartbeat, Task
+from durable.protocol.messages import Answer, Heartbeat, StartRunRequest, Task
 
 ResultHandler = Callable[[Answer], Awaitable[None]]
 """Returns once the answer is durable (or known to be superfluous); only then may a transport acknowledge it. If it raises,
@@ -21,6 +21,9 @@ MessageRefused to nobody: it is put away where an operator finds it."""
 HeartbeatHandler = Callable[[Heartbeat], None]
 TaskHandler = Callable[[Task], Awaitable[Answer]]
 """Runs one task. Cancelled when the task is cancelled or the transport gives up waiting for it in `close`."""
+StartHandler = Callable[[StartRunRequest], Awaitable[None]]
+"""Returns once the run is durable; only then is the wish acknowledged. If it raises, the wish is delivered again; after
+MessageRefused to nobody, as an answer."""
 Concurrency = int | Callable[[], int]
 """How many tasks at once; a callable is asked before each is taken, and may say less than there are under way."""
 
@@ -95,4 +98,13 @@ class Transport(Protocol):
 
     async def heartbeat(self, beat: Heartbeat) -> None:
         """Say that a task is being worked on. A hint: lost where nobody listens."""
+        ...
+
+
+@runtime_checkable
+class StartsRuns(Protocol):
+    """What a transport also is where others may ask for runs by message."""
+
+    def on_start_run(self, handler: StartHandler) -> None:
+        """Hear wishes for runs. One handler; set before `start`."""
         ...

@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection
+from enum import Enum
 from typing import Any
 
 from durable.protocol.codec import encode
-from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, routing_token
-from durable.transports.answers import crashed, no_handler, too_large
+from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, routing_token, sanitize
+from durable.transports.answers import cancelled, crashed, no_handler, too_large
 from durable.transports.interface import Concurrency, TaskHandler
 
 log = logging.getLogger("durable.transports")
@@ -26,14 +27,14 @@ ROOM_SECONDS = 0.25
 
 
 class GivenBack(Exception):
-    """The task was cut short because this end closes: give it back to the broker."""
+    """The task was cut short because this end closes, or was released: give it back to the broker."""
 
 
 class Server:
     """One `serve`: groups with their handler and their own bound."""
 
     def __init__(self, groups: Collection[str], handler: TaskHandler, concurrency: Concurrency) -> None:
-        self.groups = tuple(dict.fromkeys(groups))
+        self.groups = tuple(dict.fromkeys(map(sanitize, groups)))
         self.handler = handler
         self._concurrency = concurrency
         self.under_way = 0
@@ -57,8 +58,9 @@ class Server:
             if isinstance(self._concurrency, int):
                 await self._freed.wait()
             else:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._freed.wait(), ROOM_SECONDS)
+                with contextlib.suppress(TimeoutError):  # not wait_for: 3.11's may swallow a cancellation
+                    async with asyncio.timeout(ROOM_SECONDS):
+                        await self._freed.wait()
         return room
 
     def leave(self) -> None:
@@ -67,14 +69,25 @@ class Server:
         self._freed.set()
 
 
+class Cut(Enum):
+    """Why a task was cut short, and so what becomes of its message."""
+
+    DROPPED = "dropped"
+    """Nobody waits for an answer: acknowledged."""
+    RECALLED = "recalled"
+    """Its run was cancelled. Whether somebody waits all the same, a clean-up, is not known here: answered as cancelled."""
+    RELEASED = "released"
+    """The broker takes the message away, or this end closes: it is for somebody else to answer."""
+
+
 class _Job:
     """A task under way."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.work: asyncio.Future[Answer] | None = None
-        self.dropped = False
-        """Cancelled by the engine: nobody waits for an answer."""
+        self.work: asyncio.Task[Any] | None = None
+        self.cut: Cut | None = None
+        """Why it was cut short, if it was."""
 
 
 class Workbench:
@@ -128,17 +141,27 @@ class Workbench:
         client calls back for each message; its own bound counts then."""
         server.under_way += 1
         try:
-            return await self._work(server, task)
+            # A task of its own: what is cancelled is the handler, and not its client's loop.
+            return await asyncio.get_running_loop().create_task(self._work(server, task), name=f"step {task.id}")
         finally:
             server.leave()
 
     def cancel(self, task_id: str) -> None:
         """Cancel every attempt of a task."""
-        self._cancel(lambda task: task.id == task_id)
+        self._cut(lambda task: task.id == task_id, Cut.DROPPED)
+
+    def cancel_delivery(self, task: Task) -> None:
+        """Cancel this very task, as it was given to `begin`: another delivery or attempt of it goes on."""
+        self._cut(lambda other: other is task, Cut.DROPPED)
 
     def cancel_run(self, run_id: str) -> None:
-        """Cancel all tasks of a run."""
-        self._cancel(lambda task: task.run_id == run_id)
+        """Cancel all tasks of a run. Its steps are answered all the same, as cancelled."""
+        self._cut(lambda task: task.run_id == run_id and isinstance(task, RemoteTask), Cut.RECALLED)
+        self._cut(lambda task: task.run_id == run_id and not isinstance(task, RemoteTask), Cut.DROPPED)
+
+    def release(self, task: Task) -> None:
+        """Cut short this very delivery, whose message is the broker's again, or soon will be: it goes `back`."""
+        self._cut(lambda other: other is task, Cut.RELEASED)
 
     async def drain(self, timeout: float) -> None:
         """Wait for what is under way, cancel the rest. The adapter takes nothing more by then."""
@@ -147,9 +170,7 @@ class Workbench:
         while (waiting := self._unfinished()) and (left := deadline - loop.time()) > 0:
             await asyncio.wait(waiting, timeout=left)
         self._closing = True
-        for job in self._jobs:
-            if job.work is not None:
-                job.work.cancel()
+        self._cut(lambda task: True, Cut.RELEASED)
         if waiting := self._unfinished():
             _, refusing = await asyncio.wait(waiting, timeout=REFUSAL_MAX)
             for future in refusing:
@@ -192,38 +213,45 @@ class Workbench:
     async def _work(self, server: Server, task: Task) -> Answer | None:
         if not server.serves(task):
             return no_handler(task)
+        if self._closing:
+            raise GivenBack
         job = _Job(task)
         self._jobs[job] = None
         self._arm()
-        job.work = asyncio.ensure_future(server.handler(task))
+        # In this very task: one more for each handler would cost as much as all else here.
+        job.work = asyncio.current_task()
+        assert job.work is not None
+        before = job.work.cancelling()
         try:
-            await asyncio.wait({job.work})
-        except asyncio.CancelledError:
-            job.work.cancel()  # whoever waits for it is going
-            await asyncio.wait({job.work}, timeout=REFUSAL_MAX)
-            raise
-        finally:
-            del self._jobs[job]
-        if job.work.cancelled():
-            if job.dropped:
+            return self._fitting(task, await server.handler(task))
+        except asyncio.CancelledError as error:
+            if job.cut is Cut.DROPPED:
                 return None
-            if self._closing:
-                raise GivenBack
-            return crashed(task, asyncio.CancelledError("The handler cancelled itself."))
-        error = job.work.exception()
-        if error is not None:
+            if job.cut is Cut.RELEASED:
+                raise GivenBack from None
+            if job.cut is Cut.RECALLED and isinstance(task, RemoteTask):
+                return cancelled(task)
+            if job.work.cancelling() > before:
+                raise  # whoever waits for it is going
+            return crashed(task, error)
+        except Exception as error:
             log.warning("The handler of %s raised; the task is answered as failed", task.name, exc_info=error)
             return crashed(task, error)
-        return self._fitting(task, job.work.result())
+        finally:
+            del self._jobs[job]
+            if job.cut is not None:
+                while job.work.cancelling() > before:
+                    job.work.uncancel()  # it was the handler that was meant
 
     def _fitting(self, task: Task, answer: Answer) -> Answer:
         size = len(encode(answer, limit=1 << 40))
         return answer if size <= self._max_message else too_large(task, size, self._max_message)
 
-    def _cancel(self, meant: Callable[[Task], bool]) -> None:
+    def _cut(self, meant: Callable[[Task], bool], cut: Cut) -> None:
         for job in list(self._jobs):
             if meant(job.task) and job.work is not None:
-                job.dropped = True
+                # An answer that nobody wants stays unwanted.
+                job.cut = job.cut if job.cut is Cut.DROPPED else cut
                 job.work.cancel()
 
     def _arm(self) -> None:

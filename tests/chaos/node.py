@@ -14,9 +14,10 @@ import os
 import random
 import signal
 import sys
+from functools import partial
 from typing import Any
 
-from durable import Context, Durable, current_step, durable_step, workflow
+from durable import Context, DeadLetter, Durable, current_step, durable_step, workflow
 from durable.core.clock import SECOND, SystemClock
 from durable.core.definition import workflow_of
 
@@ -85,6 +86,13 @@ async def poison(ctx: Context) -> None:
     await ctx.step("kill", kill)
 
 
+@workflow(name="burial")
+async def burial(ctx: Context, letter: DeadLetter) -> str:
+    """The dead-letter workflow: says whose death it was told of, and leaves a witness of having been told."""
+    await ctx.step("told", partial(witness, letter.run_id))
+    return letter.run_id
+
+
 @workflow(name="poison-turn")
 async def poison_turn(ctx: Context) -> None:
     await ctx.wait_for_signal("go")
@@ -96,7 +104,7 @@ async def waits(ctx: Context) -> Any:
     return await ctx.wait_for_signal("go")
 
 
-WORKFLOWS = [load, family, collect, bulky, poison, poison_turn, waits]
+WORKFLOWS = [load, family, collect, bulky, poison, burial, poison_turn, waits]
 STEPS = [errand]
 
 

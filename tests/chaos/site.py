@@ -202,6 +202,19 @@ class Site:
             found += [record for record in some if record is not None]
         return found
 
+    async def found(self, workflow: str, count: int, timeout: float = 20) -> list[RunHandle[Any]]:
+        """The runs of a workflow, once there are so many; fails when there are more."""
+        deadline = time.monotonic() + timeout
+        while True:
+            page = await patiently(lambda: self.app.find(workflow=workflow, limit=MANY))
+            assert len(page.runs) <= count, (
+                f"{len(page.runs)} runs of {workflow}: {[(r.input, r.status, r.id) for r in page.runs]}"
+            )
+            if len(page.runs) == count:
+                return [self.app.run(record.id) for record in page.runs]
+            assert time.monotonic() < deadline, f"there are only {len(page.runs)} runs of {workflow}\n{self.said()}"
+            await asyncio.sleep(0.03)
+
     async def until(
         self, handles: Sequence[RunHandle[Any]], fact: Fact, claim: str, timeout: float = 40
     ) -> list[RunRecord]:

@@ -121,23 +121,34 @@ async def test_a_drain_under_load_counts_as_no_crash(site: Site) -> None:
 
 
 @pytest.mark.timeout(90)
-async def test_a_step_that_kills_its_process_ends_dead_and_alone(site: Site) -> None:
-    """os._exit in a step, restarted each time: dead after `max_recovery_attempts`, the neighbours complete unharmed."""
-    node = await site.node(max_recovery_attempts=2)
+async def test_N13_a_step_that_kills_its_process_ends_dead_and_alone_is_told_once_and_has_a_fresh_budget(
+    site: Site,
+) -> None:
+    """os._exit in a step, restarted each time: dead after `max_recovery_attempts`, the neighbours complete unharmed, the
+    dead-letter workflow runs once for each death, and a requeue begins a fresh budget, which ends dead again."""
+    settings = {"max_recovery_attempts": 2, "dead_letter_workflow": "burial"}
+    node = await site.node(**settings)
     handles = await site.load(20, 0.3)
     await site.until(handles, lambda r: r.owner is not None, "the neighbours are under way")
     victim = await site.app.start(poison)
-    deaths = 0
-    while (await victim.get()).status is Status.ACTIVE:
-        if node.process.poll() is not None:
-            assert node.process.returncode == 77
-            deaths += 1
-            assert deaths < 10, "it is never found out"
-            node = await site.node(max_recovery_attempts=2)
-        await asyncio.sleep(0.05)
-    with pytest.raises(RunDead):
-        await victim.result(5)
-    assert deaths == 3
+    for life in (1, 2):
+        deaths = 0
+        while (await victim.get()).status is Status.ACTIVE:
+            if not node.alive:
+                assert node.process.returncode == 77
+                deaths += 1
+                assert deaths < 10, "it is never found out"
+                node = await site.node(**settings)
+            await asyncio.sleep(0.05)
+        with pytest.raises(RunDead):
+            await victim.result(5)
+        assert deaths == 3
+        letters = await site.found("burial", life)
+        await site.until(letters, over, "its death was told")
+        assert [await letter.result(5) for letter in letters] == [victim.id] * life
+        if life == 1:
+            await site.app.requeue(victim.id)
+    assert sum(1 for body in site.witnessed() if body.key == "told") == 2
     records = await site.until(handles, over, "the neighbours are done")
     assert {record.status for record in records} == {Status.COMPLETED}
     await site.judge(handles)

@@ -46,3 +46,10 @@ class TestRedis(ControlPlaneSuite):
         from durable.control_plane.redis import RedisControlPlane
 
         return lambda: RedisControlPlane(self.url)
+
+
+class TestRedisLaneAsControlPlane(TestRedis):
+    async def build(self) -> Callable[[], ControlPlane]:
+        from durable.transports.redis import RedisTransport
+
+        return lambda: RedisTransport(self.url)

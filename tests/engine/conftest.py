@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from durable.app import open_store
+from durable.opening import open_store
 from tests.engine.world import World, memory_factory
 
 STORES = ["memory", "sqlite"]

@@ -141,8 +141,11 @@ async def test_S15_a_member_that_hangs_is_passed_over(world: World) -> None:
     assert await again.result(5) == 2
 
 
-async def test_S9_a_member_that_accepts_and_loses_costs_an_attempt(world: World) -> None:
-    """Only the step's timeout can tell; the next attempt is answered, and what turns up later is recorded as late."""
+async def test_S15_a_member_that_accepts_and_loses_costs_an_attempt_and_the_next_goes_over_another(
+    world: World,
+) -> None:
+    """(S9, S15) Only the step's timeout can tell. The next attempt goes to the other member under the same step id and is
+    answered; what turns up later is recorded as late."""
     one, two = Broker(), Broker()
 
     @workflow(name="patient")
@@ -153,9 +156,9 @@ async def test_S9_a_member_that_accepts_and_loses_costs_an_attempt(world: World)
 
     app = await world.engine(patient, transports={"one": one.end(), "two": two.end()})
     handle = await app.start(patient)
-    lost, second = await one.sent(1), await one.sent(2)
-    assert (lost.attempt, second.attempt) == (1, 2)
-    await one.answer(second, "second")
+    lost, second = await one.sent(), await two.sent()
+    assert (lost.attempt, second.attempt, second.step_id, second.transport) == (1, 2, lost.step_id, "two")
+    await two.answer(second, "second")
     await one.answer(lost, "found again")
     await handle.signal("go")
     assert await handle.result(5) == "second"
@@ -284,3 +287,18 @@ async def test_one_way_to_say_it() -> None:
         Durable("memory://", transport=EventEmitterTransport(), transports={"a": EventEmitterTransport()})
     async with Durable("memory://") as app:
         assert list(app.engine.deps.transport.members) == ["default"]
+
+
+async def test_B18_what_a_member_has_lost_goes_over_another(world: World) -> None:
+    """A member that no longer holds a task it took is passed over when the task is sent again."""
+    one, two = Broker(), Broker()
+    app = await world.engine(
+        far, transports={"one": one.end(), "two": two.end()}, ask_every=0.1, lease=0.3, poll_every=0.05
+    )
+    handle = await app.start(far)
+    lost = await one.sent()
+    one.held.clear()
+    task = await two.sent()
+    assert (task.step_id, task.attempt) == (lost.step_id, 1)
+    await two.answer(task, "done")
+    assert await handle.result(5) == "done"

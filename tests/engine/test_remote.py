@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection, Sequence
 
 import msgspec
 import pytest
 
 from durable import Context, RetryPolicy, StepFailed, StepTimeout, current_step, durable_step, workflow
-from durable.core.errors import ErrorData, PayloadError, RunNotFound
+from durable.core.errors import DefinitionError, ErrorData, MessageRefused, PayloadError, RunNotFound
 from durable.protocol.messages import StepResult
 from durable.protocol.states import Activity, Status
+from durable.protocol.trace import trace_id
 from durable.transports.event_emitter import EventEmitterTransport
+from durable.transports.pool import TransportPool
 from tests.engine.broker import Broker
 from tests.engine.world import Gate, World, all_results, eventually
 
@@ -455,3 +458,116 @@ async def test_workspaces_share_an_in_process_transport(world: World) -> None:
     apps = [await world.engine(shop, charge, transport=emitter, workspace=name) for name in ("one", "two")]
     handles = [await app.start(shop, n) for n in range(6) for app in apps]
     assert await all_results(handles) == [n + 1 for n in range(6) for _ in apps]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_B18_a_task_that_its_broker_has_lost_is_sent_again(world: World, cold: bool) -> None:
+    """After a FLUSHALL a step without any timeout is asked after and sent again under the same id and attempt, whether its run
+    is in memory or not."""
+    broker = Broker()
+    app = await world.engine(far, transport=broker.end(), ask_every=0.1, lease=0.3, cold=cold, poll_every=0.05)
+    handle = await app.start(far)
+    first = await broker.sent()
+    await world.until_journal(handle.id, lambda lines: "remote far published" in lines)
+    broker.held.clear()
+    again = await broker.sent(2)
+    assert (again.step_id, again.attempt) == (first.step_id, first.attempt)
+    await broker.answer(again, "found")
+    assert await handle.result(5) == "found"
+    await world.sound(handle.id)
+
+
+async def test_a_task_that_is_held_is_asked_after_and_left_alone(world: World) -> None:
+    """However often its transport is asked, what it still has is not sent again."""
+    broker = Broker()
+    end = broker.end()
+    questions: list[str] = []
+    holding = end.holding
+
+    async def ask(task_ids: Sequence[str]) -> Collection[str]:
+        questions.extend(task_ids)
+        return await holding(task_ids)
+
+    end.holding = ask  # type: ignore[method-assign]
+    app = await world.engine(far, transport=end, ask_every=0.05, lease=0.3)
+    handle = await app.start(far)
+    task = await broker.sent()
+    await eventually(lambda: len(questions) >= 3, "it was asked again and again")
+    assert len(broker.tasks) == 1
+    await broker.answer(task, "done")
+    assert await handle.result(5) == "done"
+
+
+async def test_N19_a_task_carries_the_trace_of_its_run(world: World) -> None:
+    """`traceparent` is W3C's; attempts and children share their first run's trace, and each attempt is a span of its own."""
+    broker = Broker()
+
+    @workflow(name="parent")
+    async def parent(ctx: Context) -> object:
+        return await ctx.child(far)
+
+    app = await world.engine(far, parent, transport=broker.end())
+    handle = await app.start(parent)
+    first = await broker.sent()
+    await broker.answer(first, error=ErrorData(message="again"))
+    second = await broker.sent(2)
+    await broker.answer(second, 1)
+    assert await handle.result(5) == 1
+    parts = [(task.traceparent or "").split("-") for task in (first, second)]
+    assert [(version, len(trace), len(span), flags) for version, trace, span, flags in parts] == [
+        ("00", 32, 16, "01")
+    ] * 2
+    assert parts[0][1] == parts[1][1] == trace_id(handle.id)
+    assert parts[0][2] != parts[1][2]
+
+
+async def test_A12_the_same_result_a_thousand_times_at_once_is_one_commit(world: World) -> None:
+    """A thousand copies of one answer, at once: each is acknowledged, one is applied, and the journal does not grow by them."""
+    broker = Broker()
+
+    @workflow(name="waits")
+    async def waits(ctx: Context) -> object:
+        first = await ctx.remote("far")
+        await ctx.wait_for_signal("go")
+        return first
+
+    app = await world.engine(waits, transport=broker.end())
+    handle = await app.start(waits)
+    task = await broker.sent()
+    await asyncio.gather(*(broker.answer(task, n) for n in range(1_000)))
+    await handle.signal("go")
+    assert await handle.result(5) == 0
+    statuses = await world.statuses(handle.id, "remote")
+    assert statuses.count("completed") == 1
+    await world.sound(handle.id)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+async def test_A44_a_forged_result_is_refused_and_the_real_one_counts(world: World, signed: bool) -> None:
+    """With a key, a result with another task's token is refused, and where the transport demands tokens one without any."""
+    broker = Broker()
+    end = broker.end()
+    end.signed = signed
+    app = await world.engine(far, transport=end, task_key="secret")
+    handle = await app.start(far)
+    task = await broker.sent()
+    assert task.token is not None
+    forged = StepResult(
+        run_id=task.run_id, seq=task.seq, step_id=task.step_id, status="completed", output=msgspec.Raw(b'"forged"')
+    )
+    assert end.results is not None
+    with pytest.raises(MessageRefused):
+        await end.results(msgspec.structs.replace(forged, attempt=1, token="0" * 32))
+    if signed:
+        with pytest.raises(MessageRefused):
+            await end.results(msgspec.structs.replace(forged, attempt=1))
+    await end.results(msgspec.structs.replace(forged, attempt=1, output=msgspec.Raw(b'"real"'), token=task.token))
+    assert await handle.result(5) == "real"
+
+
+def test_a_transport_that_demands_tokens_needs_a_key() -> None:
+    """Without a key nothing could be signed: that is said before anything is started."""
+    end = Broker().end()
+    end.signed = True
+    with pytest.raises(DefinitionError, match="task_key"):
+        TransportPool({"default": end})

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from durable import Context, Durable, workflow
-from durable.app import open_store
 from durable.core.errors import StoreError, StoreFull, StoreReadOnly, StoreTooNew, StoreUnavailable
 from durable.core.journal import Entry
+from durable.opening import open_store
 from durable.store.records import Commit, CommitStatus, NewRun
 from tests.engine.world import Gate, World, all_results, eventually
 

@@ -21,6 +21,7 @@ FLOORS = {
     "durable.testing": 6,
     **dict.fromkeys(["durable.testing.harness", "durable.testing.pytest_plugin"], 7),  # they test whole apps
     **dict.fromkeys(["durable.app", "durable.module", "durable.dashboard"], 7),
+    **dict.fromkeys(["durable.opening", "durable.worker.worker"], 7),  # the doors that take URLs
     "durable.server": 8,
     **dict.fromkeys(["durable.cli", "durable.__main__"], 9),
 }

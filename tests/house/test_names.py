@@ -6,6 +6,7 @@ import durable
 from tests.house.sources import ROOT, tracked
 
 PUBLIC = [
+    "Adaptive",
     "ChildFailed",
     "ChildHandle",
     "Context",
@@ -23,12 +24,15 @@ PUBLIC = [
     "RunHandle",
     "RunTimeout",
     "StartRequest",
+    "StepCancelled",
     "StepFailed",
     "StepTimeout",
     "WaitTimeout",
+    "Worker",
     "current_step",
     "dead_letter",
     "durable_step",
+    "remote_workflow",
     "workflow",
 ]
 

@@ -1,7 +1,7 @@
-"""A RabbitMQ for tests: one broker for the whole run, shared by its workers, with a virtual host for each test.
+"""A RabbitMQ for tests: one broker for the whole run; each test takes a prefix of its own.
 
-Started from the program on PATH (Debian's package has it), as whoever runs the tests, in a folder of its own. AMQP_URL names
-a broker to use instead; then everything happens in its virtual host.
+Started from Debian's package or from PATH, as whoever runs the tests, in a folder of its own, with an epmd of its own (the
+daemon by which Erlang's programs find each other), so that nothing stays behind. AMQP_URL names a broker to use instead.
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ def program(name: str) -> str | None:
     return str(FOLDER / name) if (FOLDER / name).exists() else shutil.which(name)
 
 
-service("rabbitmq", lambda: bool(os.environ.get("AMQP_URL")) or program("rabbitmq-server") is not None, REMEDY)
+def at_hand() -> bool:
+    own = program("rabbitmq-server") is not None and shutil.which("epmd") is not None
+    return bool(os.environ.get("AMQP_URL")) or own
+
+
+service("rabbitmq", at_hand, REMEDY)
 
 
 class RabbitServer(ServerProcess):
     """A broker of one's own. Killed and started again, it has what was durable."""
 
     def __init__(self) -> None:
-        port, distribution = free_port(), free_port()
+        port, distribution, registry = free_port(), free_port(), free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="durable-rabbit-"))
         (self.folder / "enabled_plugins").write_text("[].\n")
         self.node = f"durable{port}@localhost"
@@ -49,13 +54,20 @@ class RabbitServer(ServerProcess):
             "RABBITMQ_LOG_BASE": str(self.folder / "log"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "enabled_plugins"),
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            # The program in this very process, not below a shell that a kill would leave it without.
+            "RABBITMQ_ALLOW_INPUT": "true",
+            "RABBITMQ_SERVER_START_ARGS": "-noinput -start_epmd false",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none",
-            "RABBITMQ_CTL_ERL_ARGS": "+S 1:1",
+            "RABBITMQ_CTL_ERL_ARGS": "+S 1:1 -start_epmd false",
             "HOME": str(self.folder),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(registry),
         }
-        found = program("rabbitmq-server")
+        found, epmd = program("rabbitmq-server"), shutil.which("epmd")
         assert found is not None
+        assert epmd is not None
+        self._epmd = ServerProcess([epmd, "-port", str(registry)], registry, env=env)
+        self._epmd.start()
         super().__init__([found], port, env=env)
 
     @property
@@ -73,8 +85,13 @@ class RabbitServer(ServerProcess):
             raise RuntimeError(f"rabbitmqctl {' '.join(words)}: {done.stdout}{done.stderr}")
         return done.stdout
 
+    def wrote(self, queue: str) -> bool:
+        """Whether its list of quorum queues on disk has this one."""
+        return any(queue.encode() in listed.read_bytes() for listed in self.folder.glob("data/*/quorum/*/names.dets"))
+
     def close(self) -> None:
         super().close()
+        self._epmd.close()
         for _ in range(20):  # what it has started goes a moment later
             shutil.rmtree(self.folder, ignore_errors=True)
             if not self.folder.exists():
@@ -83,22 +100,33 @@ class RabbitServer(ServerProcess):
 
 
 @pytest.fixture(scope="session")
-def rabbit_server() -> Iterator[str]:
-    """The URL of a running broker."""
+def _own_rabbit() -> Iterator[RabbitServer]:
     require("rabbitmq")
-    given = os.environ.get("AMQP_URL")
-    if given:
-        yield given
-        return
     server = RabbitServer()
     server.start()
     try:
-        yield server.url
+        yield server
     finally:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def rabbit_server(request: pytest.FixtureRequest) -> str:
+    """The URL of a running broker."""
+    given = os.environ.get("AMQP_URL")
+    if given:
+        return given
+    own: RabbitServer = request.getfixturevalue("_own_rabbit")
+    return own.url
 
 
 @pytest.fixture
 def amqp_url(rabbit_server: str) -> str:
     """The URL of a running broker. Use a prefix of your own: queues stay."""
     return rabbit_server
+
+
+@pytest.fixture
+def rabbit(_own_rabbit: RabbitServer) -> RabbitServer:
+    """The broker itself, to be harmed, and to be left as it was found: the others have the same."""
+    return _own_rabbit

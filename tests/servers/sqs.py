@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,8 @@ class SqsServer(ServerProcess):
 
     def __init__(self) -> None:
         port = free_port()
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        program = Path(__file__).with_name("moto_sqs.py")
+        command = [sys.executable, str(program), "-H", "127.0.0.1", "-p", str(port)]
         super().__init__(command, port, env={"PYTHONWARNINGS": "ignore"})
 
     @property

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
@@ -25,10 +25,10 @@ from typing import Any
 import psycopg
 
 from durable import Context, Durable, current_step, workflow
-from durable.app import open_store
 from durable.core.ids import SystemIds
 from durable.core.journal import Entry
 from durable.engine.start import StartRequest
+from durable.opening import open_store
 from durable.store.records import Commit, NewRun
 from tests.bench.kit.child import VALUE, gaps, serve, throughput
 
@@ -101,6 +101,42 @@ async def timer(ctx: Context, due: float) -> None:
 WORKFLOWS = [five_steps, many_steps, slow_steps, signalled, sleeper, timer]
 
 
+async def sampled(work: Callable[[], Awaitable[Any]], steps: int | None, top: int) -> dict[str, Any]:
+    """Where CPU goes, sampled every millisecond of it, so that calls cost what they cost: µs a step of functions and files,
+    what they call in C being theirs. `through` counts what they call in Python too. Steps that are not given are five for
+    each workflow that `work` says it has done."""
+    own: Counter[str] = Counter()
+    through: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+
+    def sample(number: int, frame: FrameType | None) -> None:
+        seen = set()
+        while frame is not None:
+            code = frame.f_code
+            file = re.sub(r".*/(site-packages|durable|bench|python3\.\d+)/", "", code.co_filename)
+            where = f"{file}:{code.co_firstlineno} {code.co_name}"
+            if not seen:
+                own[where] += 1
+                files[file] += 1
+            seen.add(where)
+            frame = frame.f_back
+        through.update(seen)
+
+    signal.signal(signal.SIGPROF, sample)
+    cpu = time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
+    done = await work()
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    total = (time.process_time() - cpu) / (steps or done["workflows"] * 5) * 1e6
+    each = total / max(own.total(), 1)
+    return {
+        "functions": [[where, count * each, through[where] * each] for where, count in own.most_common(top)],
+        "files": [[file, count * each] for file, count in files.most_common(top)],
+        "total": total,
+        "samples": own.total(),
+    }
+
+
 class Engine:
     """What a process of role `engine` or `api` can be told."""
 
@@ -120,38 +156,8 @@ class Engine:
         return {"ms": gaps(STAMPS)}
 
     async def profile(self, seconds: float, at_once: int, top: int) -> dict[str, Any]:
-        """Where the CPU of W1 goes, sampled every millisecond of it, so that calls cost what they cost: µs a step of
-        functions and files, what they call in C being theirs. `through` counts what they call in Python too."""
-        own: Counter[str] = Counter()
-        through: Counter[str] = Counter()
-        files: Counter[str] = Counter()
-
-        def sample(number: int, frame: FrameType | None) -> None:
-            seen = set()
-            while frame is not None:
-                code = frame.f_code
-                file = re.sub(r".*/(site-packages|durable|bench|python3\.\d+)/", "", code.co_filename)
-                where = f"{file}:{code.co_firstlineno} {code.co_name}"
-                if not seen:
-                    own[where] += 1
-                    files[file] += 1
-                seen.add(where)
-                frame = frame.f_back
-            through.update(seen)
-
-        signal.signal(signal.SIGPROF, sample)
-        cpu = time.process_time()
-        signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
-        rate = await throughput(self.one, seconds, at_once)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        total = (time.process_time() - cpu) / (rate["workflows"] * 5) * 1e6
-        each = total / own.total()
-        return {
-            "functions": [[where, count * each, through[where] * each] for where, count in own.most_common(top)],
-            "files": [[file, count * each] for file, count in files.most_common(top)],
-            "total": total,
-            "samples": own.total(),
-        }
+        """Where the CPU of W1 goes, in µs a step."""
+        return await sampled(lambda: throughput(self.one, seconds, at_once), None, top)
 
     async def signals(self, count: int, pause: float) -> dict[str, Any]:
         """Sender and receiver on this engine."""
