@@ -219,7 +219,7 @@ async def test_what_it_has_no_handler_for_is_answered(site: Site) -> None:
 
 
 async def test_a_cancel_reaches_the_body(site: Site) -> None:
-    """The handler's signal is aborted, and nobody answers."""
+    """The handler's signal is aborted."""
     async with site.app(work := _workflow()) as app:
         with site.worker():
             run = await app.start(work, {"step": "ts.until_aborted"})

@@ -1,5 +1,6 @@
 /** The control plane over Redis pub/sub: cancels in, progress out. Hints: losing them costs time and nothing else. */
 
+import { randomUUID } from "node:crypto";
 import { Redis } from "ioredis";
 import { readControlMessage, parse, type ControlMessage } from "./messages.js";
 import * as names from "./names.js";
@@ -31,6 +32,7 @@ export function redisControl(options: { url?: string; prefix?: string; namespace
         }
       });
       await Promise.all([listening.subscribe(channel), speaking.connect().catch(() => {})]);
+      await speaking.publish(`${channel}-probe`, randomUUID()).catch(() => {}); // engines speak where somebody listens
     },
     publish(message) {
       speaking?.publish(channel, JSON.stringify(message)).catch(() => {});

@@ -1,7 +1,8 @@
 /** The worker: takes what a transport brings, runs handlers, answers. It knows no broker.
  *
  *   delivery → read → (no handler | duplicate) → handler → answer handed over → acknowledged
- *                                      └─ cancelled or lost ──→ no answer
+ *                                      ├─ cancelled ──→ failed, step_cancelled
+ *                                      └─ lost, or left behind ──→ no answer
  */
 
 import { randomBytes } from "node:crypto";
@@ -38,7 +39,7 @@ export interface WorkerOptions {
 interface Job {
   task: RemoteTask;
   abort: AbortController;
-  /** Nobody wants an answer. */
+  /** The control plane said so. */
   cancelled: boolean;
   /** The broker may have given it to another worker. */
   lost: boolean;
@@ -183,10 +184,10 @@ export class Worker {
     const answer = await this.once(task.step, delivery);
     if (answer) return this.handOver(delivery, answer);
     if (delivery.signal.aborted) return; // it is somebody else's
-    return this.leaving.signal.aborted ? delivery.giveBack() : delivery.drop();
+    return delivery.giveBack();
   }
 
-  /** The answer of one step and attempt, however often it is delivered. None: cancelled, lost, or cut short. */
+  /** The answer of one step and attempt, however often it is delivered. None: lost, or cut short. */
   private async once(task: RemoteTask, delivery: Delivery): Promise<Answer | undefined> {
     const key = `${task.stepId}#${task.attempt}`;
     const twin = this.twins.get(key);
@@ -233,14 +234,19 @@ export class Worker {
     if (delivery.signal.aborted) lose();
     const startedAt = Date.now();
     const step = new Step(task, job.abort.signal, (event) => this.progress(task, event));
+    // A run that is being cancelled may still wait for a step of its cleaning up.
+    const error = { message: "The step was cancelled.", code: "step_cancelled", retryable: true };
+    const cancelled = (): StepResult => ({ ...echo, status: "failed", startedAt, error, ...events() });
     const events = () => step.events.length > 0 && { events: step.events };
     this.jobs.add(job);
     try {
       const output = await untilLeaving(this.leaving.signal, handler(task.input, step));
-      if (job.cancelled || job.lost) return undefined;
+      if (job.lost) return undefined;
+      if (job.cancelled) return { result: cancelled() };
       return { result: this.fitting({ ...echo, status: "completed", startedAt, ...written(output), ...events() }) };
     } catch (thrown) {
-      if (job.cancelled || job.lost || thrown === LEFT) return undefined;
+      if (job.lost || thrown === LEFT) return undefined;
+      if (job.cancelled) return { result: cancelled() };
       return { result: this.fitting({ ...echo, status: "failed", startedAt, error: describe(thrown), ...events() }) };
     } finally {
       delivery.signal.removeEventListener("abort", lose);
@@ -305,7 +311,9 @@ export class Worker {
   private heard({ from, kind, runId, event }: ControlMessage): void {
     if (from === this.incarnation) return;
     if (kind === "cancel" && runId) this.cancel((task) => task.runId === runId);
-    if (kind === "event" && event?.type === "step.cancel") this.cancel((task) => task.stepId === event.stepId);
+    if (kind !== "event" || event?.type !== "step.cancel") return;
+    const until = typeof event.attempt === "number" ? event.attempt : Infinity;
+    this.cancel(({ stepId, attempt }) => stepId === event.stepId && attempt <= until);
   }
 
   private cancel(meant: (task: RemoteTask) => boolean): void {

@@ -43,7 +43,6 @@ class Memory implements Transport {
         this.answers.push(answer);
         this.said.push("answered", "acknowledged");
       },
-      drop: async () => void this.said.push("acknowledged"),
       giveBack: async () => void this.said.push("given back"),
       refuse: async () => void this.said.push("put away"),
     };
@@ -229,10 +228,11 @@ test("lines are numbered, told at once and kept with the answer", async () => {
 const untilAborted = (_input: unknown, { signal }: { signal: AbortSignal }) =>
   new Promise((resolve) => signal.addEventListener("abort", () => resolve("late")));
 
-test("a cancelled run's and a cancelled step's handlers are aborted, and nobody gets an answer", async () => {
+test("a cancelled run's and a cancelled step's handlers are aborted, and answered so", async () => {
   const messages: ControlMessage[] = [
     { from: "e", kind: "cancel", runId: "r" },
     { from: "e", kind: "event", event: { type: "step.cancel", runId: "r", stepId: "r:3", at: 1 } },
+    { from: "e", kind: "event", event: { type: "step.cancel", runId: "r", stepId: "r:3", attempt: 2, at: 1 } },
   ];
   for (const message of messages) {
     const control = new Plane();
@@ -240,9 +240,13 @@ test("a cancelled run's and a cancelled step's handlers are aborted, and nobody 
     const settled = transport.deliver(task("long"));
     control.heard({ from: "e", kind: "cancel", runId: "another" });
     control.heard({ from: "e", kind: "enqueued", runId: "r" });
+    control.heard({ from: "e", kind: "event", event: { type: "step.cancel", runId: "r", stepId: "r:3", attempt: 1, at: 1 } });
+    await new Promise(setImmediate);
+    assert.deepEqual(transport.said, []);
     control.heard(message);
     await settled;
-    assert.deepEqual(transport.said, ["acknowledged"]);
+    assert.deepEqual([transport.result().status, transport.result().error?.code], ["failed", "step_cancelled"]);
+    assert.deepEqual(transport.said, ["answered", "acknowledged"]);
   }
 });
 

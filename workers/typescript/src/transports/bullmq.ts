@@ -51,7 +51,6 @@ export function bullmq(options: BullMQOptions = {}): Transport {
           if ("result" in answer) await answers.results.add("result", answer.result, GIVEN_UP);
           else await answers.decisions.add("decision", answer.decision, GIVEN_UP);
         },
-        async drop() {},
         async giveBack() {
           await job.moveToWait(token);
           end = new WaitingError();

@@ -180,7 +180,6 @@ export function postgres(options: PostgresOptions): Transport {
       read: () => messageOf(row),
       signal: lost.signal,
       answer: (answer: Answer) => finish(row, claim, answer),
-      drop: () => remove(row, claim),
       async giveBack() {
         const less = columns?.tasks.has("deliveries") ? ", deliveries = deliveries - 1" : "";
         await pool.query(`UPDATE ${tasks} SET claimed_by = NULL, claimed_at = NULL${less} ${where}`, [row.step_id, claim]);
@@ -193,7 +192,7 @@ export function postgres(options: PostgresOptions): Transport {
         return finish(row, claim, failed(row, { message, code: "worker_failed", type: "WorkerFailed" }));
       },
     };
-    if (row.cancelled_at) return void delivery.drop().catch(() => {}); // claimed again when this claim has run out
+    if (row.cancelled_at) return void remove(row, claim).catch(() => {}); // claimed again when this claim has run out
     if ((row.deliveries ?? 0) > maxDeliveries) return void delivery.giveUp().catch(() => {});
     held.set(key, mine);
     void host.take(delivery).finally(() => held.delete(key));

@@ -130,9 +130,6 @@ export function sqs(options: SqsOptions = {}): Transport {
           host.log("warn", `an answered task could not be deleted, and comes again: ${String(error)}`);
         });
       },
-      async drop() {
-        await remove();
-      },
       async giveBack() {
         end();
         await change(0);

@@ -5,7 +5,7 @@ import type { Heartbeat, StepResult, WorkflowDecision } from "../messages.js";
 
 export type Answer = { result: StepResult } | { decision: WorkflowDecision };
 
-/** One task in our hands. The transport keeps it (lock, lease, visibility) until one of the last four was called. */
+/** One task in our hands. The transport keeps it (lock, lease, visibility) until one of the last three was called. */
 export interface Delivery {
   /** The message, as JSON. Throws Unreadable. */
   read(): unknown;
@@ -13,8 +13,6 @@ export interface Delivery {
   readonly signal: AbortSignal;
   /** Hand over the answer, then acknowledge. Throws where it could not be handed over. */
   answer(answer: Answer): Promise<void>;
-  /** Acknowledge without an answer: nobody wants one. */
-  drop(): Promise<void>;
   /** Have it delivered again, here or elsewhere. */
   giveBack(): Promise<void>;
   /** Put it away: nobody can read it. */
