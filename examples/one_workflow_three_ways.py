@@ -10,10 +10,9 @@ import asyncio
 import os
 from pathlib import Path
 
-from durable.transports.bullmq import BullMQTransport
-
 from durable import Context, Durable, durable_step, workflow
 from durable.core.errors import TransportError
+from durable.transports.bullmq import BullMQTransport
 
 URL = os.environ.get("REDIS_URL", "redis://localhost:6379")
 NODE = os.environ.get("NODE", "node")

@@ -232,8 +232,9 @@ async def test_it_can_be_seen(redis_url: str, tmp_path: Path) -> None:
     """Over BullMQ: keys that say who is alive and what it serves, gone when it leaves; lines as they are told."""
     require("node")
     site = Site("bullmq", redis_url, tmp_path, None)
-    from durable.protocol.liveness import WorkerDescriptor, descriptor_hash, read_beat
     from redis.asyncio import Redis
+
+    from durable.protocol.liveness import WorkerDescriptor, descriptor_hash, read_beat
 
     alive, what = (f"{site.prefix}-worker-{kind}:ts.talk" for kind in ("heartbeat", "descriptor"))
     async with Redis.from_url(redis_url) as client, client.pubsub() as heard, site.app(work := _workflow()) as app:
