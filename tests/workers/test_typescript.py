@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -25,10 +26,12 @@ from durable.protocol.messages import Answer, RemoteTask, StepResult, WorkflowDe
 from durable.testing.facts import eventually
 from durable.transports.interface import Transport
 from tests.servers import node
+from tests.servers.redis import RedisServer
 from tests.servers.services import require
 
 ROOT = Path(__file__).resolve().parents[2]
 TRANSPORTS = ["bullmq", "sqs", "postgres"]
+pytestmark = pytest.mark.timeout(240)  # the first of them may have to fetch packages and compile
 
 
 class Site:
@@ -260,6 +263,29 @@ async def test_it_can_be_seen(redis_url: str, tmp_path: Path) -> None:
         (f"{run.id}:0", 1, "begun", 0),
         (f"{run.id}:0", 1, "slow", 1),
     ]
+
+
+async def test_a_redis_that_restarts_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """The answer is handed over once Redis is back, and the worker goes on serving."""
+    require("node")
+    require("redis")
+    server = RedisServer(persist=True)
+    server.start()
+    try:
+        site = Site("bullmq", server.url, tmp_path, None)
+        until = tmp_path / "until"
+        async with site.app(work := _workflow()) as app:
+            with site.worker():
+                run = await app.start(work, {"step": "ts.slow", "input": {"until": str(until)}})
+                await eventually(lambda: site.said("started") == 1, "the step runs")
+                await asyncio.to_thread(server.kill)
+                until.touch()
+                await asyncio.to_thread(server.start)
+                assert await run.result(timeout=40) == "finished"
+                after = await app.start(work, {"step": "ts.double", "input": {"n": 2}})
+                assert await after.result(timeout=30) == {"n": 4}
+    finally:
+        server.close()
 
 
 async def test_S14_a_killed_workers_task_runs_elsewhere(site: Site) -> None:

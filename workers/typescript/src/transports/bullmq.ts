@@ -42,7 +42,8 @@ export function bullmq(options: BullMQOptions = {}): Transport {
     const lost = new AbortController();
     const key = `${job.queueName}:${job.id}`;
     held.set(key, lost);
-    let end: Error | undefined;
+    // Unless it was answered it stays as it is: its lock runs out, and BullMQ gives it to the next.
+    let end: Error | undefined = new WaitingError();
     try {
       await host.take({
         read: () => job.data as unknown,
@@ -50,10 +51,10 @@ export function bullmq(options: BullMQOptions = {}): Transport {
         async answer(answer) {
           if ("result" in answer) await answers.results.add("result", answer.result, GIVEN_UP);
           else await answers.decisions.add("decision", answer.decision, GIVEN_UP);
+          end = undefined;
         },
         async giveBack() {
           await job.moveToWait(token);
-          end = new WaitingError();
         },
         async refuse(why) {
           end = new UnrecoverableError(why); // it stays for a day among the failed ones, with the reason
@@ -63,7 +64,6 @@ export function bullmq(options: BullMQOptions = {}): Transport {
       held.delete(key);
     }
     if (end) throw end;
-    if (lost.signal.aborted) throw new Error("the job is another worker's by now");
   }
 
   function begin(host: Host, token: string): BullWorker {
