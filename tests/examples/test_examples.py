@@ -57,8 +57,8 @@ SERVED: dict[str, tuple[str, str, list[str]]] = {
 }
 """Examples that need a server: its fixture, the variable that names it, what they say."""
 
-PARTS = {"orders", "order_demo", "shop"}
-"""The demo's files; tests/examples/test_demo.py runs them."""
+PARTS = {"orders", "order_demo", "shop", "one_workflow_three_ways"}
+"""The demo's files, which tests/examples/test_demo.py runs; and what tests/workers runs, since it has the other languages."""
 
 
 def test_every_example_is_run() -> None:
