@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         StepTimeout,
         WaitTimeout,
     )
+    from durable.core.hosted import remote_workflow
     from durable.core.retention import Retention
     from durable.core.retry import RetryPolicy
     from durable.core.step import current_step
@@ -65,6 +66,7 @@ __all__ = [
     "current_step",
     "dead_letter",
     "durable_step",
+    "remote_workflow",
     "workflow",
 ]
 
@@ -78,6 +80,7 @@ _HOME = {
     "dead_letter": "durable.core.dead_letter",
     "durable_step": "durable.core.definition",
     "workflow": "durable.core.definition",
+    "remote_workflow": "durable.core.hosted",
     "Retention": "durable.core.retention",
     "RetryPolicy": "durable.core.retry",
     "current_step": "durable.core.step",

@@ -36,6 +36,7 @@ from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.interface import Transport
 from durable.transports.pool import DEFAULT
 from durable.worker.handler import StepHandler
+from durable.worker.lines import Teller
 from durable.worker.worker import Worker
 
 I = TypeVar("I")  # noqa: E741
@@ -270,8 +271,13 @@ class Durable:
             self._clock,
             self._on_step,
             threads=self.settings.body_threads if self.settings.threads else 0,
+            teller=Teller(self._tell_line, lambda: self._engine is not None),
         )
         return self._serves
+
+    async def _tell_line(self, event: dict[str, Any]) -> None:
+        if self._engine is not None:
+            await self._engine.tell_line(event)
 
     async def close(self, timeout: float | None = None) -> None:
         """Drain the engine and close the store; a worker finishes what it has taken. Idempotent."""

@@ -33,22 +33,9 @@ if TYPE_CHECKING:
 
 _REDIS_OWN = frozenset(
     [
-        "username",
-        "password",
-        "db",
-        "protocol",
-        "client_name",
-        "socket_timeout",
-        "socket_connect_timeout",
-        "socket_keepalive",
-        "health_check_interval",
-        "max_connections",
-        "ssl_cert_reqs",
-        "ssl_ca_certs",
-        "ssl_ca_path",
-        "ssl_certfile",
-        "ssl_keyfile",
-        "ssl_check_hostname",
+        *("username", "password", "db", "protocol", "client_name", "max_connections", "health_check_interval"),
+        *("socket_timeout", "socket_connect_timeout", "socket_keepalive"),
+        *("ssl_cert_reqs", "ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"),
     ]
 )
 _AMQP_OWN = frozenset(

@@ -1,4 +1,4 @@
-"""What a command line runs: the app that `MODULE:APP` means, how it is stopped, where its logs go. `dev` and `worker` share it."""
+"""What `dev` and `worker` share: finding the app that `MODULE:APP` means, how it is stopped, where its logs go."""
 
 from __future__ import annotations
 

@@ -92,6 +92,11 @@ class RedisControlPlane:
         """Hear what others say, and `LOOK_EVERYWHERE` after a gap. Returns the way to stop."""
         return self._listeners.add(incarnation, handler)
 
+    @property
+    def heard(self) -> bool:
+        """Whether anybody listens on this instance."""
+        return len(self._listeners) > 0
+
     # -- other channels on the same connections, for a transport's heartbeats
 
     def also(self, name: str, handler: Handler) -> None:

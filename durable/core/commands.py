@@ -12,6 +12,7 @@ from typing import Any
 from msgspec import Struct
 
 from durable.core.options import ChildOptions, RemoteOptions, StepOptions
+from durable.protocol.messages import HistoryItem
 
 
 class Command(Struct):
@@ -47,6 +48,38 @@ class SendTask(Command):
     returns: Any
 
     kind = "remote"
+
+
+class TakeTurn(SendTask):
+    """Send a hosted run's next turn to a worker and wait for its decision. What the worker is told is put together when the
+    task is published, and again for each attempt: the journal does not hold it twice."""
+
+    number: int
+    """Of the turn, from 0."""
+    history: list[HistoryItem]
+    """The run's own list, which grows: this turn is told the first `upto`."""
+    upto: int
+    seen: int | None
+    """How many of these the turns before knew; None: this is the first turn."""
+    started_at: int
+    """When the run began, µs."""
+    logs: int
+    patches: tuple[str, ...]
+
+
+class Record(Command):
+    """Write down a step that a worker has run in its turn. Answered at once, in the same commit. `output` and `error` are
+    what the worker said, and None on replay: then the entry behind it has it."""
+
+    payload: bytes | None
+    failed: bool
+    lines: list[bytes]
+    """What the body told of itself, as payloads of log entries."""
+    started_at: int | None
+    finished_at: int | None
+    """µs."""
+
+    kind = "step"
 
 
 class StartChild(Command):

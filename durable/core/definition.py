@@ -113,6 +113,8 @@ class WorkflowDefinition(_Definition):
     retention: Retention | None = None
     """How long its finished runs are kept; None: as the application says. The latest version's counts."""
     factory: Factory | None = field(default=None, repr=False)
+    hosting: Any = field(default=None, repr=False)
+    """Of a workflow whose code lives in a worker (core/hosted.py): how its turns are sent. None: the code is here."""
 
     def call(self, ctx: Any, data: bytes) -> Coroutine[Any, Any, Any]:
         """A fresh coroutine over the input bytes. Raises PayloadError if they are not the input."""

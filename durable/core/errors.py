@@ -39,6 +39,7 @@ DurableError
 │   ├── AllTransportsFailed    all_transports_failed: no member of the pool took the task
 │   ├── UnknownTransport       unknown_transport: a step is pinned to a member the pool does not have
 │   └── MessageRefused         message_refused: a message that nobody may take in, however often it comes
+│                              (bad_decision: in `error.code`, of a hosted run whose worker answers nonsense)
 │                              (worker_failed: in `error.code`, of a task the broker has given up on)
 ├── Fenced                     fenced: another engine owns the run now
 └── EngineStopped              engine_stopped

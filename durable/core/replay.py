@@ -55,6 +55,14 @@ _ANSWERS = frozenset({"completed", "failed", "cancelled"})
 _NULL = b"null"
 
 
+class Ended(Exception):
+    """Raised by a driver of ours to end its run in so many words: the outcome was made elsewhere."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
+
+
 class Timer(Struct, frozen=True):
     """The earliest of the run's own timers. `deadline` in µs since the epoch."""
 
@@ -117,6 +125,8 @@ class Machine:
         self.outcome: Outcome | None = None
         self.loop = Loop()  # type: ignore[abstract]
         self.input = input
+        self.entry: Entry | None = None
+        """What the turn under way was handed; the last one between turns."""
         self._main: WorkflowTask | None = None
         self._ending: Entry | None = None
         self._broken: BaseException | None = None
@@ -225,6 +235,7 @@ class Machine:
                 self._after_the_end(entry)
                 return
             loop.now = entry.at
+            self.entry = entry
             self._turn_from = len(self._issued)
             loop.turn(self._answer if entry.kind in COMMAND_KINDS else self._hand_over, entry)
             main = self._main
@@ -254,11 +265,15 @@ class Machine:
         if entry.payload:
             self._recorded_on = str(msgspec.json.decode(entry.payload).get("python", PYTHON))
         try:
-            main = self.definition.call(Context(self), self.input)
+            main = self.definition.call(self.context(), self.input)
         except Exception as error:  # the input does not fit, or the class could not be made
             main = _fail(error)
         # An empty context: what the engine keeps in its own is none of the workflow's business.
         self._main = self.loop.create_task(main, name="main", context=contextvars.Context())
+
+    def context(self) -> Context:
+        """What the workflow's code is handed."""
+        return Context(self)
 
     def _answer(self, entry: Entry) -> None:
         key = entry.key or ""
@@ -328,6 +343,8 @@ class Machine:
         if main.cancelled():
             return self._let_through()
         error = main.exception()
+        if isinstance(error, Ended):
+            return error.outcome
         if error is None:
             try:
                 name = self.definition.name
@@ -465,6 +482,11 @@ class Machine:
                 # Before the turn's commands: no crash can leave a trace of them without the marker.
                 self._issued.insert(self._turn_from, Patch(id))
         return answer
+
+    @property
+    def lines(self) -> int:
+        """Log lines the code has written so far."""
+        return self._logs
 
     def write_log(self, level: str, message: str, fields: bytes | None) -> None:
         """A log line, unless it is stored already."""

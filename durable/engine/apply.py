@@ -11,9 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from durable.core.commands import Abandon, Command, Note, Patch, RunStep, SendTask, StartChild, WaitSignal, WriteLog
+from durable.core.commands import (
+    Abandon,
+    Command,
+    Note,
+    Patch,
+    Record,
+    RunStep,
+    SendTask,
+    StartChild,
+    TakeTurn,
+    WaitSignal,
+    WriteLog,
+)
 from durable.core.errors import ErrorData, NotRegistered
-from durable.core.journal import CHILD, LOG, PATCHED, RUN, Entry
+from durable.core.journal import CHILD, LOG, PATCHED, RUN, STEP, Entry
 from durable.core.payload import encode_error
 from durable.engine import children
 from durable.engine.residents import Arrival, Resident
@@ -109,6 +121,28 @@ def _send_task(executor: Executor, run: Resident, command: SendTask) -> None:
     executor.dispatch.send(run, command, run.spent.get(command.ordinal, 0) + 1)
 
 
+def _record(executor: Executor, run: Resident, command: Record) -> None:
+    """At once, so that it is in the commit of the decision that brought it: the journal holds neither without the other."""
+    for line in command.lines:
+        index = run.logs.get(command.key, 0)
+        run.logs[command.key] = index + 1
+        executor.append(
+            run, Arrival(executor.clock.now(), LOG, "written", key=command.key, ordinal=index, payload=line)
+        )
+    entry = _note(
+        executor,
+        run,
+        command,
+        STEP,
+        "failed" if command.failed else "completed",
+        attempt=1,
+        payload=command.payload or b"null",
+        started_at=command.started_at,
+        finished_at=command.finished_at,
+    )
+    apply(executor, run, run.machine.deliver(entry))
+
+
 def _start_child(executor: Executor, run: Resident, command: StartChild) -> None:
     try:
         version = command.version or executor.deps.registry.latest(command.workflow).version
@@ -159,6 +193,8 @@ def log_payload(level: str, message: str, fields: bytes | None) -> bytes:
 _APPLY: dict[type, Callable[[Any, Resident, Any], None]] = {
     RunStep: _run_step,
     SendTask: _send_task,
+    TakeTurn: _send_task,
+    Record: _record,
     StartChild: _start_child,
     WaitSignal: _wait_signal,
     Abandon: _abandon,

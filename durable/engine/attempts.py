@@ -5,6 +5,7 @@ A retry is a journal entry and a time: no worker is held while it waits, and it 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,16 @@ from durable.protocol.codec import MAX_EVENTS
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
 
+log = logging.getLogger("durable.attempts")
+
 
 def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
     """Take in what came of a command. True if the entry is to be journaled as it is; otherwise it has been dealt with."""
+    if arrival.task_id is not None:
+        arrival.key = executor.dispatch.turn_of(run, arrival.task_id)
+        if arrival.key is None:
+            log.info("a decision for %s is passed over: that turn is not awaited", arrival.task_id)
+            return False
     key, outstanding = arrival.key, run.machine.outstanding
     command = outstanding.get(key) if key is not None else _by_ordinal(outstanding.values(), arrival)
     if arrival.child_id is not None and isinstance(command, StartChild) and arrival.child_id != command.child_id:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from durable.core.clock import SECOND
-from durable.core.commands import SendTask
+from durable.core.commands import SendTask, TakeTurn
 from durable.core.errors import StepTimeout, TransportError
 from durable.core.journal import REMOTE, Entry
 from durable.core.payload import describe, encode_error
 from durable.engine.apply import DispatchNote, PublishNote, RetryNote
 from durable.engine.residents import Arrival, Resident, Sent
-from durable.protocol.messages import Heartbeat, RemoteTask, routing_token, step_id
+from durable.protocol.messages import Heartbeat, RemoteTask, Task, WorkflowTask, routing_token, step_id, turn_id
 from durable.protocol.trace import traceparent
 
 if TYPE_CHECKING:
@@ -49,6 +49,13 @@ def _let_down(trace: Sequence[Entry]) -> str | None:
     )
 
 
+def task_id(run: Resident, command: SendTask, attempt: int) -> str:
+    """What the world calls it. A step's id is the same for every attempt; a turn's is not, so that only one decision counts."""
+    if isinstance(command, TakeTurn):
+        return turn_id(run.run_id, command.number, attempt)
+    return step_id(run.run_id, command.ordinal)
+
+
 def _cancelled() -> bool:
     """Whether it is this task that somebody has cancelled, and not a future it waited for."""
     task = asyncio.current_task()
@@ -61,7 +68,7 @@ class Dispatch:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._awaited: dict[str, tuple[Resident, str]] = {}
-        """Step id → who waits for it here, under which key."""
+        """Task id → who waits for it here, under which key."""
         self._held: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._out: dict[str, tuple[str, int]] = {}
@@ -128,7 +135,7 @@ class Dispatch:
         """The attempt is over."""
         sent = run.sent.pop(key, None)
         if sent is not None:
-            self._awaited.pop(step_id(run.run_id, sent.command.ordinal), None)
+            self._awaited.pop(task_id(run, sent.command, sent.attempt), None)
 
     def cancel(self, run: Resident, key: str) -> None:
         """Nobody waits for it any more: tell its worker."""
@@ -141,7 +148,7 @@ class Dispatch:
         """Ask for the body to be cancelled; a hint."""
         sent = run.sent.get(key)
         if sent is not None:
-            self._spawn(self._cancel(sent.transport, step_id(run.run_id, sent.command.ordinal)))
+            self._spawn(self._cancel(sent.transport, task_id(run, sent.command, sent.attempt)))
             self._executor.on_unwanted(run, sent)
 
     def forget(self, run: Resident) -> None:
@@ -190,7 +197,7 @@ class Dispatch:
         run.sent[command.key] = sent
         self._out.pop(step_id(run.run_id, command.ordinal), None)
         run.attempts[command.key] = attempt
-        self._awaited[step_id(run.run_id, command.ordinal)] = (run, command.key)
+        self._awaited[task_id(run, command, attempt)] = (run, command.key)
         return sent
 
     def _publish(self, run: Resident, command: SendTask, attempt: int) -> None:
@@ -203,18 +210,7 @@ class Dispatch:
         self._spawn(self._publishing(run, command, attempt))
 
     async def _publishing(self, run: Resident, command: SendTask, attempt: int) -> None:
-        task = RemoteTask(
-            run_id=run.run_id,
-            seq=command.ordinal,
-            step_id=step_id(run.run_id, command.ordinal),
-            name=command.name,
-            group=routing_token(command.name, command.options.group),
-            input=msgspec.Raw(command.input),
-            attempt=attempt,
-            traceparent=traceparent(run.run_id, step_id(run.run_id, command.ordinal), attempt),
-            transport=command.options.transport,
-            priority=command.options.priority,
-        )
+        task = self._task(run, command, attempt)
         waiting = run.sent.get(command.key)
         now = self._executor.clock.now
         try:
@@ -234,9 +230,53 @@ class Dispatch:
             arrival = Arrival(now(), REMOTE, "published", key=command.key, attempt=attempt, payload=payload)
         self._executor.arrive(run, arrival)
 
+    def _task(self, run: Resident, command: SendTask, attempt: int) -> Task:
+        name, options = task_id(run, command, attempt), command.options
+        if isinstance(command, TakeTurn):
+            return self._turn(run, command, attempt, name)
+        return RemoteTask(
+            run_id=run.run_id,
+            seq=command.ordinal,
+            step_id=name,
+            name=command.name,
+            group=routing_token(command.name, options.group),
+            input=msgspec.Raw(command.input),
+            attempt=attempt,
+            traceparent=traceparent(run.run_id, name, attempt),
+            transport=options.transport,
+            priority=options.priority,
+        )
+
+    def _turn(self, run: Resident, command: TakeTurn, attempt: int, name: str) -> WorkflowTask:
+        sent = run.sent.get(command.key)
+        workflow, options = run.definition.name, command.options
+        return WorkflowTask(
+            task_id=name,
+            run_id=run.run_id,
+            workflow=workflow,
+            workflow_version=run.definition.version,
+            input=msgspec.Raw(run.machine.input or b"null"),
+            history=sorted(command.history[: command.upto], key=lambda item: item.seq),
+            group=routing_token(workflow, options.group),
+            attempt=attempt,
+            traceparent=traceparent(run.run_id, name, attempt),
+            transport=options.transport,
+            priority=options.priority,
+            at=None if sent is None else sent.dispatched_at // 1_000,
+            started_at=command.started_at // 1_000,
+            seen=command.seen,
+            patches=list(command.patches) or None,
+            logs=command.logs or None,
+        )
+
+    def turn_of(self, run: Resident, task: str) -> str | None:
+        """The key of the turn that awaits a decision under this id, if it is this run's."""
+        found = self._awaited.get(task)
+        return found[1] if found is not None and found[0] is run and found[1] in run.sent else None
+
     async def _ask(self, run: Resident, command: SendTask, sent: Sent) -> None:
         """Whether the transport still holds a task that was published; if not, publish it again."""
-        task = step_id(run.run_id, command.ordinal)
+        task = task_id(run, command, sent.attempt)
         delay = ASK_SECONDS_MIN
         while True:
             try:
@@ -286,7 +326,7 @@ class Dispatch:
         pool = self._executor.deps.transport
         try:
             for transport, tasks in asked.items():
-                ids = [step_id(run.run_id, sent.command.ordinal) for run, sent in tasks]
+                ids = [task_id(run, sent.command, sent.attempt) for run, sent in tasks]
                 try:
                     async with asyncio.timeout(ASK_SECONDS_MAX):
                         held = set(await pool.member(transport).holding(ids))

@@ -332,7 +332,7 @@ class WorkflowEngine:
             self._resume.mail(run)
         elif owner is None:
             self._scheduler.nudge()
-        if run is None or kind == "cancel":  # workers that run a step of it hear that too
+        if run is None:
             self._announcer.hint("cancel" if kind == "cancel" else "enqueued", run_id)
 
     def _control(self, message: ControlMessage) -> None:
@@ -365,6 +365,11 @@ class WorkflowEngine:
         pool = self.deps.transport
         if any(pool.member(sent.transport).capabilities.shared for sent in run.sent.values()):
             self._announcer.hint("cancel", run.run_id)
+
+    async def tell_line(self, event: dict[str, Any]) -> None:
+        """A live line of a body that is served beside this engine: for a run here, or for whoever owns it."""
+        if not self._hearing.hear(event):
+            self._announcer.tell(event)
 
     def _hint(self) -> None:
         self._scheduler.nudge()

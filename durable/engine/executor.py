@@ -17,6 +17,8 @@ from contextvars import Context as Variables
 from operator import attrgetter
 from typing import Any
 
+from msgspec.structs import replace
+
 from durable.core.clock import SECOND, StoreClock
 from durable.core.commands import Command
 from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDeterminism
@@ -275,6 +277,8 @@ class Executor:
             if run.sent:
                 self.on_cancelling(run)
         if entry.delivers:
+            if arrival.whole is not None:
+                entry = replace(entry, payload=arrival.whole)
             apply.apply(self, run, run.machine.deliver(entry))
 
     def append(self, run: Resident, arrival: Arrival, command: Command | None = None) -> Entry:

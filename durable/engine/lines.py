@@ -71,23 +71,26 @@ class Hearing:
         self._mail = mail
         self._sending = 0
 
-    def hear(self, event: dict[str, Any]) -> None:
-        """One live line. Never raises."""
+    def hear(self, event: dict[str, Any]) -> bool:
+        """One live line. Whether it was for a run of this engine. Never raises."""
         try:
             said = msgspec.convert(event, _LiveLine)
             line = line_of(_cut(said.event))
             if len(line.payload) > min(LIVE_BYTES_MAX, self._executor.deps.store.capabilities.max_payload):
-                return
+                return False
             task = step_id(said.run_id, said.seq)
             if said.step_id not in (None, task):
-                return
+                return False
             found = self._executor.dispatch.awaited(task)
             if found is not None:
                 self._arrive(*found, said, line)
-            elif (left := self._executor.dispatch.out(task)) is not None:
+                return True
+            if (left := self._executor.dispatch.out(task)) is not None:
                 self._leave(*left, said, line)
+                return True
         except Exception as error:
             log.debug("a live line that cannot be read is passed over: %r", error)
+        return False
 
     def _arrive(self, run: Resident, key: str, said: _LiveLine, line: Line) -> None:
         sent = run.sent.get(key)

@@ -53,6 +53,10 @@ class Arrival(Struct, gc=False):
     """Of a result: what its body told of itself. Journaled before it, under its step, but for what was told live."""
     line: Line | None = None
     """Of a log entry: told live by a worker; it comes again with the result."""
+    task_id: str | None = None
+    """Of a hosted run's turn: which attempt of which turn it answers."""
+    whole: bytes | None = None
+    """What the workflow is handed where the journal keeps less."""
     number: int | None = None
     """Its inbox row, if it came that way."""
     ack: Callable[[BaseException | None], None] | None = None

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 import msgspec
 
-from durable.core.errors import ErrorData, MessageRefused, RunNotFound
+from durable.core.errors import ErrorData, RunNotFound
 from durable.core.journal import REMOTE
 from durable.core.payload import encode_error
 from durable.engine.executor import Executor
 from durable.engine.lines import line_of
 from durable.engine.residents import Arrival, Left, Line, Resident
-from durable.engine.resume import report_of
+from durable.engine.resume import decision_arrival, report_of
 from durable.engine.signals import Mail
-from durable.protocol.messages import Answer, StepResult
+from durable.protocol.messages import Answer, StepResult, WorkflowDecision
 from durable.protocol.states import Status
 from durable.store.records import Message, SendStatus
 
@@ -33,9 +33,33 @@ class Results:
 
     async def take(self, answer: Answer) -> None:
         """Returns once the answer is durable, or known to be superfluous. Raises if it must be sent again."""
-        if not isinstance(answer, StepResult):
-            raise MessageRefused(f"No workflow of this engine awaits decision {answer.task_id}.")
-        await self._take(answer)
+        if isinstance(answer, StepResult):
+            await self._take(answer)
+        else:
+            await self._decide(answer)
+
+    async def _decide(self, decision: WorkflowDecision) -> None:
+        """A hosted run's turn is over."""
+        status, payload = _verdict(decision, self._executor.deps.store.capabilities.max_payload)
+        run = self._executor.residents.get(decision.run_id)
+        if run is not None and not run.suspending:
+            try:
+                await self._durably(
+                    run, decision_arrival(self._executor.clock.now(), decision.task_id, status, payload)
+                )
+                return
+            except Left:
+                pass  # its inbox takes it
+        message = Message(
+            run_id=decision.run_id,
+            id=decision.task_id,
+            kind="decision",
+            name=status,
+            payload=payload,
+            workspace=self._executor.settings.workspace,
+        )
+        if await self._mail.send(message) is SendStatus.NOT_FOUND:
+            await self._refuse(decision)
 
     async def _take(self, result: StepResult) -> None:
         limit = self._executor.deps.store.capabilities.max_payload
@@ -65,7 +89,7 @@ class Results:
         if status is SendStatus.NOT_FOUND:
             await self._refuse(result)
 
-    async def _refuse(self, result: StepResult) -> None:
+    async def _refuse(self, result: Answer) -> None:
         """A result for a run that is not here. Where it is another workspace's, the result is not ours to take, nor to
         lose: raises RunNotFound, so that the transport delivers it again, to an engine whose run it is."""
         run = (await self._executor.deps.store.get([result.run_id]))[0]
@@ -74,7 +98,7 @@ class Results:
         log.warning(
             "a result of %s is refused: its run is of workspace %r, and this engine serves %r. Give each workspace"
             " a transport, or a namespace, of its own",
-            result.step_id,
+            result.id,
             run.workspace,
             self._executor.settings.workspace,
         )
@@ -82,19 +106,9 @@ class Results:
 
     async def _hand_over(self, run: Resident, result: StepResult, payload: bytes, lines: Sequence[Line]) -> None:
         """Straight to the run. Raises Left if it goes before the result is committed."""
-        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def ack(why: BaseException | None) -> None:
-            if durable.done():
-                return
-            if why is None:
-                durable.set_result(None)
-            else:
-                durable.set_exception(why)
-
         now = self._executor.clock.now()
         found = self._executor.dispatch.awaited(result.step_id)
-        self._executor.arrive(
+        await self._durably(
             run,
             Arrival(
                 now,
@@ -107,10 +121,42 @@ class Results:
                 started_at=None if result.started_at is None else result.started_at * 1_000,
                 finished_at=now,
                 lines=lines,
-                ack=ack,
             ),
         )
+
+    async def _durably(self, run: Resident, arrival: Arrival) -> None:
+        """Hand it over, and return once it is committed. Raises Left if the run goes before."""
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def ack(why: BaseException | None) -> None:
+            if durable.done():
+                return
+            if why is None:
+                durable.set_result(None)
+            else:
+                durable.set_exception(why)
+
+        arrival.ack = ack
+        self._executor.arrive(run, arrival)
         await durable
+
+
+NOT_HERE = frozenset({"unknown_workflow", "unknown_version"})
+"""Codes by which a worker says that it is the wrong one, and nothing about the run: another may have the code."""
+
+
+def _verdict(decision: WorkflowDecision, limit: int) -> tuple[str, bytes]:
+    """How the turn ended, and its decision or why there is none."""
+    error = decision.error
+    if decision.status == "failed" and error is not None and error.code in NOT_HERE:
+        return "failed", encode_error(error)
+    data = msgspec.json.encode(decision)
+    if len(data) <= limit:
+        return "completed", data
+    message = (
+        f"The worker's decision has {len(data):,} bytes, and the store takes {limit:,}: record references, not data."
+    )
+    return "failed", encode_error(ErrorData(message=message, code="payload_too_large", retryable=False))
 
 
 def _kept(result: StepResult, limit: int) -> tuple[StepResult, bytes]:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 import msgspec
 
 from durable.core.errors import StoreError
+from durable.core.hosted import stripped
 from durable.core.journal import CHILD, LOG, REMOTE, RUN, SIGNAL
 from durable.engine.executor import Executor
 from durable.engine.residents import Arrival, Line, Resident
+from durable.protocol.messages import WorkflowDecision
 from durable.store.records import InboxRow
 
 log = logging.getLogger("durable.resume")
@@ -113,6 +115,15 @@ def report_of(result: bytes, lines: Sequence[Line], limit: int) -> bytes | None:
     return msgspec.json.encode(_Report(kept, msgspec.Raw(result), marks)) if kept else None
 
 
+def decision_arrival(happened: int, task: str, status: str, data: bytes) -> Arrival:
+    """A turn's end, as what it means to the run: the journal keeps less of a decision than the workflow is handed."""
+    arrival = Arrival(happened, REMOTE, status, payload=data, task_id=task)
+    if status == "completed":
+        arrival.payload = stripped(msgspec.json.decode(data, type=WorkflowDecision))
+        arrival.whole = data
+    return arrival
+
+
 def arrival_of(row: InboxRow) -> Arrival:
     """An inbox row as what it means to the run."""
     message = row.message
@@ -155,13 +166,19 @@ def arrival_of(row: InboxRow) -> Arrival:
             line=line,
             number=row.number,
         )
+    if message.kind == "decision":
+        arrival = decision_arrival(row.created_at, message.id, message.name, message.payload or b"null")
+        arrival.number = row.number
+        return arrival
     payload = message.payload
     lines: list[Line] = []
     if message.kind == "report":
         assert message.payload is not None
         report = msgspec.json.decode(message.payload, type=_Report)
         payload = bytes(report.result)
-        lines = [Line(mark, bytes(line)) for mark, line in zip(report.marks, report.lines, strict=True)]
+        # One of an earlier version says nothing of marks: its lines were never told live.
+        marks = report.marks or [(0, f"line {n}") for n in range(len(report.lines))]
+        lines = [Line(mark, bytes(line)) for mark, line in zip(marks, report.lines, strict=True)]
     return Arrival(
         row.created_at,
         REMOTE,

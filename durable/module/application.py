@@ -9,10 +9,7 @@ In steps, for who needs to come between: `prepare` (providers are there, the reg
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, overload
@@ -32,6 +29,7 @@ from durable.module.fitness import is_resource, is_waiting
 from durable.module.graph import read
 from durable.module.lifecycle import Lifecycle
 from durable.module.tree import Graph, Node, describe
+from durable.worker.stopping import stop_signals
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741
@@ -140,19 +138,11 @@ class Application:
                 await self._lifecycle.stop()
 
     async def serve(self) -> None:
-        """Run until SIGINT or SIGTERM, then drain: the main of a process."""
-        stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C cancels instead
-                loop.add_signal_handler(number, stopping.set)
-        try:
+        """Run until SIGINT or SIGTERM, then drain: the main of a process. A second signal ends it at once, with 130."""
+        log = logging.getLogger("durable.module")
+        with stop_signals(lambda: log.info("draining"), lambda: log.warning("stopped at once")) as stopping:
             async with self:
                 await stopping.wait()
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                with contextlib.suppress(NotImplementedError):
-                    loop.remove_signal_handler(number)
 
     @asynccontextmanager
     async def lifespan(self, _: Any = None) -> AsyncIterator[dict[str, Any]]:

@@ -26,8 +26,8 @@ class DurableOptions:
         self,
         store: Store | str | None = None,
         *,
-        transport: Transport | None = None,
-        transports: Mapping[str, Transport] | Sequence[Any] | None = None,
+        transport: Transport | str | None = None,
+        transports: Mapping[str, Transport | str] | None = None,
         control_plane: ControlPlane | str | None = None,
         role: str | None = None,
         worker: bool | None = None,
@@ -57,7 +57,7 @@ class DurableOptions:
                     + (f" Did you mean {near[0]}?" if near else f" It has: {', '.join(known)}.")
                 )
         if "transport" in self.given and "transports" in self.given:
-            raise DefinitionError("Give transport=, or transports=[...] for a pool; not both.")
+            raise DefinitionError("Give transport=, or transports={...} for a pool; not both.")
 
     def __repr__(self) -> str:
         return f"DurableOptions({', '.join(self.given)})"
@@ -86,8 +86,8 @@ class DurableModule:
     def for_root(
         store: Store | str | None = None,
         *,
-        transport: Transport | None = None,
-        transports: Mapping[str, Transport] | Sequence[Any] | None = None,
+        transport: Transport | str | None = None,
+        transports: Mapping[str, Transport | str] | None = None,
         control_plane: ControlPlane | str | None = None,
         role: str | None = None,
         worker: bool | None = None,

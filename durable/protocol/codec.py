@@ -99,9 +99,29 @@ def decode_turn(data: bytes) -> WorkflowTask:
     return _decode(data, WorkflowTask, MAX_MESSAGE)
 
 
+class _Turn(Struct, rename="camel"):
+    """The part of a decision that says which turn it answers."""
+
+    task_id: str
+    run_id: str
+
+
 def decode_decision(data: bytes) -> WorkflowDecision:
-    """Raises PayloadError."""
-    return _decode(data, WorkflowDecision, MAX_MESSAGE)
+    """The decision; a failed one in its place if it cannot be read, so that its run does not ask for it for ever. Raises
+    PayloadError if it is nobody's."""
+    try:
+        return _decode(data, WorkflowDecision, MAX_MESSAGE)
+    except PayloadError as error:
+        try:
+            turn: _Turn = msgspec.convert(json.loads(data[: MAX_MESSAGE + ENVELOPE]), _Turn)
+        except (ValueError, RecursionError):
+            raise error from None
+        if "\0" in turn.run_id or "\0" in turn.task_id:
+            raise
+        reason = ErrorData(
+            message=f"The worker's decision cannot be read: {error}", code="bad_decision", retryable=False
+        )
+        return WorkflowDecision(task_id=turn.task_id, run_id=turn.run_id, status="failed", error=reason)
 
 
 def decode_step_event(data: bytes) -> WorkflowStepEvent:

@@ -17,7 +17,7 @@ BEAT_EXPIRES = 35
 """Seconds a beat is good for."""
 PROTOCOL = 1
 """The version of the wire our workers speak."""
-CAPABILITIES = ("cancellation", "events", "heartbeats")
+CAPABILITIES = ("cancel", "heartbeats")
 """What our workers can do beside running steps."""
 
 _SECONDS_BELOW = 1e12

@@ -5,6 +5,7 @@ The JSON Schemas and vectors in `protocol/` say the same for every language.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any, Literal, TypeAlias
 
 from msgspec import UNSET, Raw, Struct, UnsetType, field
@@ -122,6 +123,15 @@ class WorkflowTask(Struct, frozen=True, rename="camel", omit_defaults=True, kw_o
     priority: int | None = None
     at: int | None = None
     """Ours: the turn's time, epoch ms."""
+    started_at: int | None = None
+    """Ours: when the run began, epoch ms; what the workflow's clock says before anything has come of anything."""
+    seen: int | None = None
+    """Ours: items of an `order` up to this one were known to the turns before, and what they led to has been asked for.
+    Absent in a run's first turn."""
+    patches: list[str] | None = None
+    """Ours: ids of the patches (`ctx.patched`) this run has taken the new way of."""
+    logs: int | None = None
+    """Ours: how many lines of the workflow's log are stored."""
 
     @property
     def id(self) -> str:
@@ -199,6 +209,10 @@ class WorkflowDecision(Struct, frozen=True, rename="camel", omit_defaults=True, 
     commands: list[TurnCommand] = field(default_factory=_none)
     output: Raw | UnsetType = UNSET
     error: ErrorData | None = None
+    patches: list[str] | None = None
+    """Ours: ids of patches whose new way this turn took for the first time."""
+    logs: list[StepEvent] | None = None
+    """Ours: lines the workflow's code has written in this turn."""
 
     @property
     def id(self) -> str:
@@ -271,3 +285,9 @@ def routing_token(name: str, partition: str | None = None) -> str:
 def step_id(run_id: str, ordinal: int) -> str:
     """A task's identity: exactly `<runId>:<ordinal>`."""
     return f"{run_id}:{ordinal}"
+
+
+def turn_id(run_id: str, turn: int, attempt: int) -> str:
+    """The id of one attempt of a hosted run's turn, `<runId>:wf:<8 hex>`. Derived, so that a new owner of the run publishes it
+    under the same."""
+    return f"{run_id}:wf:{sha256(f'{run_id}:{turn}:{attempt}'.encode()).hexdigest()[:8]}"

@@ -115,6 +115,11 @@ def lane_engines(prefix: str) -> str:
     return f"{prefix}-lane-engines"
 
 
+def lane_cancels(prefix: str) -> str:
+    """The Redis lane's channel on which workers hear what to cancel, and nothing else."""
+    return f"{prefix}-lane-cancels"
+
+
 def lane_held(prefix: str) -> str:
     """The Redis lane's hash of tasks that are queued, under way or answered and not yet taken: id → attempt."""
     return f"{prefix}-lane-held"

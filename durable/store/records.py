@@ -106,6 +106,7 @@ class Message(Struct, frozen=True):
     cancel   ""                `{"reason"}` or None
     child    outcome status    output or error; `key` and `ordinal` name the parent's command
     result   step status       output or error; `key`, `ordinal`, `attempt` name the command
+    decision turn status       a hosted run's WorkflowDecision, or the error why there is none; `id` is the turn's task id
     report   step status       `{"lines", "result"}`: a result, and the payloads of the log lines that came with it
     line     ""                `{"mark", "line"}`: a log line told live; `key`, `ordinal`, `attempt` name the command
     """

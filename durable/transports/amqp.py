@@ -32,7 +32,10 @@ PAUSE_MIN, PAUSE_MAX = 0.1, 5.0
 """Seconds between two attempts."""
 OPEN_SECONDS = 10.0
 """For one attempt to open something."""
-CLOSE_SECONDS = 2.0
+SET_UP_SECONDS = 1.0
+"""For the first attempt to set up a channel that was lost, twice as long each time: a broker that has just started may never
+answer who asked too soon."""
+CLOSE_SECONDS = 1.0
 HEARTBEAT_SECONDS = 10
 """A dead link is noticed after three of these. A `heartbeat` in the URL goes first."""
 
@@ -220,6 +223,7 @@ class Line(_Lasting):
         self._link = link
         self._set_up = set_up
         self._confirms = confirms
+        self._patience = OPEN_SECONDS
         self.current: AbstractChannel | None = None
 
     async def channel(self) -> AbstractChannel:
@@ -237,8 +241,10 @@ class Line(_Lasting):
             channel.close_callbacks.add(lost)
             connection.close_callbacks.add(lost)
             (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(lost)  # its queue was deleted
-            async with asyncio.timeout(OPEN_SECONDS):
+            patience, self._patience = self._patience, min(self._patience * 2, OPEN_SECONDS)
+            async with asyncio.timeout(patience):
                 await self._set_up(channel)
+            self._patience = SET_UP_SECONDS
             if not channel.is_closed:
                 self.current = channel
                 self._opened()

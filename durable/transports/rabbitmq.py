@@ -45,7 +45,16 @@ try:
     from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
     from aio_pika.exceptions import DeliveryError, PublishError
 
-    from durable.transports.amqp import Line, Link, acknowledge, all_of, explained, lost_is_an_error, refuse
+    from durable.transports.amqp import (
+        OPEN_SECONDS,
+        Line,
+        Link,
+        acknowledge,
+        all_of,
+        explained,
+        lost_is_an_error,
+        refuse,
+    )
     from durable.transports.rabbitmq_intake import Delivery, Serving
 except ModuleNotFoundError as error:
     raise DefinitionError(f"RabbitMQ needs aio-pika: pip install 'durable[rabbitmq]'. ({error})") from error
@@ -175,6 +184,9 @@ class RabbitMqTransport:
             self._starts -= 1
             if not self._starts:
                 await self._end(timeout)
+                self._arranged.clear()
+                self.bench.servers.clear()
+                self._listeners.clear()
 
     async def _end(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -192,10 +204,8 @@ class RabbitMqTransport:
         for declaring in self._declared.values():
             declaring.cancel()
         await all_of(link.close() for link in (self.link_out, self.link_in))
-        self._servings, self._arranged = [], []
-        self.bench.servers.clear()
+        self._servings = []
         self.under_way.clear()
-        self._listeners.clear()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do it beside, and know of it when closing."""
@@ -235,12 +245,25 @@ class RabbitMqTransport:
         async with self._turn:
             self._arranged.append((server, concurrency))
             if self._starts:
-                await self._begin_serving(server, concurrency)
+                try:
+                    await self._begin_serving(server, concurrency)
+                except TransportError:
+                    self._arranged.remove((server, concurrency))
+                    raise
 
     async def _begin_serving(self, server: Server, concurrency: Concurrency) -> None:
         serving = Serving(self, server, concurrency)
         self._servings.append(serving)
-        await serving.start()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await serving.start()
+        except TimeoutError:
+            log.warning("RabbitMQ does not answer; %s are served when it does", ", ".join(server.groups))
+        except TransportError:
+            self._servings.remove(serving)
+            await serving.stop()
+            await serving.close()
+            raise
 
     async def reply(self, answer: Answer) -> None:
         """Returns when the broker has confirmed that it keeps the answer."""
@@ -260,14 +283,14 @@ class RabbitMqTransport:
                 await self._publish(names.results(self.prefix), body, answer.id)
                 return
             except TransportError as error:
-                if self._closing or any(serving.closing for serving in self._servings):
+                if self._closing:
                     raise
                 log.warning("The answer of %s has not left yet and is sent again: %s", answer.id, error)
             await asyncio.sleep(pause)
             pause = min(pause * 2, AGAIN_MAX)
 
     async def give_back(self, delivery: Delivery) -> None:
-        """Let another have it."""
+        """Let another have it, which is not counted."""
         try:
             await self._return(delivery.message, delivery.intake.queue, {})
         finally:
@@ -290,14 +313,13 @@ class RabbitMqTransport:
 
     async def _hint(self, exchange: str, message: ControlMessage | Heartbeat) -> None:
         """Say it to whoever listens, or drop it."""
-        if not self._open:
+        if not self._open or self._hinter.current is None:
             return
         try:
             body = encode(message)
             async with asyncio.timeout(HINT_SECONDS):
                 await self.link_out.unblocked()
-                channel = await self._hinter.channel()
-                there = await channel.get_exchange(exchange, ensure=False)
+                there = await self._hinter.current.get_exchange(exchange, ensure=False)
                 with lost_is_an_error():
                     await there.publish(Message(body, content_type="application/json"), "", mandatory=False)
         except Exception as error:
@@ -545,8 +567,9 @@ class RabbitMqTransport:
             self._declared[queue] = declaring
 
             def forget_failure(done: asyncio.Task[None]) -> None:
-                if done.cancelled() or done.exception() is not None:
-                    self._declared.pop(queue, None)
+                failed = done.cancelled() or done.exception() is not None
+                if failed and self._declared.get(queue) is done:
+                    self.forget(queue)
 
             declaring.add_done_callback(forget_failure)
         if not declaring.done():
@@ -570,10 +593,9 @@ class RabbitMqTransport:
         # On a channel of its own, which a refusal closes.
         connection = await self.link_in.connection()
         with lost_is_an_error():
-            channel = await connection.channel()
-            try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                channel = await connection.channel()
                 await channel.declare_queue(queue, durable=True, arguments=arguments)
-            finally:
                 await channel.close()
 
 

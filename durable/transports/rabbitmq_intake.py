@@ -14,7 +14,7 @@ from durable.core.errors import PayloadError
 from durable.protocol import names
 from durable.protocol.codec import decode_any_task
 from durable.protocol.messages import Answer, Task
-from durable.transports.amqp import Line, acknowledge, all_of, lost_is_an_error
+from durable.transports.amqp import CLOSE_SECONDS, OPEN_SECONDS, Line, acknowledge, all_of, lost_is_an_error, refuse
 from durable.transports.interface import Concurrency
 from durable.transports.serving import ROOM_SECONDS, Server
 
@@ -62,7 +62,8 @@ class Intake:
             channel = self.line.current
             if channel is not None:
                 with contextlib.suppress(Exception), lost_is_an_error():
-                    await self._consume(channel)
+                    async with asyncio.timeout(OPEN_SECONDS if ahead else CLOSE_SECONDS):
+                        await self._consume(channel)
 
     async def _set_up(self, channel: AbstractChannel) -> None:
         if self.round:
@@ -113,7 +114,7 @@ class Serving:
         self.closing = True
         if self._tending is not None:
             self._tending.cancel()
-            await asyncio.wait({self._tending})
+            await asyncio.wait({self._tending}, timeout=CLOSE_SECONDS)
         await all_of(intake.tune(0) for intake in self.intakes)
         await self._return_waiting()
 
@@ -151,16 +152,21 @@ class Serving:
         async def done(answer: Answer | None) -> None:
             if answer is not None:
                 await transport.answer(answer)
-            for each in transport.under_way.pop(key):
+            for each in transport.under_way.pop(key, ()):
                 each.settled()
                 await acknowledge(each.message)
 
         async def back() -> None:
-            first, *others = transport.under_way.pop(key)
-            await transport.give_back(first)
-            for each in others:
-                each.settled()
-                await acknowledge(each.message)
+            if not self.closing:  # something is wrong with it: it comes again, and that is counted
+                for each in transport.under_way.pop(key, ()):
+                    each.settled()
+                    await refuse(each.message)
+            for n, each in enumerate(transport.under_way.pop(key, ())):
+                if n:
+                    each.settled()
+                    await acknowledge(each.message)
+                else:
+                    await transport.give_back(each)
 
         transport.bench.begin(self.server, task, done, back)
         return True
@@ -202,6 +208,6 @@ class Serving:
         await all_of(intake.tune(ahead) for intake in self.intakes if intake.ahead != ahead or ahead)
 
     async def _return_waiting(self) -> None:
-        while self.waiting:
-            delivery, _ = self.waiting.popleft()
-            await self._transport.give_back(delivery)
+        waiting = [delivery for delivery, _ in self.waiting]
+        self.waiting.clear()
+        await all_of(self._transport.give_back(delivery) for delivery in waiting)

@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection
+from enum import Enum
 from typing import Any
 
 from durable.protocol.codec import encode
 from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, routing_token, sanitize
-from durable.transports.answers import crashed, no_handler, too_large
+from durable.transports.answers import cancelled, crashed, no_handler, too_large
 from durable.transports.interface import Concurrency, TaskHandler
 
 log = logging.getLogger("durable.transports")
@@ -68,16 +69,25 @@ class Server:
         self._freed.set()
 
 
+class Cut(Enum):
+    """Why a task was cut short, and so what becomes of its message."""
+
+    DROPPED = "dropped"
+    """Nobody waits for an answer: acknowledged."""
+    RECALLED = "recalled"
+    """Its run was cancelled. Whether somebody waits all the same, a clean-up, is not known here: answered as cancelled."""
+    RELEASED = "released"
+    """The broker takes the message away, or this end closes: it is for somebody else to answer."""
+
+
 class _Job:
     """A task under way."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.work: asyncio.Task[Any] | None = None
-        self.dropped = False
-        """Cancelled by the engine: nobody waits for an answer."""
-        self.released = False
-        """Cut short because the broker takes the message away: it is for somebody else to answer."""
+        self.cut: Cut | None = None
+        """Why it was cut short, if it was."""
 
 
 class Workbench:
@@ -138,22 +148,20 @@ class Workbench:
 
     def cancel(self, task_id: str) -> None:
         """Cancel every attempt of a task."""
-        self._cancel(lambda task: task.id == task_id)
+        self._cut(lambda task: task.id == task_id, Cut.DROPPED)
 
     def cancel_delivery(self, task: Task) -> None:
         """Cancel this very task, as it was given to `begin`: another delivery or attempt of it goes on."""
-        self._cancel(lambda other: other is task)
+        self._cut(lambda other: other is task, Cut.DROPPED)
 
     def cancel_run(self, run_id: str) -> None:
-        """Cancel all tasks of a run."""
-        self._cancel(lambda task: task.run_id == run_id)
+        """Cancel all tasks of a run. Its steps are answered all the same, as cancelled."""
+        self._cut(lambda task: task.run_id == run_id and isinstance(task, RemoteTask), Cut.RECALLED)
+        self._cut(lambda task: task.run_id == run_id and not isinstance(task, RemoteTask), Cut.DROPPED)
 
     def release(self, task: Task) -> None:
         """Cut short this very delivery, whose message is the broker's again, or soon will be: it goes `back`."""
-        for job in list(self._jobs):
-            if job.task is task and job.work is not None:
-                job.released = True
-                job.work.cancel()
+        self._cut(lambda other: other is task, Cut.RELEASED)
 
     async def drain(self, timeout: float) -> None:
         """Wait for what is under way, cancel the rest. The adapter takes nothing more by then."""
@@ -162,9 +170,7 @@ class Workbench:
         while (waiting := self._unfinished()) and (left := deadline - loop.time()) > 0:
             await asyncio.wait(waiting, timeout=left)
         self._closing = True
-        for job in self._jobs:
-            if job.work is not None:
-                job.work.cancel()
+        self._cut(lambda task: True, Cut.RELEASED)
         if waiting := self._unfinished():
             _, refusing = await asyncio.wait(waiting, timeout=REFUSAL_MAX)
             for future in refusing:
@@ -207,6 +213,8 @@ class Workbench:
     async def _work(self, server: Server, task: Task) -> Answer | None:
         if not server.serves(task):
             return no_handler(task)
+        if self._closing:
+            raise GivenBack
         job = _Job(task)
         self._jobs[job] = None
         self._arm()
@@ -217,10 +225,12 @@ class Workbench:
         try:
             return self._fitting(task, await server.handler(task))
         except asyncio.CancelledError as error:
-            if job.dropped:
+            if job.cut is Cut.DROPPED:
                 return None
-            if self._closing or job.released:
+            if job.cut is Cut.RELEASED:
                 raise GivenBack from None
+            if job.cut is Cut.RECALLED and isinstance(task, RemoteTask):
+                return cancelled(task)
             if job.work.cancelling() > before:
                 raise  # whoever waits for it is going
             return crashed(task, error)
@@ -229,7 +239,7 @@ class Workbench:
             return crashed(task, error)
         finally:
             del self._jobs[job]
-            if job.dropped or job.released or self._closing:
+            if job.cut is not None:
                 while job.work.cancelling() > before:
                     job.work.uncancel()  # it was the handler that was meant
 
@@ -237,10 +247,11 @@ class Workbench:
         size = len(encode(answer, limit=1 << 40))
         return answer if size <= self._max_message else too_large(task, size, self._max_message)
 
-    def _cancel(self, meant: Callable[[Task], bool]) -> None:
+    def _cut(self, meant: Callable[[Task], bool], cut: Cut) -> None:
         for job in list(self._jobs):
             if meant(job.task) and job.work is not None:
-                job.dropped = True
+                # An answer that nobody wants stays unwanted.
+                job.cut = job.cut if job.cut is Cut.DROPPED else cut
                 job.work.cancel()
 
     def _arm(self) -> None:

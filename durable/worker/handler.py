@@ -52,8 +52,10 @@ class StepHandler:
         self._bodies = Bodies(threads)
 
     def close(self) -> None:
-        """Let the threads of plain bodies go."""
+        """Let the threads of plain bodies go, and tell nothing more."""
         self._bodies.close()
+        if self._teller is not None:
+            self._teller.stop()
 
     async def __call__(self, task: Task) -> Answer:
         """Never raises but CancelledError: a failure is an answer."""

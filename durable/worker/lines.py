@@ -10,15 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
-from durable.control_plane.interface import ControlPlane
 from durable.core.payload import MAX_MESSAGE, clean, encode
 from durable.protocol.codec import MAX_EVENTS
-from durable.protocol.messages import ControlMessage, RemoteTask, StepEvent
+from durable.protocol.messages import RemoteTask, StepEvent
 
 log = logging.getLogger("durable.worker")
 
@@ -26,10 +25,14 @@ LINES_BYTES_MAX = 128 << 10
 """Bytes of lines one attempt may tell: they travel in its result, beside the output."""
 LINE_BYTES_MAX = 32 << 10
 """Bytes of fields of one line."""
+FIRST_SECONDS = 0.05
+"""Before the first round: a body that is done sooner costs no message."""
 ROUND_SECONDS = 0.1
 """Between two rounds of live lines."""
 ROUND_LINES = 10
 """Live lines of one attempt in a round; the others wait for the next, or come with the result."""
+ROUND_MAX = 100
+"""Live lines of one worker in a round."""
 PUBLISH_SECONDS = 1.0
 """The longest one live line may take."""
 LEVELS = {"debug": "debug", "info": "info", "warn": "warn", "warning": "warn", "error": "error", "critical": "error"}
@@ -105,11 +108,12 @@ class Lines:
 
 
 class Teller:
-    """Tells lines live, round by round, for one worker. `sender` is its incarnation on the control plane."""
+    """Tells lines live, round by round: gives each to `tell`, as `step_progress` spells it, while `listening` says that
+    somebody may hear it."""
 
-    def __init__(self, plane: ControlPlane, sender: str) -> None:
-        self._plane = plane
-        self._sender = sender
+    def __init__(self, tell: Callable[[dict[str, Any]], Awaitable[None]], listening: Callable[[], bool]) -> None:
+        self._tell = tell
+        self._listening = listening
         self._lines: dict[Lines, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -131,31 +135,38 @@ class Teller:
             except RuntimeError:
                 return  # the loop is closed, and a thread goes on
 
-    async def close(self) -> None:
+    def stop(self) -> None:
         """Fall silent."""
         self._lines.clear()
         if self._task is not None:
             self._task.cancel()
 
     def _begin(self) -> None:
-        if self._task is None and self._lines and self._plane.audience:
-            self._task = asyncio.get_running_loop().create_task(self._tell(), name="durable-lines")
+        if self._task is None and self._lines and self._listening():
+            self._task = asyncio.get_running_loop().create_task(self._rounds(), name="durable-lines")
 
-    async def _tell(self) -> None:
+    async def _rounds(self) -> None:
         try:
+            await asyncio.sleep(FIRST_SECONDS)
             while talking := [lines for lines in self._lines if lines.untold]:
+                room = ROUND_MAX
                 for lines in talking:
-                    for event in lines.take(ROUND_LINES):
-                        await self._publish(lines.task, event)
+                    taken = lines.take(min(ROUND_LINES, room))
+                    room -= len(taken)
+                    for event in taken:
+                        await self._say(lines.task, event)
+                    if lines in self._lines:  # behind those that had no room in this round
+                        self._lines[lines] = self._lines.pop(lines)
+                    if not room:
+                        break
                 await asyncio.sleep(ROUND_SECONDS)
         finally:
             self._task = None
 
-    async def _publish(self, task: RemoteTask, event: StepEvent) -> None:
-        message = ControlMessage(sender=self._sender, kind="event", event=step_progress(task, event))
+    async def _say(self, task: RemoteTask, event: StepEvent) -> None:
         try:
             async with asyncio.timeout(PUBLISH_SECONDS):
-                await self._plane.publish_control(message)
+                await self._tell(step_progress(task, event))
         except Exception as error:
             log.debug("a line of %s was not told live: %r", task.id, error)
 

@@ -28,7 +28,7 @@ from durable.core.registry import Registry
 from durable.core.step import StepObserver
 from durable.opening import open_pool
 from durable.protocol.messages import Answer, ControlMessage, RemoteTask, Task
-from durable.transports.answers import failed
+from durable.transports.answers import cancelled
 from durable.transports.interface import Concurrency, Transport
 from durable.transports.pool import DEFAULT, TransportPool
 from durable.worker.adaptive import Adaptive
@@ -39,8 +39,6 @@ from durable.worker.stopping import stop_signals
 
 log = logging.getLogger("durable.worker")
 
-CANCELLED = "step_cancelled"
-"""Code of the answer for a body that the control plane has cancelled."""
 THREADS = 32
 """For plain `def` bodies, at least."""
 
@@ -61,6 +59,7 @@ class _Job:
     def __init__(self, task: Task, work: asyncio.Task[Any]) -> None:
         self.task = task
         self.work = work
+        self.before = work.cancelling()
         self.over = asyncio.Event()
         self.told = False
         """Cancelled because the control plane said so."""
@@ -126,7 +125,6 @@ class Worker:
         self._pool: TransportPool | None = None
         self._plane: ControlPlane | None = None
         self._plane_apart = False
-        self._teller: Teller | None = None
         self._unhear: Callable[[], None] = lambda: None
         if isinstance(concurrency, Adaptive):
             concurrency.under_way = lambda: self.under_way
@@ -172,7 +170,6 @@ class Worker:
         self._plane = plane or pool.control_plane
         shared: object = self._plane
         self._plane_apart = all(shared is not member for member in pool.members.values())
-        self._teller = None if self._plane is None else Teller(self._plane, self.id)
         bound = self._concurrency.max if isinstance(self._concurrency, Adaptive) else self._concurrency
         threads = max(THREADS, bound if isinstance(bound, int) else 0)
         self._handler = StepHandler(
@@ -180,7 +177,7 @@ class Worker:
             self._clock,
             self._on_step,
             threads=threads if self._threads else 0,
-            teller=self._teller,
+            teller=None if self._plane is None else self._speaker(self._plane),
         )
         self._pool = pool
         try:
@@ -204,12 +201,10 @@ class Worker:
             await pool.close(self.drain_timeout if timeout is None else timeout)
         finally:
             self._unhear()
-            if self._teller is not None:
-                await self._teller.close()
-            if self._plane is not None and self._plane_apart:
-                await self._plane.close()
             if self._handler is not None:
                 self._handler.close()
+            if self._plane is not None and self._plane_apart:
+                await self._plane.close()
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM, then drain: the main of a process. A second signal ends it at once, with 130; what
@@ -262,10 +257,10 @@ class Worker:
         try:
             answer = await self._handler(job.task)
         except asyncio.CancelledError:
-            if not job.told or job.work.uncancel() > 0:
+            if not job.told or job.work.uncancel() > job.before:
                 raise
-            error = ErrorData(message="The step was cancelled.", code=CANCELLED, type="StepCancelled")
-            return failed(job.task, error)
+            assert isinstance(job.task, RemoteTask)
+            return cancelled(job.task)
         if job.told:
             job.work.uncancel()  # the body insists on its answer
         return answer
@@ -278,7 +273,13 @@ class Worker:
             except Exception:
                 log.exception("on_done raised on task %s", task.id)
 
-    # ------------------------------------------------------------------ cancels
+    # ------------------------------------------------------------------ the control plane
+
+    def _speaker(self, plane: ControlPlane) -> Teller:
+        async def tell(event: dict[str, Any]) -> None:
+            await plane.publish_control(ControlMessage(sender=self.id, kind="event", event=event))
+
+        return Teller(tell, lambda: plane.audience)
 
     def _hear(self, message: ControlMessage) -> None:
         """A cancel of a run or of one step. An engine's word is a hint: whom it does not concern passes it over."""
@@ -289,14 +290,12 @@ class Worker:
             attempt = event.get("attempt")
             self._cancel(
                 lambda task: (
-                    isinstance(task, RemoteTask)
-                    and task.step_id == event.get("stepId")
-                    and (not isinstance(attempt, int) or task.attempt <= attempt)
+                    task.step_id == event.get("stepId") and (not isinstance(attempt, int) or task.attempt <= attempt)
                 )
             )
 
-    def _cancel(self, meant: Callable[[Task], bool]) -> None:
+    def _cancel(self, meant: Callable[[RemoteTask], bool]) -> None:
         for job in list(self._jobs.values()):
-            if meant(job.task) and not job.told:
+            if isinstance(job.task, RemoteTask) and meant(job.task) and not job.told:
                 job.told = True
                 job.work.cancel()

@@ -22,6 +22,10 @@ from tests.servers.services import require
         ("postgres --only w1,w2,floor", "w1_share_of_floor w2_vs_commit floor_rows_per_s"),
         ("postgres --only counts,processes,signal", "w2_durable_per_step w1_2_processes_workflows_per_s signal_p50_ms"),
         ("kill", "durable_one_of_two_s durable_restarted_twice"),
+        (
+            "remote --transport lane --transport emitter",
+            "lane_p50_ms lane_p95_ms lane_workflows_per_s lane_share_of_raw emitter_p50_ms emitter_workflows_per_s",
+        ),
         ("scale", "step_cost_at_1m_vs_empty idle_statements_per_s timer_lateness_p95_s"),
     ],
 )
@@ -29,7 +33,9 @@ def test_a_glance_at_each_benchmark_on_postgres(name: str, figures: str, capsys:
     """Each runs to its end without peers, and its last line is one JSON object with the figures it promises."""
     require("postgres")
     module, *args = name.split()
-    skip = [] if module == "scale" else ["--skip-peers"]
+    if module == "remote":
+        require("redis")
+    skip = [] if module in ("scale", "remote") else ["--skip-peers"]
     importlib.import_module(f"tests.bench.{module}").main(["--quick", *skip, *args])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(figures.split()) <= set(last)

@@ -1,6 +1,6 @@
 """Steps for worker processes of the chaos tests: `durable worker tests.chaos.errands:app --transport URL`.
 
-Every body leaves lines in the ledger (DURABLE_TEST_LEDGER), a file that no engine reads: [step id, attempt, pid, what].
+Every body leaves lines in the ledger (CHAOS_LEDGER), a file that no engine reads: [step id, attempt, pid, what].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def witness(what: str) -> None:
     """Append one line, whole: O_APPEND writes of this size do not mix."""
     step = current_step()
     line = json.dumps([step.step_id, step.attempt, os.getpid(), what]) + "\n"
-    ledger = os.open(os.environ.get("DURABLE_TEST_LEDGER", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    ledger = os.open(os.environ.get("CHAOS_LEDGER", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(ledger, line.encode())
     finally:

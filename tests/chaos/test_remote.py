@@ -19,10 +19,10 @@ from urllib.parse import urlencode
 
 import msgspec
 import pytest
-from durable.opening import open_transport
 
 from durable import Context, Durable, RetryPolicy, RunFailed, RunHandle, workflow
 from durable.core.journal import REMOTE, Entry
+from durable.opening import open_transport
 from durable.protocol.messages import StepResult
 from durable.store.postgres.embedded import EmbeddedPostgres
 from durable.testing.facts import eventually
@@ -151,7 +151,7 @@ class Workshop:
     def hire(self) -> subprocess.Popen[bytes]:
         """One more worker."""
         command = [sys.executable, "-m", "durable", "worker", "tests.chaos.errands:app", "--transport", self.broker.url]
-        env = os.environ | {"DURABLE_TEST_LEDGER": str(self.ledger), "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"CHAOS_LEDGER": str(self.ledger), "PYTHONPATH": str(ROOT)}
         with self.log.open("ab") as log:
             worker = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
         self.workers.append(worker)

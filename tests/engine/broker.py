@@ -9,7 +9,16 @@ from typing import Any
 import msgspec
 
 from durable.core.errors import DurableError, ErrorData, TransportError
-from durable.protocol.messages import Answer, Heartbeat, RemoteTask, StepResult, Task
+from durable.protocol.messages import (
+    Answer,
+    Heartbeat,
+    RemoteTask,
+    StepResult,
+    Task,
+    TurnCommand,
+    WorkflowDecision,
+    WorkflowTask,
+)
 from durable.testing.facts import eventually
 from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
 
@@ -19,7 +28,8 @@ class Broker:
 
     def __init__(self) -> None:
         self.tasks: list[RemoteTask] = []
-        self.held: dict[str, RemoteTask] = {}
+        self.turns: list[WorkflowTask] = []
+        self.held: dict[str, Task] = {}
         self.cancelled: list[str] = []
         self.ends: list[BrokerTransport] = []
         self.refusing: str | None = None
@@ -59,23 +69,56 @@ class Broker:
             error=error,
             attempt=task.attempt if attempt is int else attempt,  # type: ignore[arg-type]
         )
+        await self.deliver(result, through)
+
+    async def turn(self, count: int = 1) -> WorkflowTask:
+        """Until so many turns have been published; the last of them."""
+        await eventually(lambda: len(self.turns) >= count, f"{count} turns are published")
+        return self.turns[count - 1]
+
+    async def decide(
+        self,
+        turn: WorkflowTask,
+        status: str,
+        *commands: TurnCommand,
+        output: Any = None,
+        error: ErrorData | None = None,
+        through: BrokerTransport | None = None,
+        task_id: str | None = None,
+        **fields: Any,
+    ) -> None:
+        """A worker's decision, delivered as an answer is."""
+        decision = WorkflowDecision(
+            task_id=task_id or turn.task_id,
+            run_id=turn.run_id,
+            status=status,  # type: ignore[arg-type]
+            commands=list(commands),
+            output=msgspec.Raw(msgspec.json.encode(output)) if status == "completed" else msgspec.UNSET,
+            error=error,
+            **fields,
+        )
+        await self.deliver(decision, through)
+
+    async def deliver(self, answer: Answer, through: BrokerTransport | None = None) -> None:
+        """To one engine, and again while its handler raises: that is the contract."""
         end = through or next(end for end in self.ends if end.open)
         assert end.results is not None
         for tries in range(200):
             try:
-                await end.results(result)
+                await end.results(answer)
                 break
             except DurableError:
                 if tries == 199:
                     raise
                 await asyncio.sleep(0.005)
-        self.held.pop(task.step_id, None)
+        self.held.pop(answer.id, None)
 
-    def beat(self, task: RemoteTask) -> None:
-        """A worker's sign of life."""
+    def beat(self, task: Task) -> None:
+        """A worker's sign of life: for a step, or for the run whose turn it is."""
+        step = task.step_id if isinstance(task, RemoteTask) else None
         for end in self.ends:
             if end.open and end.beats is not None:
-                end.beats(Heartbeat(run_id=task.run_id, seq=task.seq, step_id=task.step_id, group=task.group))
+                end.beats(Heartbeat(run_id=task.run_id, seq=max(task.seq, 0), step_id=step, group=task.group))
 
 
 class BrokerTransport:
@@ -111,13 +154,15 @@ class BrokerTransport:
         self.open = False
 
     async def dispatch(self, task: Task) -> None:
-        assert isinstance(task, RemoteTask)
         if self.broker.refusing is not None:
             raise TransportError(self.broker.refusing)
         if self.broker.hanging:
             await asyncio.Event().wait()
-        self.broker.tasks.append(task)
-        self.broker.held[task.step_id] = task
+        if isinstance(task, RemoteTask):
+            self.broker.tasks.append(task)
+        else:
+            self.broker.turns.append(task)
+        self.broker.held[task.id] = task
         if self.broker.doubting:
             raise TransportError("the connection broke")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from durable import Context, Durable, RunCancelled, durable_step, workflow
+from durable import Context, Durable, RunCancelled, RunFailed, durable_step, workflow
 from durable.control_plane.interface import ControlHandler
 from durable.control_plane.local import LocalControlPlane
 from durable.engine import announce
@@ -354,3 +354,70 @@ async def test_hints_go_before_events_and_are_bounded(monkeypatch: pytest.Monkey
     ]
     for stop in stops:
         stop()
+
+
+# -- workers
+
+
+@workflow(name="remote-calls")
+async def remote_calls(ctx: Context, timeout: float | None) -> object:
+    return await asyncio.gather(*(ctx.remote("far", n, timeout=timeout, retries=0) for n in range(2)))
+
+
+async def test_N10_workers_hear_of_cancelled_tasks_where_the_transport_is_not_the_control_plane(world: World) -> None:
+    """The run's cancel goes out once, each task's by its id and attempt: a transport that cannot cancel needs them."""
+    broker, plane = Broker(), Spy()
+    plane.overhear(lambda message: None)
+    app = await world.engine(remote_calls, transport=broker.end(), control_plane=plane)
+    run = await app.start(remote_calls, None)
+    await broker.sent(2)
+    await world.until_journal(run.id, lambda found: found.count("remote far published") == 1)
+    await run.cancel()
+    with pytest.raises(RunCancelled):
+        await run.result(5)
+    await eventually(lambda: len(told(plane)) == 2, "both tasks are told of")
+    assert [(event["stepId"], event["attempt"]) for event in told(plane)] == [(f"{run.id}:{n}", 1) for n in range(2)]
+    assert {event["runId"] for event in told(plane)} == {run.id}
+    mine = [m for m in plane.said if m.kind == "cancel" and m.sender == app.engine.incarnation]
+    assert {message.run_id for message in mine} == {run.id}
+    assert len(mine) <= 2  # one more where the run had left memory: its inbox was told of
+
+
+async def test_N10_a_task_that_took_too_long_is_told_of_too(world: World) -> None:
+    """Nobody waits for that attempt any more; the run goes on, and is not cancelled."""
+    broker, plane = Broker(), Spy()
+    plane.overhear(lambda message: None)
+    app = await world.engine(remote_calls, transport=broker.end(), control_plane=plane)
+    run = await app.start(remote_calls, 0.05)
+    with pytest.raises(RunFailed, match="No result within"):
+        await run.result(5)
+    await eventually(lambda: told(plane), "it is told")
+    assert "cancel" not in plane.kinds()
+
+
+async def test_tasks_inside_this_process_are_nobody_elses_business(world: World) -> None:
+    """The in-process transport tells its bodies itself: nothing of it is broadcast."""
+    gate, plane = Gate(), Spy()
+    plane.overhear(lambda message: None)
+
+    @durable_step("near")
+    async def near(_: int) -> int:
+        return await gate()
+
+    @workflow(name="near-calls")
+    async def near_calls(ctx: Context) -> object:
+        return await ctx.remote(near, 1)
+
+    app = await world.engine(near_calls, near, control_plane=plane)
+    run = await app.start(near_calls)
+    await gate.reached()
+    await run.cancel()
+    with pytest.raises(RunCancelled):
+        await run.result(5)
+    await eventually(lambda: gate.cancelled == 1, "the body is told")
+    assert told(plane) == []
+    assert "cancel" not in plane.kinds()
+
+
+def told(plane: Spy) -> list[dict[str, Any]]:
+    return [m.event for m in plane.said if m.event is not None and m.event["type"] == "step.cancel"]

@@ -168,7 +168,7 @@ async def test_N9_an_engine_that_cannot_start_leaves_no_connection(
 async def test_N9_a_url_that_is_no_control_plane_is_refused(world: World) -> None:
     """Before anything is opened, with what to give instead."""
     with pytest.raises(DefinitionError, match="postgresql://"):
-        await world.engine(signalled, control_plane="amqp://somewhere")
+        await world.engine(signalled, control_plane="smoke://somewhere")
 
 
 def plane(app: Durable) -> Any:

@@ -189,7 +189,8 @@ async def test_R6_lines_of_a_worker_reach_a_run_that_has_left_memory(world: Worl
 
 
 def test_lines_that_do_not_fit_beside_their_result_are_left_out() -> None:
-    """A report keeps within what a store takes: the first lines that fit, and never at the cost of the result."""
+    """A report keeps within what a store takes: the first lines that fit, and never at the cost of the result. One that an
+    earlier version has stored is read too."""
     result, lines = b"1" * 100, [Line(n if n % 2 else (n, "text"), b'"%d"' % n) for n in range(10)]
     for limit in range(100, 250):
         report = report_of(result, lines, limit)
@@ -199,3 +200,6 @@ def test_lines_that_do_not_fit_beside_their_result_are_left_out() -> None:
     row = InboxRow(1, 0, Message("r", "m", "report", "completed", whole, ordinal=0, attempt=1))
     arrival = arrival_of(row)
     assert (arrival.payload, arrival.lines) == (result, lines)
+    old = msgspec.json.encode({"lines": [1, 2], "result": 3})
+    arrival = arrival_of(InboxRow(1, 0, Message("r", "m", "report", "completed", old, ordinal=0, attempt=1)))
+    assert (arrival.payload, [line.payload for line in arrival.lines]) == (b"3", [b"1", b"2"])

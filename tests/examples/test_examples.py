@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.servers.redis import RedisServer
+from tests.servers.services import require
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -31,12 +35,24 @@ SAYS: dict[str, list[str]] = {
     "typed_values": ["Shirt: Size.LARGE Decimal('39.80') 2026-01-02 b'\\x00\\xff'", "refused [payload_type]"],
     "idempotent_start": ["the same run: True", "result: sent", "refused [idempotency_conflict]"],
     "orders_module": ["the shop opens", "order m-1: 42.00 paid as ch_", "the shop is closed"],
+    "over_db": ["hello ann, attempt 1, from the worker: True", "hello bob"],
+    "hosted_workflow": ["worker: weighing books", "result: books: 50 g, with ann", "  turn:1\n"],
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
 }
 
 SERVED: dict[str, tuple[str, str, list[str]]] = {
+    "over_redis": (
+        "kept_redis_url",
+        "REDIS_URL",
+        ["order 0 charged under :0 by another process: True", "order 2 charged under :2 by another process"],
+    ),
     "over_sqs": ("sqs_url", "SQS_ENDPOINT_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
     "over_rabbitmq": ("amqp_url", "AMQP_URL", ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png"]),
+    "over_bullmq": (
+        "kept_redis_url",
+        "REDIS_URL",
+        ["worker: b.png, attempt 1", "gallery: a.png, 160 px wide; b.png", "alive: images.thumbnail, python"],
+    ),
 }
 """Examples that need a server: its fixture, the variable that names it, what they say."""
 
@@ -47,6 +63,16 @@ PARTS = {"orders", "order_demo", "shop"}
 def test_every_example_is_run() -> None:
     """No example is there that no test runs."""
     assert {path.stem for path in EXAMPLES.glob("*.py")} - PARTS == {*SAYS, *SERVED}
+
+
+@pytest.fixture
+def kept_redis_url() -> Iterator[str]:
+    """A Redis of which nothing has to be said: it keeps what it has."""
+    require("redis")
+    server = RedisServer(persist=True)
+    server.start()
+    yield server.url
+    server.close()
 
 
 @pytest.mark.parametrize("name", SAYS)

@@ -32,6 +32,7 @@ PUBLIC = [
     "current_step",
     "dead_letter",
     "durable_step",
+    "remote_workflow",
     "workflow",
 ]
 

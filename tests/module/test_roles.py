@@ -106,6 +106,14 @@ async def test_options_may_be_overridden() -> None:
         assert (test.durable.role, test.durable.settings.max_recovery_attempts) == ("engine", 9)
 
 
+async def test_transports_are_given_by_url_too() -> None:
+    """`for_root(transport="…")`, and several by id."""
+    for options in ({"transport": "event-emitter://"}, {"transports": {"default": "event-emitter://"}}):
+        root = DynamicModule(Where, [DurableModule.for_root("memory://", **options)], [asks])  # type: ignore[arg-type]
+        async with Application(root) as app:
+            assert await app.start_and_wait(asks) == 1
+
+
 async def test_serve_runs_until_it_is_told_to_stop() -> None:
     """`serve` is the main of a process: SIGTERM drains it, and the signals are the caller's again."""
     app = Application(DynamicModule(Where, [DurableModule.for_root("memory://")], [asks]))

@@ -16,6 +16,7 @@ from durable.protocol.messages import (
     RemoteTask,
     StepEvent,
     StepResult,
+    WorkflowDecision,
     routing_token,
     sanitize,
     step_id,
@@ -174,3 +175,25 @@ def test_golden_names(name: str, partition: str | None, token: str) -> None:
     assert routing_token(name, partition) == token
     assert sanitize(name) == token.partition("@")[0]
     assert step_id("r", 7) == "r:7"
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [{"kind": "dance", "seq": 0}],
+        [{"kind": "sleep", "seq": 0}],
+        [{"kind": "sleep", "seq": "0", "ms": 1}],
+        "none",
+        [1],
+    ],
+)
+def test_a_decision_that_cannot_be_read_is_a_failed_one(commands: Any) -> None:
+    """Whose it is can be told, so its run hears of it instead of asking for that turn for ever; else it is refused."""
+    data = {"taskId": "r:wf:0", "runId": "r", "status": "continue", "commands": commands}
+    decision = codec.decode_answer(json.dumps(data).encode())
+    assert isinstance(decision, WorkflowDecision)
+    assert (decision.task_id, decision.run_id, decision.status) == ("r:wf:0", "r", "failed")
+    assert decision.error is not None
+    assert decision.error.code == "bad_decision"
+    with pytest.raises(PayloadError):
+        codec.decode_decision(json.dumps({"runId": "r", "commands": commands}).encode())

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
 import pytest
 
 from durable.protocol.liveness import (
@@ -18,6 +23,9 @@ from durable.protocol.liveness import (
     read_descriptor,
 )
 
+VECTORS = Path(__file__).resolve().parents[2] / "protocol" / "vectors"
+GOLDEN = json.loads((VECTORS / "descriptor-hash.json").read_text())
+BEATS = json.loads((VECTORS / "worker-heartbeat.json").read_text())
 PLAIN = WorkerDescriptor(
     instance_id="py-host-1",
     runtime="python",
@@ -107,3 +115,25 @@ def test_beats_are_read_in_every_form(value: bytes, beat: Beat) -> None:
 def test_a_descriptor_that_is_none_is_none(value: bytes | None) -> None:
     """Who cannot be described is alive all the same."""
     assert read_descriptor(value) is None
+
+
+@pytest.mark.parametrize("vector", GOLDEN["descriptors"], ids=lambda vector: vector["name"])
+def test_hashes_of_the_vectors(vector: dict[str, Any]) -> None:
+    """The hash that `protocol/` tells other languages to compute is ours."""
+    assert descriptor_hash(msgspec.convert(vector["descriptor"], WorkerDescriptor)) == vector["hash"]
+
+
+@pytest.mark.parametrize("vector", GOLDEN["texts"], ids=lambda vector: vector["text"] or "empty")
+def test_texts_of_the_vectors(vector: dict[str, str]) -> None:
+    """So is that of a text."""
+    assert fnv1a64(vector["text"]) == vector["hash"]
+
+
+@pytest.mark.parametrize("vector", BEATS["valid"], ids=lambda vector: vector["name"])
+def test_beats_of_the_vectors(vector: dict[str, Any]) -> None:
+    """Every beat that `protocol/` calls valid is read as it says."""
+    wanted = vector.get("read", vector["message"])
+    read = read_beat(json.dumps(vector["message"]).encode())
+    assert read.ts == wanted["ts"]
+    assert read.status == wanted.get("status")
+    assert read.descriptor_hash == wanted.get("descriptorHash")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import secrets
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -465,8 +467,26 @@ async def test_an_answer_that_nobody_can_take_waits_and_is_never_lost(
     await eventually(lambda: "r:0" in results, "another engine had it in the end")
 
 
-async def test_what_waits_for_its_time_comes_at_its_time(house: House) -> None:
-    """A delayed job is taken when it is due, not at the next whole second."""
+async def test_an_answer_outlives_its_engines(house: House) -> None:
+    """Engines that die with an answer in their hands, again and again, leave it to the next: BullMQ never fails it."""
+    worker = await house.worker()
+    await worker.reply(answer(task("r")))
+    dying = house.taker("results", lock=0.1)
+    for n in range(3):
+        taken = None
+        while taken is None:
+            taken, _ = await dying.take()
+            if taken is None:
+                await dying.check_stalled(0, 20)  # as strict as can be
+                await asyncio.sleep(0.03)
+        assert taken.starts == n + 1
+    _, results = await house.engine(lock=0.2, stalled_interval=0.05)
+    await eventually(lambda: "r:0" in results, "the next engine had it")
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["calm", "cut"])
+async def test_what_waits_for_its_time_comes_at_its_time(house: House, cut: bool) -> None:
+    """A delayed job is taken when it is due, not at the next whole second; also where the links are cut meanwhile (B28)."""
     seen: list[float] = []
 
     async def handle(task: Task) -> StepResult:
@@ -476,9 +496,10 @@ async def test_what_waits_for_its_time_comes_at_its_time(house: House) -> None:
     await house.worker(handle)
     tasks = house.queue(f"tasks-{ECHO}")
     due = time.time() + 1.1
-    await tasks.add(
-        "task", json.loads(msgspec.json.encode(task("r", input=1))), {"delay": 1100, "removeOnComplete": True}
-    )
+    data = json.loads(msgspec.json.encode(task("r", input=1)))
+    await tasks.add("task", data, {"delay": 1100, "removeOnComplete": True})
+    if cut:
+        await house.redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     await eventually(lambda: seen, "it was taken")
     assert -0.1 < seen[0] - due < 0.6
 
@@ -520,6 +541,15 @@ async def test_redis_that_is_not_there_is_said_at_start() -> None:
     assert time.monotonic() - begun < 8
     with pytest.raises(DefinitionError, match="URL"):
         BullMQTransport("http://example.com")
+
+
+def test_missing_drivers_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra an import says what to install."""
+    for name in [name for name in sys.modules if name.startswith("durable.transports.bullmq")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "bullmq.job", None)
+    with pytest.raises(DefinitionError, match=r"durable\[redis\]"):
+        importlib.import_module("durable.transports.bullmq")
 
 
 async def test_dispatch_while_redis_is_away_fails_soon(server: RedisServer) -> None:
@@ -653,6 +683,22 @@ async def test_a_restart_without_loss_is_no_loss(server: RedisServer) -> None:
         await house.worker()
         await eventually(lambda: len(results) == 2, "both were answered")
         assert {result.status for result in results.heard} == {"completed"}
+
+
+async def test_closing_does_not_wait_for_a_redis_that_says_nothing(server: RedisServer) -> None:
+    """An end whose Redis has fallen silent is closed within seconds, tasks under way or not."""
+    async with housed(server.url) as house:
+        gate = Gate()
+        end, _ = await house.engine()
+        worker = await house.worker(gate.handle)
+        await end.dispatch(task("r"))
+        await eventually(lambda: gate.started, "it is under way")
+        server.pause()
+        begun = time.monotonic()
+        await asyncio.gather(worker.close(0.1), end.close(0.1))
+        assert time.monotonic() - begun < 12
+        assert gate.cancelled == ["r:0"]
+        server.resume()
 
 
 # -- a worker whose loop is blocked
@@ -794,14 +840,14 @@ async def test_what_is_asked_at_once_goes_out_together(house: House) -> None:
     await end.dispatch(task("first"))
     before = (await house.redis.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0)
     batches: list[int] = []
-    send = link.Link._send
+    send = link._Lane._send
 
-    async def counted(self: Link, batch: Any) -> None:
+    async def counted(self: Any, batch: Any) -> None:
         batches.append(len(batch))
         await send(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(link.Link, "_send", counted)
+        patch.setattr(link._Lane, "_send", counted)
         await asyncio.gather(*(end.dispatch(task(f"r{n:03}")) for n in range(100)))
     assert (await house.redis.info("commandstats"))["cmdstat_evalsha"]["calls"] - before >= 100
     assert max(batches) >= 100

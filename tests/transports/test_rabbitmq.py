@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import aio_pika
+import msgspec
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
+from durable import Context, Durable
 from durable.control_plane.interface import LOOK_EVERYWHERE
 from durable.core.errors import DefinitionError, EngineStopped, MessageRefused, TransportError
+from durable.core.retry import RetryPolicy
 from durable.protocol import names
 from durable.protocol.messages import Answer, ControlMessage, StepResult, Task
 from durable.testing.facts import eventually
@@ -90,8 +93,6 @@ async def test_a_task_its_workers_die_of_is_given_up(amqp_url: str, prefix: str)
     """A task delivered more often than its limit comes back as failed, retryable, with its token; the dead queue stays empty."""
     results = Results()
     async with end(amqp_url, prefix, results.take, delivery_limit=2) as engine:
-        import msgspec
-
         await engine.dispatch(msgspec.structs.replace(task("r"), token="proof"))
         for _ in range(3):
             assert not results
@@ -104,6 +105,23 @@ async def test_a_task_its_workers_die_of_is_given_up(amqp_url: str, prefix: str)
         assert await took(amqp_url, names.tasks(prefix, ECHO)) is None
         await engine.declared(names.dead(prefix))
         assert await took(amqp_url, names.dead(prefix)) is None
+
+
+async def test_an_answer_that_cannot_be_sent_is_no_loop(amqp_url: str, prefix: str) -> None:
+    """A body whose answer no wire carries runs as often as the limit allows, and then its attempt has failed."""
+    results, runs = Results(), 0
+
+    async def handle(task: Task) -> StepResult:
+        nonlocal runs
+        runs += 1
+        return msgspec.structs.replace(answer(task), run_id="half a surrogate pair: \ud800")
+
+    async with end(amqp_url, prefix, results.take) as engine, end(amqp_url, prefix) as worker:
+        await worker.serve([ECHO], handle)
+        await engine.dispatch(task("r"))
+        await eventually(lambda: "r:0" in results, "it was given up")
+        assert results["r:0"].status == "failed"
+        assert runs == 4
 
 
 async def test_closing_workers_do_not_count(amqp_url: str, prefix: str) -> None:
@@ -306,10 +324,39 @@ async def test_a_killed_broker_comes_back_with_what_was_dispatched(rabbit: Rabbi
         await eventually(lambda: "later:0" in results, "and all goes on")
 
 
+async def test_a_run_ends_although_the_broker_was_killed_in_its_midst(
+    rabbit: RabbitServer, prefix: str, tmp_path: Path
+) -> None:
+    """An engine, a worker and a broker that is killed between their steps and started again: the run's steps are each done,
+    and it completes (S43)."""
+    patient = RetryPolicy(max_attempts=60, max_delay=1.0)  # a dispatch that fails is an attempt that failed
+    done: list[int] = []
+    engine = Durable(f"sqlite:///{tmp_path}/db", transport=RabbitMqTransport(rabbit.url, prefix=prefix))
+    worker = Durable("memory://", transport=RabbitMqTransport(rabbit.url, prefix=prefix), role="worker")
+
+    @worker.step("double")
+    async def double(n: int) -> int:
+        done.append(n)
+        return 2 * n
+
+    @engine.workflow
+    async def doubling(ctx: Context) -> list[int]:
+        return [await ctx.remote("double", n, returns=int, retries=patient) for n in range(50)]
+
+    async with engine, worker:
+        await eventually(lambda: rabbit.wrote(names.tasks(prefix, "double")), "the queue's name is on disk")
+        run = await engine.start(doubling)
+        await eventually(lambda: len(done) > 5, "some are done")
+        rabbit.kill()
+        await asyncio.to_thread(rabbit.start)
+        assert await run.result(timeout=60) == [2 * n for n in range(50)]
+    assert set(done) == set(range(50))
+
+
 async def test_a_broker_that_says_nothing_is_a_failure_within_seconds(rabbit: RabbitServer, prefix: str) -> None:
     """A broker that hangs with its sockets open: dispatch raises within seconds, and goes on when the broker does."""
     results = Results()
-    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix) as worker:
+    async with end(rabbit.url, prefix, results.take, dispatch_timeout=1.0) as engine, end(rabbit.url, prefix) as worker:
         await worker.serve([ECHO], echo)
         rabbit.pause()
         try:
@@ -329,7 +376,7 @@ async def test_a_broker_out_of_memory_is_a_failure_within_seconds(rabbit: Rabbit
         await may.wait()
         await results.take(heard)
 
-    async with end(rabbit.url, prefix, take) as engine, end(rabbit.url, prefix) as worker:
+    async with end(rabbit.url, prefix, take, dispatch_timeout=1.0) as engine, end(rabbit.url, prefix) as worker:
         await worker.serve([ECHO], echo)
         for n in range(2 * RESULTS_AHEAD):
             await worker.reply(answer(task(f"r{n}")))
@@ -345,6 +392,40 @@ async def test_a_broker_out_of_memory_is_a_failure_within_seconds(rabbit: Rabbit
             await in_thread(rabbit, "set_vm_memory_high_watermark", "0.4")
         await engine.dispatch(task("after"))
         await eventually(lambda: "after:0" in results, "it works again")
+
+
+async def test_closing_ends_while_the_broker_says_nothing(rabbit: RabbitServer, prefix: str) -> None:
+    """Both ends close within seconds although the broker hangs; what was under way is done by the next worker."""
+    gate, results = Gate(), Results()
+    loop = asyncio.get_running_loop()
+    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix) as worker:
+        await worker.serve([ECHO], gate.handle)
+        await engine.dispatch(task("r"))
+        await eventually(lambda: gate.started, "it is under way")
+        rabbit.pause()
+        try:
+            began = loop.time()
+            await asyncio.gather(engine.close(0.1), worker.close(0.1))
+            assert loop.time() - began < 15
+        finally:
+            rabbit.resume()
+        async with end(rabbit.url, prefix, results.take), end(rabbit.url, prefix) as other:
+            await other.serve([ECHO], echo)
+            await eventually(lambda: "r:0" in results, "the next one did it")
+
+
+async def test_serving_begins_when_the_broker_is_back(rabbit: RabbitServer, prefix: str) -> None:
+    """`serve` while the broker is away does not hang and does not raise: it begins when the broker is back."""
+    results = Results()
+    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix, dispatch_timeout=0.5) as worker:
+        await engine.dispatch(task("r"))
+        rabbit.pause()
+        try:
+            async with asyncio.timeout(5):
+                await worker.serve([ECHO], echo)
+        finally:
+            rabbit.resume()
+        await eventually(lambda: "r:0" in results, "it serves")
 
 
 async def until_it_raises(engine: RabbitMqTransport) -> None:
@@ -469,6 +550,27 @@ async def test_nothing_is_sent_into_the_void(amqp_url: str, prefix: str) -> None
             await engine.dispatch(task("r"))
         with pytest.raises(TransportError, match="no such queue"):
             await engine.serve([ECHO], echo)
+
+
+async def test_an_end_may_be_started_again(amqp_url: str, prefix: str) -> None:
+    """After a start that failed and after a close an end can be started; what was arranged before the failure is served."""
+    results = Results()
+    host = amqp_url.partition("@")[2]
+    worker = RabbitMqTransport(f"amqp://guest:wrong@{host}", prefix=prefix)
+    await worker.serve([ECHO], echo)
+    with pytest.raises(TransportError):
+        await worker.start()
+    worker._url = amqp_url
+    async with end(amqp_url, prefix, results.take) as engine:
+        await worker.start()
+        await engine.dispatch(task("r"))
+        await eventually(lambda: "r:0" in results, "it serves")
+        await worker.close()
+        await worker.start()
+        await worker.serve([ECHO], echo)
+        await engine.dispatch(task("s"))
+        await eventually(lambda: "s:0" in results, "it serves again")
+        await worker.close()
 
 
 async def test_classic_queues_work(amqp_url: str, prefix: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import psycopg
 import pytest
 from redis.asyncio import Redis
 
-from durable import Context, Durable, workflow
+from durable import Durable
 from durable.core.errors import DefinitionError, EngineStopped, RunNotFound, TransportError
 from durable.protocol.messages import Answer, ControlMessage, StepResult
 from durable.testing.facts import PATIENCE, eventually
@@ -20,6 +23,7 @@ from durable.transports.redis import RedisTransport
 from durable.transports.redis_settings import check, complaints
 from tests.servers.redis import RedisServer
 from tests.servers.services import require
+from tests.transports.redis_node import far_steps
 
 SHORT = 0.6
 """Seconds of a lease that is meant to run out."""
@@ -68,11 +72,14 @@ class Node:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
 
-    async def says(self, *words: str) -> None:
+    async def word(self) -> str:
         assert self.process.stdout is not None
         async with asyncio.timeout(PATIENCE):
-            line = (await self.process.stdout.readline()).decode().split()
-        assert line == list(words), f"the other process said {line}"
+            return (await self.process.stdout.readline()).decode().strip()
+
+    async def says(self, *words: str) -> None:
+        line = await self.word()
+        assert line.split() == list(words), f"the other process said {line!r}"
 
     async def kill(self) -> None:
         if self.process.returncode is None:
@@ -113,7 +120,7 @@ async def until(fact: Callable[[], Awaitable[object]], claim: str) -> None:
 
 
 async def test_a_task_of_a_worker_killed_at_it_is_done_by_another(redis_url: str) -> None:
-    """kill -9 in the middle of a step: once its lease is over another worker runs the task, and it is answered (B16)."""
+    """kill -9 in the middle of a step: once its lease is over another worker runs the task, and it is answered (S14)."""
     async with engine_end(redis_url) as (engine, results), node("worker", redis_url) as doomed:
         await engine.dispatch(task("r", name="hang"))
         await doomed.says("began", "r:0")
@@ -194,7 +201,7 @@ async def test_a_worker_with_one_place_takes_one_task(redis_url: str) -> None:
 
 
 async def test_answers_of_a_killed_engine_are_taken_by_another(redis_url: str) -> None:
-    """kill -9 with answers unread: once it counts as gone, another engine takes them over, and none is lost (S13)."""
+    """kill -9 with answers unread: once it counts as gone, another engine takes them over, and none is lost."""
     async with worker_end(redis_url, echo, "quick"), node("engine", redis_url) as doomed:
         await doomed.says("heard", "orphan:0")
         await doomed.kill()
@@ -381,7 +388,8 @@ async def test_a_newer_attempt_is_held_though_the_older_was_answered(redis_url: 
 
 
 async def test_a_cancelled_run_frees_its_workers(redis_url: str) -> None:
-    """`cancel {runId}` on the control channel cancels all tasks of the run, and no other; none of them is answered."""
+    """`cancel {runId}` on the control channel cancels all tasks of the run, and no other. They are answered as cancelled: a run
+    that cleans up may still wait for one of them."""
     gate = Gate()
     async with engine_end(redis_url) as (engine, results), worker_end(redis_url, gate.handle):
         for seq in (0, 1):
@@ -391,7 +399,9 @@ async def test_a_cancelled_run_frees_its_workers(redis_url: str) -> None:
         await engine.publish_control(ControlMessage(sender="somebody", kind="cancel", run_id="r"))
         await eventually(lambda: sorted(gate.cancelled) == ["r:0", "r:1"], "both were cancelled")
         gate.open()
-        await eventually(lambda: results.keys() == {"other:0"}, "the other one is answered")
+        await eventually(lambda: len(results.heard) == 3, "all are answered")
+        codes = {one.id: one.error.code for one in results.heard if one.error is not None}
+        assert codes == {"r:0": "step_cancelled", "r:1": "step_cancelled"}
         await until(lambda: holds_nothing(engine, "r:0", "r:1", "other:0"), "nothing is held")
 
 
@@ -402,6 +412,31 @@ async def test_deployments_with_other_prefixes_keep_apart(redis_url: str) -> Non
             await blue.dispatch(task("r"))
             await eventually(lambda: "r:0" in heard, "it came home")
             assert stray == {}
+
+
+async def test_a_worker_of_another_make_needs_no_more_than_the_page(redis_url: str) -> None:
+    """Plain commands, as protocol/redis-lane.md has them: it reads a task, answers it without naming an attempt, and the
+    engine holds it no more."""
+    async with engine_end(redis_url) as (engine, results), Redis.from_url(redis_url, decode_responses=True) as other:
+        await engine.dispatch(task("r", input={"a": 1}))
+        await other.xgroup_create(STREAM, "workers", "0", mkstream=True)
+        ((_, ((entry, fields),)),) = await other.xreadgroup("workers", "them", {STREAM: ">"}, count=1)
+        sent = json.loads(fields["t"])
+        said = {
+            "runId": sent["runId"],
+            "seq": sent["seq"],
+            "stepId": sent["stepId"],
+            "status": "completed",
+            "output": 7,
+        }
+        async with other.pipeline(transaction=True) as pipe:
+            pipe.xack(STREAM, "workers", entry)
+            pipe.xdel(STREAM, entry)
+            pipe.xadd(f"durable-lane-results-{fields['r']}", {"a": json.dumps(said)})
+            await pipe.execute()
+        await eventually(lambda: "r:0" in results, "the answer was heard")
+        assert output_of(results["r:0"]) == b"7"
+        await until(lambda: holds_nothing(engine, "r:0"), "it is held no more")
 
 
 # -- settings
@@ -438,11 +473,6 @@ async def test_a_server_that_evicts_is_complained_of_at_the_start(caplog: pytest
 # -- the whole of it
 
 
-@workflow(name="far_steps")
-async def far_steps(ctx: Context, value: str) -> list[Any]:
-    return [await ctx.remote("quick", value), await ctx.remote("hang", value), await ctx.remote("quick", 3)]
-
-
 async def test_a_workflow_outlives_the_workers_of_its_steps(redis_url: str) -> None:
     """Steps in another process, which is killed at one of them: a second process takes over, and the run completes."""
     async with Durable("memory://", workflows=[far_steps], transport=RedisTransport(redis_url)) as app:
@@ -452,3 +482,44 @@ async def test_a_workflow_outlives_the_workers_of_its_steps(redis_url: str) -> N
             await first.kill()
             async with node("app", redis_url, SHORT, "nobody"):
                 assert await handle.result(PATIENCE) == ["doomed", "doomed", 3]
+
+
+@pytest.mark.parametrize("when", ["while the step runs", "after its answer came"])
+async def test_a_workflow_outlives_the_engine_that_sent_its_steps(redis_url: str, postgres_url: str, when: str) -> None:
+    """kill -9 of the engine while a step of its run is under way elsewhere, or once its answer is on its way home: another
+    engine takes the run over and hears the answer, and the step has run once."""
+    gate = Gate()
+
+    async def handle(given: Any) -> StepResult:
+        return await gate.handle(given) if given.name == "hang" else answer(given)
+
+    options = {"lease": SHORT, "alive_for": SHORT}
+    async with worker_end(redis_url, handle, "quick", "hang", **options):
+        async with node("run", redis_url, SHORT, postgres_url) as doomed:
+            run_id = await doomed.word()
+            await eventually(lambda: gate.started == [f"{run_id}:1"], "its step is under way")
+            await until(lambda: published(postgres_url, run_id, 2), "and known to be")  # else it is sent once more
+            if when == "after its answer came":
+                doomed.process.send_signal(signal.SIGSTOP)
+                gate.open()
+                async with Redis.from_url(redis_url) as other:
+                    await until(lambda: waits(other), "its answer lies in its stream")
+        transport = RedisTransport(redis_url, **options)
+        async with Durable(postgres_url, workflows=[far_steps], transport=transport, lease=SHORT) as app:
+            gate.open()
+            assert await app.run(run_id).result(PATIENCE) == ["x", "x", 3]
+        assert gate.started == [f"{run_id}:1"]
+
+
+async def published(postgres_url: str, run_id: str, count: int) -> bool:
+    async with await psycopg.AsyncConnection.connect(postgres_url) as connection:
+        found = await connection.execute(
+            "SELECT count(*) FROM durable.journal WHERE run_id = %s AND status = 'published'", [run_id]
+        )
+        row = await found.fetchone()
+    return row is not None and row[0] == count
+
+
+async def waits(other: Redis) -> bool:
+    streams = [key async for key in other.scan_iter("durable-lane-results-*")]
+    return any([await other.xlen(stream) for stream in streams])

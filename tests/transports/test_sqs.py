@@ -105,14 +105,14 @@ def ends(site: Site, **options: Any) -> tuple[SqsTransport, SqsTransport, Result
 
 async def test_a_long_task_stays_invisible(site: Site) -> None:
     """(S12) A body that takes longer than the visibility is not delivered to anybody else meanwhile."""
-    engine, worker, results = ends(site, visibility=1)
-    other, gate = site.end(visibility=1), Gate()
+    engine, worker, results = ends(site, visibility=2)
+    other, gate = site.end(visibility=2), Gate()
     async with site.opened(engine, worker, other):
         await worker.serve([ECHO], gate.handle)
         await other.serve([ECHO], gate.handle)
         await engine.dispatch(task("r"))
         await eventually(lambda: gate.started, "it began")
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(3.5)
         assert gate.started == ["r:0"]
         assert gate.cancelled == []
         gate.open()
@@ -211,7 +211,7 @@ async def test_a_task_is_deleted_only_after_its_answer_was_sent(site: Site, monk
 
 async def test_a_result_is_deleted_only_after_the_engine_took_it(site: Site) -> None:
     """While the engine's handler works the result is invisible and there; afterwards it is gone."""
-    engine, heard, taken = site.end(visibility=1), asyncio.Event(), asyncio.Event()
+    engine, heard, taken = site.end(visibility=2), asyncio.Event(), asyncio.Event()
     times = 0
 
     async def take(_: Answer) -> None:
@@ -225,7 +225,7 @@ async def test_a_result_is_deleted_only_after_the_engine_took_it(site: Site) -> 
         url = await site.queue("results")
         await engine.reply(answer(task("r")))
         await heard.wait()
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
         assert await site.count(url) == (0, 1)
         assert times == 1
         taken.set()
@@ -319,6 +319,36 @@ async def test_other_dead_letters_are_left_and_said_once(site: Site, caplog: pyt
         await site.client.send_message(QueueUrl=dead, MessageBody=encode(task("r")).decode())
         await eventually(lambda: "r:0" in results, "a task is heard of")
         assert caplog.text.count("left there") == 1
+    assert sum(await site.count(dead)) == 1
+
+
+async def test_a_queue_without_a_redrive_policy_is_said(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """A task queue that was there before and never gives up is used as it is, with a warning that names it."""
+    engine = site.end()
+    await site.make(f"{site.prefix}-tasks-charge")
+    async with site.opened(engine):
+        await engine.dispatch(task("r", name="charge"))
+        assert f"queue {site.prefix}-tasks-charge has no redrive policy" in caplog.text
+        await engine.dispatch(task("r", name="refund"))
+        assert caplog.text.count("redrive") == 1
+
+
+async def test_a_handler_may_refuse_a_dead_letter(site: Site) -> None:
+    """A dead letter whose result the engine refuses stays, with the reason, and is told to nobody again."""
+    engine, refused = site.end(visibility=1), 0
+
+    async def take(_: Answer) -> None:
+        nonlocal refused
+        refused += 1
+        raise MessageRefused("Its token is not ours.")
+
+    engine.on_result(take)
+    async with site.opened(engine):
+        dead = await site.queue("dead")
+        await site.client.send_message(QueueUrl=dead, MessageBody=encode(task("r")).decode())
+        await eventually(lambda: refused == 1, "it was refused")
+        await asyncio.sleep(1.5)
+        assert refused == 1
     assert sum(await site.count(dead)) == 1
 
 

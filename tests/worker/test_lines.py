@@ -91,6 +91,24 @@ async def test_X8_lines_of_a_body_under_way_are_seen_by_watchers_of_another_engi
     await world.sound(run.id)
 
 
+async def test_X8_lines_of_a_remote_step_served_beside_the_engine_are_seen_live_too(world: World) -> None:
+    """No worker, no other engine: `ctx.remote` over the default transport. A body that is quick tells with its result."""
+    gate = Gate()
+
+    @durable_step("talks")
+    async def talks() -> None:
+        current_step().log("begun")
+        await gate()
+
+    app = await world.engine(asks, talks)
+    run = await app.start(asks)
+    await until_told(world, run.id, 1)
+    gate.open()
+    await run.result(10)
+    assert [line[:4] for line in told(await world.journal(run.id))] == [("talks", 1, 0, "begun")]
+    await world.sound(run.id)
+
+
 async def test_R6_lines_told_live_are_not_written_again_by_the_next_owner(world: World) -> None:
     """The run changes owner between a live line and the result: the journal says which lines are there."""
     broker, plane = Broker(), LocalControlPlane()
@@ -312,6 +330,28 @@ async def test_a_chatty_body_sends_few_messages(world: World) -> None:
 
 def live(plane: Spy) -> int:
     return sum(1 for message in plane.said if message.event is not None and message.event["type"] == "step.progress")
+
+
+async def test_many_chatty_bodies_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round has room for so many lines of all bodies together, and the next begins with those that had none."""
+    monkeypatch.setattr(worker_lines, "ROUND_MAX", 4)
+    monkeypatch.setattr(worker_lines, "ROUND_LINES", 2)
+    monkeypatch.setattr(worker_lines, "ROUND_SECONDS", 0.0)
+    said: list[tuple[str, int]] = []
+
+    async def tell(event: dict[str, Any]) -> None:
+        said.append((event["name"], event["event"]["index"]))
+
+    teller = worker_lines.Teller(tell, lambda: True)
+    bodies = [Lines(msgspec.structs.replace(TASK, name=name), lambda: 1, teller.wake) for name in "abc"]
+    for lines in bodies:
+        teller.follow(lines)
+        for _ in range(3):
+            lines.write("info", "x", {}, False)
+    await eventually(lambda: len(said) == 9, "all are told")
+    assert [name for name, _ in said] == [*"aabbccabc"]
+    assert [index for name, index in said if name == "c"] == [0, 1, 2]
+    teller.stop()
 
 
 async def test_a_plane_that_hangs_delays_no_body(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,13 @@ queue, as much as is needed of it), `intake.py` (taking jobs as there is room), 
 BullMQ has given up on, what Redis has lost), `liveness.py` (who is alive), `durability.py` (what the server may lose).
 """
 
-from durable.transports.bullmq.transport import BullMQTransport
+from durable.core.errors import DefinitionError
+
+try:
+    from durable.transports.bullmq.transport import BullMQTransport
+except ModuleNotFoundError as missing:
+    if (missing.name or "").startswith("durable"):
+        raise
+    raise DefinitionError("The BullMQ transport needs its drivers: pip install 'durable[redis]'.") from missing
 
 __all__ = ["BullMQTransport"]

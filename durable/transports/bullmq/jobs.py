@@ -43,7 +43,10 @@ class Scriptbook:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.conn = None
-        self.commands = {name: Script(link, loadScript(file)) for name, file in SCRIPT_DEFINITIONS.items()}
+        self.commands = {
+            name: Script(link.take if name == "moveToActive" else link.ask, loadScript(file))
+            for name, file in SCRIPT_DEFINITIONS.items()
+        }
 
 
 class _Scripts(Scripts):  # type: ignore[misc]
@@ -100,9 +103,9 @@ class JobQueue:
         """The next job, locked; or none, and the moment (epoch seconds, 0: unknown) at which one is due."""
         token = secrets.token_hex(8)
         options = {"lockDuration": self._lock_ms, "limiter": None}
-        fields, id, _, due = await self._scripts.moveToActive(token, options)
+        fields, id, limited, due = await self._scripts.moveToActive(token, options)
         if not fields:
-            return None, float(due or 0) / 1000
+            return None, time.time() + limited / 1000 if limited else float(due or 0) / 1000
         return Job(self, _text(id), token, fields), 0.0
 
     async def wait(self, seconds: float) -> bool:

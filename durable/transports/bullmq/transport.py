@@ -194,14 +194,14 @@ class BullMQTransport:
             await life.link.close()
             raise
         self._life = life
-        self._channel = RedisChannel(self._url, name=names.heartbeat(self._prefix))
         if self._heartbeat_handler is not None:
+            self._channel = RedisChannel(self._url, name=names.heartbeat(self._prefix))
             self._channel.on(names.heartbeat(self._prefix), self._hear_beat)
-        try:
-            await self._channel.start()
-        except Exception as error:
-            await self.close(0.0)
-            raise TransportError(f"Redis takes no subscriptions: {error or type(error).__name__}.") from error
+            try:
+                await self._channel.start()
+            except Exception as error:
+                await self.close(0.0)
+                raise TransportError(f"Redis takes no subscriptions: {error or type(error).__name__}.") from error
         if self._result_handler is not None:
             self._hear(life)
         for server in self._arranged:
@@ -214,6 +214,7 @@ class BullMQTransport:
         if life is None or life.closing:
             return
         life.closing = True
+        life.link.hurry()
         deadline = asyncio.get_running_loop().time() + timeout
         await asyncio.gather(*(intake.stop() for intake in life.tasks + life.returns))
         await self._bench.drain(timeout)
@@ -506,7 +507,7 @@ class BullMQTransport:
     def _status(self) -> dict[str, Any]:
         room = sum(server.room for server in self._bench.servers)
         under_way = sum(server.under_way for server in self._bench.servers)
-        return {"inFlight": under_way, "concurrency": {"limit": room + under_way}}
+        return {"underWay": under_way, "concurrency": room + under_way}
 
     def _begin_task(self, life: _Life, server: Server, job: Job) -> None:
         if life.closing:
@@ -567,9 +568,11 @@ class BullMQTransport:
             raise _refused(error) from error
 
     async def heartbeat(self, beat: Heartbeat) -> None:
-        """Say it on the channel; a hint."""
-        if self._channel is not None:
-            self._channel.publish(names.heartbeat(self._prefix), encode(beat))
+        """Say it on the channel; a hint. Raises TransportError."""
+        try:
+            await self._open().link.ask("PUBLISH", names.heartbeat(self._prefix), encode(beat))
+        except RedisError as error:
+            raise _refused(error) from error
 
     def _hear_control(self, message: ControlMessage) -> None:
         """What a worker has to know: nobody waits for a run any more, or for one task of it."""

@@ -138,18 +138,15 @@ class Watch:
         self._scan, self._next_scan = self._next_scan, None
         # A task leaves its queue after its answer stands in the other: so tasks first.
         groups = await self._known_groups()
-        held: set[str] = set()
-        for name in [names.tasks(self._prefix, group) for group in groups]:
-            queue = self._queue(name)
-            held |= await self._ids_in(queue, await queue.ids())
-            held |= await self._untold(queue)
-        for name in (names.results(self._prefix), names.decisions(self._prefix)):
-            queue = self._queue(name)
-            held |= await self._ids_in(queue, await queue.ids())
-        return held
+        tasks = [self._queue(names.tasks(self._prefix, group)) for group in groups]
+        answers = [self._queue(name) for name in (names.results(self._prefix), names.decisions(self._prefix))]
+        held = set().union(
+            *await asyncio.gather(*(self._waiting(queue) for queue in tasks), *(self._untold(queue) for queue in tasks))
+        )
+        return held.union(*await asyncio.gather(*(self._waiting(queue) for queue in answers)))
 
-    async def _ids_in(self, queue: JobQueue, jobs: Sequence[str]) -> set[str]:
-        found = await asyncio.gather(*(queue.fields(job) for job in jobs))
+    async def _waiting(self, queue: JobQueue) -> set[str]:
+        found = await asyncio.gather(*(queue.fields(job) for job in await queue.ids()))
         return {id for data, _, _ in found if (id := _id_of(data)) is not None}
 
     async def _untold(self, queue: JobQueue) -> set[str]:
@@ -184,8 +181,8 @@ class Watch:
     async def _look(self) -> None:
         if await self._has_lost():
             await self._report_lost()
-        for group in await self._known_groups():
-            await self._look_at(self._queue(names.tasks(self._prefix, group)))
+        queues = [self._queue(names.tasks(self._prefix, group)) for group in await self._known_groups()]
+        await asyncio.gather(*(self._look_at(queue) for queue in queues))
 
     async def _look_at(self, queue: JobQueue) -> None:
         listed = set(await queue.failed(MOST_FAILED))
@@ -234,7 +231,8 @@ class Watch:
 def _given_up(task: Task, reason: str) -> Answer:
     if isinstance(task, RemoteTask):
         return given_up(task, reason)
-    return failed(task, ErrorData(message=f"remote workflow worker failed: {reason}", code="worker_failed"))
+    message = f"remote workflow worker failed: {reason}"
+    return failed(task, ErrorData(message=message, code="worker_failed", type="WorkerFailed"))
 
 
 def _failed(data: bytes, reason: str, limit: int) -> Answer | None:

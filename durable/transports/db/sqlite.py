@@ -189,14 +189,14 @@ WHERE attempt < excluded.attempt OR cancelled_at IS NOT NULL"""
                 return []
             with atomic(cx):
                 rows = waiting(cx, f"{names}, deliveries, cancelled_at, created_at", most)
-                rows.sort(key=lambda row: (-(row[_PRIORITY] or 0), row[-1], row[0]))
+                rows.sort(key=lambda row: (-_number(row[_PRIORITY]), _number(row[-1]), str(row[0])))
                 del rows[most:]
                 cx.executemany(
                     f"UPDATE {self._tasks} SET claimed_by = ?, claimed_at = ?, deliveries = coalesce(deliveries, 0) + 1"
                     " WHERE step_id = ?",
                     [(claim, _now(), row[0]) for row in rows],
                 )
-            return [ClaimedTask(TaskRow(*row[:-3]), claim, (row[-3] or 0) + 1, row[-2] is not None) for row in rows]
+            return [ClaimedTask(TaskRow(*row[:-3]), claim, _number(row[-3]) + 1, row[-2] is not None) for row in rows]
 
         return await self._run(look_and_claim)
 
@@ -261,7 +261,7 @@ WHERE attempt < excluded.attempt OR (attempt IS NULL AND claimed_at IS NOT NULL)
         query = f"""SELECT {names}, claimed_by, claimed_at, deliveries, cancelled_at IS NOT NULL FROM {self._tasks}
 WHERE step_id IN (SELECT value FROM json_each(?))"""
         rows = await self._run(lambda cx: cx.execute(query, [json.dumps(list(step_ids))]).fetchall())
-        return [Seen(TaskRow(*row[:-4]), row[-4], row[-3], row[-2] or 0, bool(row[-1])) for row in rows]
+        return [Seen(TaskRow(*row[:-4]), row[-4], row[-3], _number(row[-2]), bool(row[-1])) for row in rows]
 
     # -- results
 
@@ -313,6 +313,11 @@ WHERE step_id IN (SELECT value FROM json_each(?))"""
 
 def _translated(error: StoreError) -> TransportError:
     return Away(str(error)) if isinstance(error, StoreUnavailable) else TransportError(str(error))
+
+
+def _number(value: object) -> int:
+    """Strangers may write anything into any column here."""
+    return value if isinstance(value, int) else 0
 
 
 def _now() -> int:

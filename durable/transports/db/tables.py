@@ -16,7 +16,7 @@ News = Callable[[str, str | None], None]
 
 DOCUMENTED = {
     TASKS: (
-        ("step_id", "text PRIMARY KEY"),
+        ("step_id", "text NOT NULL PRIMARY KEY"),
         ("run_id", "text NOT NULL"),
         ("seq", "integer NOT NULL"),
         ("name", "text NOT NULL"),
@@ -29,7 +29,7 @@ DOCUMENTED = {
         ("created_at", "bigint NOT NULL"),
     ),
     RESULTS: (
-        ("step_id", "text PRIMARY KEY"),
+        ("step_id", "text NOT NULL PRIMARY KEY"),
         ("run_id", "text NOT NULL"),
         ("seq", "integer NOT NULL"),
         ("status", "text NOT NULL"),

@@ -29,6 +29,7 @@ from durable.core.errors import (
 )
 from durable.protocol import names
 from durable.protocol.messages import Answer, Heartbeat, Task, sanitize
+from durable.protocol.messages import step_id as step_id_of
 from durable.transports.answers import failed, given_up
 from durable.transports.db.rows import (
     TURN,
@@ -133,6 +134,7 @@ class DbTransport:
         self._in_hand: set[asyncio.Task[None]] = set()
         self._untaken: dict[str, float] = {}
         """Results that the handler did not take, and how long they were left alone for the last time."""
+        self._cancelling: dict[str, asyncio.Future[None]] = {}
         self._watched: dict[str, _Watched] = {}
         """Tasks dispatched or asked after here, as they stood."""
         self._watcher: asyncio.Task[None] | None = None
@@ -192,6 +194,8 @@ class DbTransport:
             raise TransportError(f"Task {task.id} cannot be written: {error}") from error
         try:
             async with asyncio.timeout(DISPATCH_SECONDS):
+                if (cancelling := self._cancelling.get(row.step_id)) is not None:
+                    await asyncio.wait({cancelling})  # it means the attempts before this one
                 await self._put(row)
         except TimeoutError:
             raise TransportError(f"The database did not take task {task.id} within {DISPATCH_SECONDS:g} s.") from None
@@ -203,8 +207,17 @@ class DbTransport:
         at the latest. A worker that knows only the documented columns goes on."""
         self._open()
         self._watched.pop(task_id, None)
-        if await self._tables.cancel(task_id):
-            self._tell(CANCELS, task_id)
+        before = self._cancelling.get(task_id)
+        done = self._cancelling[task_id] = asyncio.get_running_loop().create_future()
+        try:
+            if before is not None:
+                await asyncio.wait({before})
+            if await self._tables.cancel(task_id):
+                self._tell(CANCELS, task_id)
+        finally:
+            done.set_result(None)
+            if self._cancelling[task_id] is done:
+                del self._cancelling[task_id]
 
     async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
         """Those whose task or result lies in the tables."""
@@ -310,9 +323,8 @@ class DbTransport:
             return
         try:
             task = task_of(row, self._capabilities.max_message)
-        except PayloadError as error:
-            log.warning("task %s cannot be read and is put away: %s", row.step_id, error)
-            self._spawn(self._tables.refuse_task(*claim, _put_away(row.step_id), str(error)))
+        except Exception as error:  # in SQLite any column may hold anything
+            self._spawn(self._refuse(one, error))
             return
         self._claims[claim] = task
         self._begin_keeping()
@@ -332,6 +344,17 @@ class DbTransport:
             self._tell(TASKS, row.grp)
 
         self._bench.begin(server, task, done, back)
+
+    async def _refuse(self, one: ClaimedTask, error: Exception) -> None:
+        """Put it away. Whoever waits for that step is told."""
+        row = one.row
+        log.warning("task %s cannot be read and is put away: %s", row.step_id, error)
+        await self._tables.refuse_task(row.step_id, one.claim, _put_away(row.step_id), str(error))
+        if row.kind is None and row.step_id == step_id_of(row.run_id, row.seq):
+            code = getattr(error, "code", PayloadError.code)
+            data = ErrorData(message=f"The task cannot be read: {error}", code=code, retryable=False)
+            await self._finish(result_row(failed(bare_task(row), data), row.attempt))
+            self._tell(RESULTS)
 
     async def _answer(self, row: ResultRow) -> None:
         """Tried for as long as the claim may hold: a body need not run again because the database was away for a moment."""
@@ -434,8 +457,8 @@ class DbTransport:
         step_id, claim = one.row.step_id, (one.row.step_id, one.claim)
         try:
             try:
-                await handler(answer_of(one.row, self._capabilities.max_message))
-            except (MessageRefused, PayloadError) as error:
+                await handler(self._read(one.row))
+            except MessageRefused as error:
                 log.warning("the result of %s is put away: %s", step_id, error)
                 await self._tables.refuse_result(*claim, _put_away(step_id), str(error))
             except EngineStopped:
@@ -458,6 +481,12 @@ class DbTransport:
             self._untaken.pop(step_id, None)
         except TransportError as error:
             log.warning("what came of the result of %s could not be written; it comes again: %s", step_id, error)
+
+    def _read(self, row: ResultRow) -> Answer:
+        try:
+            return answer_of(row, self._capabilities.max_message)
+        except Exception as error:  # in SQLite any column may hold anything
+            raise MessageRefused(f"It cannot be read: {error}") from error
 
     # -- watching tasks
 
@@ -518,6 +547,8 @@ class DbTransport:
                 await work
             except TransportError as error:
                 log.warning("the transport's tables could not be written or read; it is tried again later: %s", error)
+            except Exception:
+                log.exception("a row of the transport's tables could not be dealt with")
 
         task = asyncio.get_running_loop().create_task(quietly(), name="durable-db-write")
         self._background.add(task)

@@ -1,5 +1,16 @@
-"""Our own fast lane over Redis streams."""
+"""Our own fast lane over Redis streams.
 
-from durable.transports.redis.transport import RedisTransport
+`transport.py` is the transport. Below it: `tasks.py` (the worker end), `answers.py` (the engine end), `scripts.py` (what happens
+on the server as one step), `link.py` (a connection on which nobody waits for anybody).
+"""
+
+from durable.core.errors import DefinitionError
+
+try:
+    from durable.transports.redis.transport import RedisTransport
+except ModuleNotFoundError as missing:
+    if (missing.name or "").startswith("durable"):
+        raise
+    raise DefinitionError("The Redis lane needs its drivers: pip install 'durable[redis]'.") from missing
 
 __all__ = ["RedisTransport"]

@@ -24,7 +24,9 @@ log = logging.getLogger("durable.transports")
 
 BLOCK_SECONDS = 5.0
 """How long one read waits for something to come. A link that is silent for longer than that and some is dead."""
-READ_MOST = 500
+READ_MOST = 100
+SWEEP_MOST = 100
+"""Entries at the head of the stream that are looked at again with each sign of life."""
 UNTAKEN_MOST = 2_000
 """Answers with the engine at once; the rest stays in Redis."""
 MOVE_MOST = 500
@@ -133,7 +135,7 @@ class Answers:
         while not await self._link.one(*adopt):
             pass
         if self._last != b"0-0":
-            self._take(await self._link.one("XRANGE", self._stream, "-", self._last, "COUNT", UNTAKEN_MOST))
+            self._take(await self._link.one("XRANGE", self._stream, "-", self._last, "COUNT", SWEEP_MOST))
 
     # -- answers
 

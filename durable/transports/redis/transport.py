@@ -14,9 +14,10 @@ from typing import Any
 
 from durable.control_plane.interface import ControlHandler
 from durable.control_plane.redis import RedisControlPlane
+from durable.control_plane.redis_channel import RedisChannel
 from durable.core.errors import PayloadError, TransportError
 from durable.protocol import names
-from durable.protocol.codec import decode_heartbeat, encode
+from durable.protocol.codec import decode_control, decode_heartbeat, encode
 from durable.protocol.messages import Answer, ControlMessage, Heartbeat, Task
 from durable.transports.interface import (
     Capabilities,
@@ -77,14 +78,17 @@ class RedisTransport:
         self._held = names.lane_held(self._prefix)
         self._link = RedisLink(url, name="durable-lane", prepare=LOADS)
         self._plane = RedisControlPlane(url, channel=names.control(self._prefix))
-        self._beats = names.heartbeat(self._prefix)
+        self._beats, self._cancels = names.heartbeat(self._prefix), names.lane_cancels(self._prefix)
+        self._plane.also(self._cancels, self._heard_cancel)
+        self._hints: RedisChannel | None = None
+        """Where nothing but workers is here: they need not hear what engines tell each other, nor be their audience."""
         self._bench = Workbench(max_message=max_message, heartbeat_interval=heartbeat_interval, beat=self.heartbeat)
         self._on_result: ResultHandler | None = None
         self._on_heartbeat: HeartbeatHandler | None = None
+        self._hears_beats = False
         self._answers: Answers | None = None
         self._tasks: Tasks | None = None
         self._instance = ""
-        self._unhear: Callable[[], None] | None = None
         self._starts = 0
         self._turn = asyncio.Lock()
 
@@ -114,9 +118,13 @@ class RedisTransport:
 
     async def _open(self) -> None:
         check(_facts(await self._link.one("INFO")), "The Redis lane")
-        if self._on_heartbeat is not None:
+        if self._on_heartbeat is not None and not self._hears_beats:
             self._plane.also(self._beats, self._heard_beat)
-        await self._plane.start()
+            self._hears_beats = True
+        if self._on_result is None and self._bench.servers:
+            await self._open_hints()
+        else:
+            await self._plane.start()
         if self._on_result is not None:
             self._answers = Answers(
                 self._url,
@@ -138,12 +146,12 @@ class RedisTransport:
             await self._bench.drain(timeout)
             await self._tasks.close()
             self._tasks = None
-        if self._unhear is not None:
-            self._unhear()
-            self._unhear = None
         if self._answers is not None:
             await self._answers.close(timeout)
             self._answers = None
+        if self._hints is not None:
+            await self._hints.close()
+            self._hints = None
         await self._plane.close()
         await self._link.close()
         self._bench.servers.clear()
@@ -174,7 +182,7 @@ class RedisTransport:
         self._check_open()
         run_id = task_id.rpartition(":wf:")[0] or task_id.rpartition(":")[0]
         event = {"type": STEP_CANCEL, "runId": run_id, "stepId": task_id, "at": int(time.time() * 1_000)}
-        await self._plane.publish_control(ControlMessage(sender=self._instance, kind="event", event=event))
+        self._say(self._cancels, encode(ControlMessage(sender=self._instance, kind="event", event=event)))
 
     async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
         """Those that were dispatched and whose answer no engine has taken. Nothing, on a server that was emptied."""
@@ -198,6 +206,9 @@ class RedisTransport:
         """Take tasks of these groups, from `start` on. Priorities are not looked at: each stream is first in, first out."""
         server = self._bench.add(groups, handler, concurrency)
         if self._starts:
+            if self._on_result is None and self._hints is None and not self._plane.heard:
+                await self._open_hints()
+                await self._plane.close()
             self._begin(server)
 
     def _begin(self, server: Server) -> None:
@@ -213,7 +224,6 @@ class RedisTransport:
                 max_message=self._capabilities.max_message,
                 put_away=self._put_away,
             )
-            self._unhear = self._plane.on_control(f"worker {self._instance}", self._cancelled)
         self._tasks.serve(server)
 
     async def reply(self, answer: Answer) -> None:
@@ -226,27 +236,50 @@ class RedisTransport:
 
     async def heartbeat(self, beat: Heartbeat) -> None:
         """Say that a task is being worked on."""
-        self._plane.say(self._beats, encode(beat))
+        self._say(self._beats, encode(beat))
 
     # -- control plane
 
     @property
     def audience(self) -> bool:
-        """Whether anybody else listens: engines, and workers for what to cancel."""
+        """Whether another engine listens. Workers do not: they hear of nothing but cancels."""
         return self._plane.audience
 
     async def publish_control(self, message: ControlMessage) -> None:
         """Tell every instance on this transport but the sender."""
+        if message.kind == "cancel" and message.run_id is not None:
+            self._say(self._cancels, encode(message))
         await self._plane.publish_control(message)
 
     def on_control(self, incarnation: str, handler: ControlHandler) -> Callable[[], None]:
-        """Hear what others say, and `LOOK_EVERYWHERE` after a gap. Returns the way to stop."""
+        """Hear what others say, and `LOOK_EVERYWHERE` after a gap; not on an end that only serves. Returns the way to stop."""
         return self._plane.on_control(incarnation, handler)
 
     # -- what both ends need
 
-    def _cancelled(self, message: ControlMessage) -> None:
+    async def _open_hints(self) -> None:
+        hints = RedisChannel(self._url, name=self._cancels)
+        hints.on(self._cancels, self._heard_cancel)
+        try:
+            await hints.start()
+        except Exception as error:
+            raise TransportError(f"Redis cannot be listened to: {error or type(error).__name__}") from error
+        self._hints = hints
+
+    def _say(self, name: str, data: bytes) -> None:
+        if self._hints is not None:
+            self._hints.publish(name, data)
+        else:
+            self._plane.say(name, data)
+
+    def _heard_cancel(self, data: bytes | None) -> None:
         """Somebody wants bodies cancelled: those of one task, or of a whole run."""
+        try:
+            message = decode_control(data or b"")
+        except PayloadError as error:
+            if data is not None:
+                log.debug("something that is no control message was heard: %s", error)
+            return
         if message.kind == "cancel" and message.run_id is not None:
             self._bench.cancel_run(message.run_id)
         elif message.event is not None and message.event.get("type") == STEP_CANCEL:

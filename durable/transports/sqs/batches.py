@@ -112,7 +112,7 @@ class Batches:
             _fail(batch, error)
             return
         for failed in answer.get("Failed", ()):
-            refused = EntryRefused(failed["Code"], failed.get("Message", ""), ours=failed["SenderFault"])
+            refused = EntryRefused(failed["Code"], failed.get("Message", ""), ours=bool(failed.get("SenderFault")))
             _fail([batch[int(failed["Id"])]], refused)
         for taken in answer.get("Successful", ()):
             done = batch[int(taken["Id"])].done

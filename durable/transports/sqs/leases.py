@@ -32,7 +32,7 @@ class Lease:
         self.until = now + visibility
         self.due = now + visibility / 3
         self.last = now + held_max
-        self.prolonging = False
+        self.prolonging: asyncio.Task[None] | None = None
         self.lost = False
         """Another may have it: leave the message alone."""
         self.over = False
@@ -66,6 +66,12 @@ class Leases:
         """It is deleted, given back, or left to come again by itself."""
         self._held.pop(lease, None)
 
+    async def settle(self, lease: Lease) -> None:
+        """End it, and let a call under way come to its end: it must not undo the visibility that is set next."""
+        self.end(lease)
+        if lease.prolonging is not None:
+            await asyncio.wait({lease.prolonging})
+
     async def close(self) -> None:
         """Prolong nothing more."""
         self._held.clear()
@@ -87,11 +93,10 @@ class Leases:
                         self._stop(lease, "it was held for as long as SQS allows, and is handed on", lost=False)
                     elif now >= lease.until - tick / 2:
                         self._stop(lease, "it could not be prolonged in time", lost=True)
-                    elif now >= lease.due and not lease.prolonging:
-                        lease.prolonging = True
-                        task = loop.create_task(self._prolong(lease))
-                        self._prolonging.add(task)
-                        task.add_done_callback(self._prolonging.discard)
+                    elif now >= lease.due and lease.prolonging is None:
+                        lease.prolonging = loop.create_task(self._prolong(lease))
+                        self._prolonging.add(lease.prolonging)
+                        lease.prolonging.add_done_callback(self._prolonging.discard)
         finally:
             self._keeper = None
 
@@ -108,7 +113,7 @@ class Leases:
             lease.until = now + self._visibility
             lease.due = now + self._visibility / 3
         finally:
-            lease.prolonging = False
+            lease.prolonging = None
 
     def _stop(self, lease: Lease, why: str, *, lost: bool) -> None:
         log.warning("a message is no longer ours: %s", why)

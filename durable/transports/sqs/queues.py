@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -29,12 +30,14 @@ from durable.core.errors import TransportError
 from durable.protocol import names
 from durable.transports.sqs.batches import EntryRefused
 
+log = logging.getLogger("durable.transports")
+
 NAME_MAX = 80
 """Characters of a queue's name."""
 RETENTION = 14 * 24 * 3600
 """Seconds a message waits before SQS drops it without a word: the most it offers."""
 CONNECT_SECONDS = 2.0
-CONNECTIONS = 500
+CONNECTIONS = 10_000
 """A long poll holds one; there is one for each group."""
 
 _loader = create_loader()
@@ -150,6 +153,8 @@ class Queues:
     async def _find(self, queue: Queue) -> str:
         spelled = self._spelled(queue)
         found = await self._look_up(spelled)
+        if found is not None and queue.redrive:
+            await self._warn(queue, found)
         if found is None and self._create:
             found = await self._make(queue, spelled[-1]) or await self._look_up(spelled)
         if found is None:
@@ -158,6 +163,18 @@ class Queues:
                 "or let the transport make its queues with create_queues=True."
             )
         return found
+
+    async def _warn(self, queue: Queue, url: str) -> None:
+        """It is not ours to change; but what nobody ever gives up on is never heard of."""
+        try:
+            answer = await self.client.get_queue_attributes(QueueUrl=url, AttributeNames=["RedrivePolicy"])
+        except ClientError:
+            return  # whoever may not look does without
+        if "RedrivePolicy" not in answer.get("Attributes", {}):
+            log.warning(
+                "queue %s has no redrive policy: a task that kills its worker comes again and again. Give it one that leads "
+                "to %s.", queue.name, self.dead.name,
+            )  # fmt: skip
 
     def _spelled(self, queue: Queue) -> list[str]:
         suffix = ".fifo" if self._fifo else ""
@@ -186,9 +203,7 @@ class Queues:
         if self._fifo:
             attributes["FifoQueue"] = "true"
         if queue.redrive:
-            dead = await self.url(self.dead)
-            answer = await self.client.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])
-            policy = {"deadLetterTargetArn": answer["Attributes"]["QueueArn"], "maxReceiveCount": self._max_receives}
+            policy = {"deadLetterTargetArn": await self._arn(self.dead), "maxReceiveCount": self._max_receives}
             attributes["RedrivePolicy"] = json.dumps(policy)
         try:
             answer = await self.client.create_queue(QueueName=name, Attributes=attributes)
@@ -197,6 +212,20 @@ class Queues:
                 return None
             raise
         return str(answer["QueueUrl"])
+
+    async def _arn(self, queue: Queue) -> str:
+        for last in (False, True):
+            try:
+                answer = await self.client.get_queue_attributes(
+                    QueueUrl=await self.url(queue), AttributeNames=["QueueArn"]
+                )
+            except ClientError as error:
+                if last or not self.absent(error):
+                    raise
+                self.forget(queue)  # somebody deleted it
+            else:
+                break
+        return str(answer["Attributes"]["QueueArn"])
 
     @property
     def _where(self) -> str:
@@ -211,6 +240,8 @@ class Queues:
 
     def sentence(self, error: BaseException) -> str:
         """What is wrong, and what to do about it."""
+        if isinstance(error, TransportError):
+            return str(error)
         if isinstance(error, NoRegionError):
             return "SQS needs a region: give region=, or set AWS_DEFAULT_REGION."
         if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError | ProfileNotFound):

@@ -69,7 +69,7 @@ class _Message:
         self.queue = queue
         self.lease = lease
         self.id = str(raw.get("MessageId", ""))
-        self.body = str(raw.get("Body", ""))
+        self.body = str(raw.get("Body", "")).encode(errors="surrogatepass")  # what that lets through is no JSON
         self.receives = int(raw.get("Attributes", {}).get("ApproximateReceiveCount", 1))
         self._attributes: Mapping[str, Any] = raw.get("MessageAttributes") or {}
 
@@ -155,6 +155,8 @@ class SqsTransport:
         self._handler: ResultHandler | None = None
         self._open = False
         self._closing = False
+        self._gave_back = False
+        """While closing: some message is anybody's again."""
         self._consumers: set[asyncio.Task[None]] = set()
         self._hearers: list[asyncio.Task[None]] = []
         self._polls: set[asyncio.Task[list[_Message]]] = set()
@@ -190,7 +192,7 @@ class SqsTransport:
                 self._refuse(error)
             finally:
                 await queues.close()
-        self._open, self._closing = True, False
+        self._open, self._closing, self._gave_back = True, False, False
         if self._handler is not None:
             self._hearers = [self._consume(queues.results, self._hearing_room, self._hear_answer)]
             if hears_decisions:
@@ -211,6 +213,10 @@ class SqsTransport:
             consumer.cancel()
         await asyncio.gather(*self._consumers, return_exceptions=True)
         await asyncio.gather(self._bench.drain(timeout), self._finish(self._hearing, timeout))
+        await self._finish(self._errands, LAST_WORDS)
+        if self._gave_back and self._polls:
+            # What was given back may have come to one of our own polls: cut off, it would take that with it.
+            await asyncio.wait(self._polls, timeout=LAST_WORDS)
         for poll in list(self._polls):
             poll.cancel()
         await asyncio.gather(*self._polls, return_exceptions=True)
@@ -233,7 +239,7 @@ class SqsTransport:
     @staticmethod
     async def _finish(tasks: set[asyncio.Task[None]], timeout: float) -> None:
         if tasks:
-            await asyncio.wait(set(tasks), timeout=timeout)
+            await asyncio.wait(tasks, timeout=timeout)
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -301,7 +307,7 @@ class SqsTransport:
             self._errand(self._give_back(message))
             return False
         try:
-            task = decode_any_task(message.body.encode())
+            task = decode_any_task(message.body)
         except PayloadError as error:
             self._errand(self._put_away(message, str(error)))
             return True
@@ -367,6 +373,9 @@ class SqsTransport:
                 for message in messages:
                     self._errand(self._give_back(message))
                 raise
+            except Exception:
+                log.exception("message %s is passed over, and comes again", messages[0].id)
+                self._leases.end(messages[0].lease)
             del messages[0]
         return ours
 
@@ -413,7 +422,7 @@ class SqsTransport:
             self._errand(self._give_back(message))
             return False
         try:
-            answer = decode_answer(message.body.encode())
+            answer = decode_answer(message.body)
         except PayloadError as error:
             self._errand(self._put_away(message, str(error)))
         else:
@@ -427,7 +436,7 @@ class SqsTransport:
             why = "it is not marked as ours"
         if why is None:
             try:
-                task = decode_any_task(message.body.encode())
+                task = decode_any_task(message.body)
             except PayloadError as error:
                 why = str(error)
             else:
@@ -456,10 +465,7 @@ class SqsTransport:
         try:
             await self._handler(answer)
         except MessageRefused as error:
-            if message.queue is self._queues.dead:
-                self._leave(message, str(error))
-            else:
-                await self._put_away(message, str(error))
+            await self._put_away(message, str(error))
         except EngineStopped:
             for hearer in self._hearers:
                 hearer.cancel()  # until it starts again
@@ -486,9 +492,10 @@ class SqsTransport:
 
     async def _give_back(self, message: _Message, delay: int = 0) -> None:
         """To be delivered again, after `delay` seconds; where another may have it by now, that one goes on with it."""
-        self._leases.end(message.lease)
+        await self._leases.settle(message.lease)
         if message.lease.lost:
             return
+        self._gave_back = self._gave_back or self._closing
         try:
             await self._change(message.lease.url, message.lease.receipt, delay)
         except Exception as error:
@@ -496,16 +503,14 @@ class SqsTransport:
 
     async def _put_away(self, message: _Message, why: str) -> None:
         """Into the dead-letter queue, with the reason; it stays where it is if that cannot be."""
-        body = message.body
-        room = MESSAGE_MAX - ATTRIBUTES_ROOM
-        if len(body.encode()) > room:
-            body = body.encode()[:room].decode(errors="ignore")
-            why = f"(cut off from {len(message.body)} characters) {why}"
+        body, room = message.body, MESSAGE_MAX - ATTRIBUTES_ROOM
+        if len(body) > room:
+            body, why = body[:room], f"(cut off from {len(body)} bytes) {why}"
         reason = re.sub(r"[^\x20-\x7e]", "?", why)[:REASON_MAX] or "no reason given"
         log.warning("message %s of %s is put away: %s", message.id, message.queue.name, reason)
         once = hashlib.sha256(message.id.encode()).hexdigest()
         try:
-            await self._send(self._queues.dead, body, len(body.encode()) + ATTRIBUTES_ROOM, once, once, reason)
+            await self._send(self._queues.dead, body.decode(errors="replace"), len(body), once, once, reason)
         except TransportError as error:
             log.warning("message %s could not be put away, and comes again: %s", message.id, error)
             self._leases.end(message.lease)

@@ -41,6 +41,7 @@ async def lane_worker(url: str) -> None:
     from redis.asyncio import Redis
 
     client, replies = Redis.from_url(url, protocol=2), Redis.from_url(url, protocol=2)
+    await client.delete("raw-tasks", "raw-results")
     await client.xgroup_create("raw-tasks", GROUP, "0", mkstream=True)
     while True:
         for _, entries in await client.xreadgroup(GROUP, "one", {"raw-tasks": ">"}, count=100, block=0):
@@ -95,8 +96,64 @@ async def lane_client(url: str) -> ROUND:
     return once
 
 
+def bullmq(url: str) -> Transport:
+    from durable.transports.bullmq import BullMQTransport
+
+    return BullMQTransport(url)
+
+
+async def bullmq_worker(url: str) -> None:
+    """The package's own Worker and Queue, as its guide has them."""
+    from bullmq import Queue, Worker  # type: ignore[import-untyped]
+
+    results = Queue("raw-results", {"connection": url})
+
+    async def process(job: Any, token: str) -> None:
+        await results.add("result", job.data, {"removeOnComplete": True, "removeOnFail": True})
+
+    Worker("raw-tasks", process, {"connection": url, "concurrency": 100})
+    await asyncio.Event().wait()
+
+
+async def bullmq_client(url: str) -> ROUND:
+    from bullmq import Queue, Worker
+
+    tasks, waiting, number = Queue("raw-tasks", {"connection": url}), {}, 0
+
+    async def process(job: Any, token: str) -> None:
+        waiting.pop(job.data["k"]).set_result(job.data["d"].encode())
+
+    worker = Worker("raw-results", process, {"connection": url, "concurrency": 100})
+
+    async def once(data: bytes) -> bytes:
+        nonlocal number
+        number += 1
+        key = f"{id(worker)}-{number}"
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        waiting[key] = future
+        await tasks.add("task", {"k": key, "d": data.decode()}, {"removeOnComplete": True, "removeOnFail": True})
+        return await future
+
+    return once
+
+
+def db(url: str) -> Transport:
+    from durable.transports.db import DbTransport
+
+    return DbTransport(url)
+
+
+def rabbitmq(url: str) -> Transport:
+    from durable.transports.rabbitmq import RabbitMqTransport
+
+    return RabbitMqTransport(url)
+
+
 CARRIERS = {
     "lane": Carrier("redis", lane, lane_worker, lane_client),
+    "bullmq": Carrier("redis", bullmq, bullmq_worker, bullmq_client),
+    "db": Carrier("postgres", db),
+    "rabbitmq": Carrier("rabbitmq", rabbitmq),
     "emitter": Carrier(None, lambda url: EventEmitterTransport()),
 }
 
