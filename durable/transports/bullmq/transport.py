@@ -95,6 +95,8 @@ class _Life:
         self.stalled: asyncio.Task[None] | None = None
         self.watch: Watch | None = None
         self.closing = False
+        self.deaf = False
+        """The engine has stopped: it hears no more answers."""
 
     def queue(self, name: str) -> JobQueue:
         found = self.queues.get(name)
@@ -389,7 +391,7 @@ class BullMQTransport:
     ) -> None:
         """Hand it over and finish it. It goes back to the queue where that does not work here."""
         try:
-            if life.closing:
+            if life.closing or life.deaf:
                 await job.queue.give_back(job)
                 return
             try:
@@ -397,8 +399,9 @@ class BullMQTransport:
             except (PayloadError, MessageRefused) as error:
                 await self._put_away(life, job, str(error))
             except EngineStopped:
+                life.deaf = True
                 for intake in life.returns:
-                    intake.halt()  # this engine hears no more
+                    intake.halt()
                 await job.queue.give_back(job)
                 for intake in life.returns:
                     life.chore(intake.stop())
