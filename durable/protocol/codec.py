@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -98,7 +99,7 @@ def decode_answer(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> Answer:
 
 def decode_turn(data: bytes) -> WorkflowTask:
     """A turn has a history, so it may be as large as any message. Raises PayloadError."""
-    return _decode(data, WorkflowTask, MAX_MESSAGE, lenient.turn)
+    return _decode(data, WorkflowTask, MAX_MESSAGE, partial(_without_input, WorkflowTask))
 
 
 class _Turn(Struct, rename="camel"):
@@ -128,7 +129,7 @@ def decode_decision(data: bytes) -> WorkflowDecision:
 
 def decode_step_event(data: bytes) -> WorkflowStepEvent:
     """Raises PayloadError."""
-    return _decode(data, WorkflowStepEvent, payload.DEFAULT_LIMIT, lenient.step_event)
+    return _decode(data, WorkflowStepEvent, payload.DEFAULT_LIMIT)
 
 
 def decode_start_run(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> StartRunRequest:
@@ -146,7 +147,7 @@ def _shape(data: bytes) -> _Shape:
 
 def decode_task(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> RemoteTask:
     """Raises PayloadError."""
-    task = _decode(data, RemoteTask, limit, lenient.task)
+    task = _decode(data, RemoteTask, limit, partial(_without_input, RemoteTask))
     if len(bytes(task.input)) > limit:
         payload.check(bytes(task.input), what=f"the input of {task.name}", limit=limit)
     _check_address(task.run_id, task.seq, task.step_id)
@@ -199,6 +200,15 @@ def _read(data: bytes, kind: type[M], what: str, otherwise: Callable[[bytes], M]
     return message
 
 
+def _without_input(kind: type[M], data: bytes) -> M:
+    """Some makes leave an input that is undefined out."""
+    said = payload.decode(data, dict[str, Raw], what=f"a {kind.__name__}")
+    if "input" in said:
+        raise PayloadError("It is not the input that is missing.")
+    message: M = payload.decode(msgspec.json.encode(said | {"input": None}), kind, what=f"a {kind.__name__}")
+    return message
+
+
 def _address(data: bytes) -> _Address:
     what = "a StepResult"
     if len(data) > MAX_MESSAGE:
@@ -217,7 +227,7 @@ def _lenient_address(data: bytes, refused: PayloadError) -> _Address:
     try:
         said = json.loads(data)
         if isinstance(said, dict):
-            said |= {"seq": lenient.number(said.get("seq")), "attempt": lenient.number(said.get("attempt"))}
+            said["attempt"] = lenient.number(said.get("attempt"))
         address: _Address = msgspec.convert(said, _Address)
     except (ValueError, RecursionError):
         raise refused from None
