@@ -29,12 +29,15 @@ def too_large(task: Task, size: int, limit: int) -> Answer:
     return failed(task, ErrorData(message=message, code="payload_too_large", retryable=False))
 
 
-def given_up(task: RemoteTask, reason: str) -> StepResult:
-    """The broker has given up on it: a worker died with it too often, or nobody took it. The step's own retries decide."""
-    message = f"remote step worker failed: {reason}"
-    result = failed(task, ErrorData(message=message, code="worker_failed", type="WorkerFailed"))
-    assert isinstance(result, StepResult)
-    return result
+def given_up(task: Task, reason: str) -> Answer:
+    """The broker has given up on it: a worker died with it too often, or nobody took it. The step's, or the turn's, own
+    retries decide."""
+    return failed(task, worker_failed("step" if isinstance(task, RemoteTask) else "workflow", reason))
+
+
+def worker_failed(what: str, reason: str) -> ErrorData:
+    """Why there is no answer from a worker. `what`: "step" or "workflow"."""
+    return ErrorData(message=f"remote {what} worker failed: {reason}", code="worker_failed", type="WorkerFailed")
 
 
 def cancelled(task: Task) -> Answer:

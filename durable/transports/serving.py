@@ -14,8 +14,9 @@ from enum import Enum
 from typing import Any
 
 from durable.protocol.codec import encode
-from durable.protocol.messages import Answer, Heartbeat, RemoteTask, Task, routing_token, sanitize
+from durable.protocol.messages import Answer, ControlMessage, Heartbeat, RemoteTask, Task, routing_token, sanitize
 from durable.transports.answers import cancelled, crashed, no_handler, too_large
+from durable.transports.cancels import STEP_CANCEL
 from durable.transports.interface import Concurrency, TaskHandler
 
 log = logging.getLogger("durable.transports")
@@ -146,22 +147,30 @@ class Workbench:
         finally:
             server.leave()
 
-    def cancel(self, task_id: str) -> None:
-        """Cancel every attempt of a task."""
-        self._cut(lambda task: task.id == task_id, Cut.DROPPED)
-
-    def cancel_delivery(self, task: Task) -> None:
-        """Cancel this very task, as it was given to `begin`: another delivery or attempt of it goes on."""
-        self._cut(lambda other: other is task, Cut.DROPPED)
+    def cancel(self, task_id: str, attempt: int | None = None) -> None:
+        """Cancel every attempt of a task, or this one and those before it."""
+        self._cut(
+            lambda task: task.id == task_id and (attempt is None or task.attempt <= attempt),
+            Cut.DROPPED,
+        )
 
     def cancel_run(self, run_id: str) -> None:
         """Cancel all tasks of a run. Its steps are answered all the same, as cancelled."""
         self._cut(lambda task: task.run_id == run_id and isinstance(task, RemoteTask), Cut.RECALLED)
         self._cut(lambda task: task.run_id == run_id and not isinstance(task, RemoteTask), Cut.DROPPED)
 
-    def release(self, task: Task) -> None:
-        """Cut short this very delivery, whose message is the broker's again, or soon will be: it goes `back`."""
-        self._cut(lambda other: other is task, Cut.RELEASED)
+    def hear(self, message: ControlMessage) -> None:
+        """Obey a cancel that came over the broker: of a run, or of one task. All else is passed over."""
+        event = message.event or {}
+        if message.kind == "cancel" and message.run_id is not None:
+            self.cancel_run(message.run_id)
+        elif message.kind == "event" and event.get("type") == STEP_CANCEL:
+            attempt = event.get("attempt")
+            self.cancel(str(event.get("stepId")), attempt if isinstance(attempt, int) else None)
+
+    def cut(self, task: Task, why: Cut) -> None:
+        """Cut short this very delivery, as it was given to `begin`: another delivery or attempt of it goes on."""
+        self._cut(lambda other: other is task, why)
 
     async def drain(self, timeout: float) -> None:
         """Wait for what is under way, cancel the rest. The adapter takes nothing more by then."""

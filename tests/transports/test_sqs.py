@@ -565,7 +565,7 @@ async def test_every_character_of_json_travels(site: Site) -> None:
 
 
 async def test_fifo_queues_drop_what_is_sent_twice(site: Site) -> None:
-    """The same attempt dispatched twice is one message of its run's group; another attempt is another."""
+    """The same attempt dispatched twice is one message of its step's group; another attempt is another."""
     engine = site.end(fifo=True)
     async with site.opened(engine):
         for attempt in (1, 1, 2):
@@ -574,7 +574,20 @@ async def test_fifo_queues_drop_what_is_sent_twice(site: Site) -> None:
         url = await site.queue("tasks-charge.fifo")
         assert await site.count(url) == (3, 0)
         read = await site.client.receive_message(QueueUrl=url, MaxNumberOfMessages=10, AttributeNames=["All"])
-        assert read["Messages"][0]["Attributes"]["MessageGroupId"] == "r"
+        assert read["Messages"][0]["Attributes"]["MessageGroupId"] == "r:0"
+
+
+async def test_fifo_queues_let_parallel_steps_of_a_run_go(site: Site) -> None:
+    """Two steps of one run are worked on at the same time, while neither is answered."""
+    engine, worker, results = ends(site, fifo=True)
+    async with site.opened(engine, worker):
+        gate = Gate()
+        await worker.serve(["charge"], gate.handle)
+        for seq in (0, 1):
+            await engine.dispatch(task("r", seq=seq, name="charge"))
+        await eventually(lambda: len(gate.started) == 2, "both have begun")
+        gate.open()
+        await eventually(lambda: {"r:0", "r:1"} <= results.keys(), "both were answered")
 
 
 # -- what is said when something is missing

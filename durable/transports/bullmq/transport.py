@@ -14,7 +14,6 @@ import asyncio
 import logging
 import random
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -54,6 +53,7 @@ from durable.transports.bullmq.link import PAUSE_MAX, PAUSE_MIN, Link
 from durable.transports.bullmq.liveness import Liveness, alive
 from durable.transports.bullmq.locks import Locks
 from durable.transports.bullmq.watch import Watch
+from durable.transports.cancels import cancel_of
 from durable.transports.interface import (
     Capabilities,
     Concurrency,
@@ -62,6 +62,7 @@ from durable.transports.interface import (
     StartHandler,
     TaskHandler,
 )
+from durable.transports.sending import encoded
 from durable.transports.serving import Server, Workbench
 
 log = logging.getLogger("durable.transports")
@@ -275,7 +276,7 @@ class BullMQTransport:
         """Add a job to its group's queue. Raises TransportError."""
         life = self._open()
         name = "task" if isinstance(task, RemoteTask) else "workflow"
-        data = self._encoded(task, f"The task {task.id}")
+        data = encoded(task, carrier="BullMQ's Redis", limit=self._capabilities.max_message)
         queue = life.queue(names.tasks(self._prefix, task.group))
         try:
             if life.watch is not None:
@@ -287,26 +288,11 @@ class BullMQTransport:
         if life.watch is not None:
             life.watch.sent(task, queue.name, job)
 
-    def _encoded(self, message: Task | Answer, what: str) -> bytes:
-        limit = self._capabilities.max_message
-        try:
-            data = encode(message, limit=limit)
-        except PayloadError as error:
-            raise TransportError(f"{what} cannot be sent: {error}") from error
-        if len(data) > limit:
-            raise TransportError(
-                f"{what} has {len(data)} bytes and bullmq carries {limit}: send a reference to the data instead, or raise "
-                "max_message."
-            )
-        return data
-
     async def cancel(self, task_id: str) -> None:
         """Tell all workers, and take it out of its queue where it still waits and this end has sent it."""
         life = self._open()
-        run_id = task_id.rpartition(":")[0].removesuffix(":wf")
-        event = {"type": "step.cancel", "runId": run_id, "stepId": task_id, "at": int(time.time() * 1000)}
         self._bench.cancel(task_id)
-        await self._control.publish_control(ControlMessage(sender=self._id, kind="event", run_id=run_id, event=event))
+        await self._control.publish_control(cancel_of(task_id, sender=self._id))
         if life.watch is not None:
             try:
                 await life.watch.take_back(task_id)
@@ -489,7 +475,7 @@ class BullMQTransport:
 
     async def _begin(self, life: _Life, server: Server) -> None:
         if self._liveness is None:
-            self._unhear = self._control.on_control(self._id, self._hear_control)
+            self._unhear = self._control.on_control(self._id, self._bench.hear)
             self._liveness = Liveness(
                 life.link,
                 self._prefix,
@@ -561,7 +547,7 @@ class BullMQTransport:
         life = self._open()
         is_result = isinstance(answer, StepResult)
         name = names.results(self._prefix) if is_result else names.decisions(self._prefix)
-        data = self._encoded(answer, f"The answer of {answer.id}")
+        data = encoded(answer, carrier="BullMQ's Redis", limit=self._capabilities.max_message)
         try:
             await life.queue(name).add("result" if is_result else "decision", data)
         except (RedisError, TypeError) as error:
@@ -573,13 +559,6 @@ class BullMQTransport:
             await self._open().link.ask("PUBLISH", names.heartbeat(self._prefix), encode(beat))
         except RedisError as error:
             raise _refused(error) from error
-
-    def _hear_control(self, message: ControlMessage) -> None:
-        """What a worker has to know: nobody waits for a run any more, or for one task of it."""
-        if message.kind == "cancel" and message.run_id is not None:
-            self._bench.cancel_run(message.run_id)
-        elif message.kind == "event" and message.event is not None and message.event.get("type") == "step.cancel":
-            self._bench.cancel(str(message.event.get("stepId")))
 
     # -- control plane
 

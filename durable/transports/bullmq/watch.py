@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 import msgspec
 from msgspec import Raw, Struct
 
-from durable.core.errors import ErrorData, PayloadError, TransportError
+from durable.core.errors import PayloadError, TransportError
 from durable.protocol import names
 from durable.protocol.codec import decode_any_task
 from durable.protocol.messages import Answer, RemoteTask, StepResult, Task, step_id
-from durable.transports.answers import failed, given_up
+from durable.transports.answers import given_up, worker_failed
 from durable.transports.bullmq.jobs import JobQueue
 from durable.transports.bullmq.link import Link
 
@@ -224,21 +224,14 @@ class Watch:
         if gone:
             log.error("Redis was restarted or emptied: %d tasks are no longer there, and count as failed", len(gone))
         for sent in gone:
-            if await self._tell(_given_up(sent.task, "Redis no longer has the task")):
+            if await self._tell(given_up(sent.task, "Redis no longer has the task")):
                 self.answered(sent.task.id)
-
-
-def _given_up(task: Task, reason: str) -> Answer:
-    if isinstance(task, RemoteTask):
-        return given_up(task, reason)
-    message = f"remote workflow worker failed: {reason}"
-    return failed(task, ErrorData(message=message, code="worker_failed", type="WorkerFailed"))
 
 
 def _failed(data: bytes, reason: str, limit: int) -> Answer | None:
     """What the engine is told; None: it is nobody's."""
     try:
-        return _given_up(decode_any_task(data, limit=limit), reason)
+        return given_up(decode_any_task(data, limit=limit), reason)
     except PayloadError:
         pass
     try:
@@ -253,7 +246,7 @@ def _failed(data: bytes, reason: str, limit: int) -> Answer | None:
         step_id=address.step_id,
         attempt=address.attempt,
         status="failed",
-        error=ErrorData(message=f"remote step worker failed: {reason}", code="worker_failed", type="WorkerFailed"),
+        error=worker_failed("step", reason),
     )
 
 

@@ -47,7 +47,7 @@ from durable.transports.db.rows import (
 )
 from durable.transports.db.tables import CANCELS, KEY_MAX, RESULTS, TASKS, Fold, Tables
 from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
-from durable.transports.serving import Server, Workbench, beat_of
+from durable.transports.serving import Cut, Server, Workbench, beat_of
 
 log = logging.getLogger("durable.transports")
 
@@ -373,12 +373,8 @@ class DbTransport:
 
     async def _give_up(self, row: TaskRow, reason: str) -> None:
         log.warning("task %s is given up: %s", row.step_id, reason)
-        if row.kind == TURN:
-            error = ErrorData(message=f"remote worker failed: {reason}", code="worker_failed", type="WorkerFailed")
-            answer = failed(bare_turn(row), error)
-        else:
-            answer = given_up(bare_task(row), reason)
-        await self._finish(result_row(answer, row.attempt))
+        task = bare_turn(row) if row.kind == TURN else bare_task(row)
+        await self._finish(result_row(given_up(task, reason), row.attempt))
         self._tell(RESULTS)
 
     # -- keeping claims
@@ -418,7 +414,7 @@ class DbTransport:
             if task is not None and held.get(claim, True):
                 if claim not in held:
                     log.info("task %s is not ours any more; its body is cancelled if it still runs", task.id)
-                self._bench.cancel_delivery(task)
+                self._bench.cut(task, Cut.DROPPED)
 
     # -- hearing results
 

@@ -33,8 +33,9 @@ from durable.control_plane.listeners import Listeners
 from durable.core.errors import DefinitionError, EngineStopped, MessageRefused, PayloadError, TransportError
 from durable.protocol import names
 from durable.protocol.codec import decode_answer, decode_any_task, decode_control, decode_heartbeat, encode
-from durable.protocol.messages import Answer, ControlMessage, Heartbeat, RemoteTask, Task, sanitize
+from durable.protocol.messages import Answer, ControlMessage, Heartbeat, Task, sanitize
 from durable.transports.answers import given_up
+from durable.transports.cancels import cancel_of
 from durable.transports.interface import (
     Capabilities,
     Concurrency,
@@ -53,6 +54,7 @@ from durable.transports.rabbitmq.link import (
     lost_is_an_error,
     refuse,
 )
+from durable.transports.sending import encoded
 from durable.transports.serving import Server, Workbench
 
 log = logging.getLogger("durable.transports")
@@ -68,8 +70,6 @@ DELETED_SECONDS = 0.5
 """Between finding that a queue is gone and making it again."""
 NAME_BYTES = 255
 REASON_BYTES = 500
-CANCEL = "step.cancel"
-"""The type of the event by which one task is cancelled."""
 REASON, QUEUE, RETURNS = "x-durable-reason", "x-durable-queue", "x-durable-returns"
 """Headers: why a message lies in the dead queue and where it came from; how often an answer was not taken."""
 
@@ -217,9 +217,7 @@ class RabbitMqTransport:
 
     async def cancel(self, task_id: str) -> None:
         """Tell every worker end."""
-        run_id = task_id.partition(":wf:")[0] if ":wf:" in task_id else task_id.rpartition(":")[0]
-        event = {"type": CANCEL, "runId": run_id, "stepId": task_id, "at": time.time_ns() // 1_000_000}
-        await self.publish_control(ControlMessage(sender=self._me, kind="event", event=event))
+        await self.publish_control(cancel_of(task_id, sender=self._me))
 
     async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
         """A queue cannot be looked into without taking from it."""
@@ -352,12 +350,7 @@ class RabbitMqTransport:
         except Exception:
             log.exception("A heartbeat handler raised")
             return
-        event = said.event or {}
-        if said.kind == "event" and event.get("type") == CANCEL:
-            self.bench.cancel(str(event.get("stepId")))
-            return  # nothing an engine need know of
-        if said.kind == "cancel" and said.run_id is not None:
-            self.bench.cancel_run(said.run_id)
+        self.bench.hear(said)
         self._listeners.tell(said)
 
     # -- answers
@@ -446,8 +439,6 @@ class RabbitMqTransport:
         if not origin.startswith(names.tasks(self.prefix, "")):
             raise PayloadError("It is not from a queue of tasks or results.")
         task = decode_any_task(message.body, limit=limit)
-        if not isinstance(task, RemoteTask):
-            raise PayloadError(f"A turn that was given up ({reason}): its run gets another when its time is over.")
         if reason == "delivery_limit":
             reason = (
                 f"delivered {(self._delivery_limit or 0) + 1} times and never answered: workers die of it or are killed"
@@ -461,17 +452,7 @@ class RabbitMqTransport:
     # -- messages
 
     def _encoded(self, message: Task | Answer) -> bytes:
-        limit = self._capabilities.max_message
-        try:
-            body = encode(message, limit=limit)
-        except PayloadError as error:
-            raise TransportError(f"{message.id} cannot be sent: {error}") from error
-        if len(body) > limit:
-            raise TransportError(
-                f"The message of {message.id} has {len(body)} bytes and RabbitMQ carries {limit}: send a reference to the data "
-                "instead, or raise max_message."
-            )
-        return body
+        return encoded(message, carrier="RabbitMQ", limit=self._capabilities.max_message)
 
     async def _publish(self, queue: str, body: bytes, about: str, headers: Mapping[str, Any] | None = None) -> None:
         """Into one queue, confirmed. Raises TransportError, after `dispatch_timeout` at last."""

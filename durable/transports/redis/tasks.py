@@ -16,7 +16,7 @@ from typing import Any
 from durable.core.errors import PayloadError, TransportError
 from durable.protocol import names
 from durable.protocol.codec import decode_any_task, encode
-from durable.protocol.messages import Answer, RemoteTask, Task
+from durable.protocol.messages import Answer, Task
 from durable.transports.answers import given_up
 from durable.transports.redis.link import RedisLink, ReplyError
 from durable.transports.redis.scripts import ANSWER, BACK, GROUP, LEAVE, LOADS, RECLAIM, TAKE
@@ -172,7 +172,7 @@ class Tasks:
             return
         if deliveries > self._max_deliveries:
             with contextlib.suppress(TransportError):
-                await self._give_up(task, stream, entry, data, engine, deliveries)
+                await self._give_up(task, stream, entry, engine, deliveries)
             return
         if not server.room or self._closing:
             with contextlib.suppress(TransportError):
@@ -236,14 +236,7 @@ class Tasks:
                             await self._begin(server, stream, entry, fields, deliveries + 1)
             await asyncio.sleep(self._lease / 2)
 
-    async def _give_up(
-        self, task: Task, stream: str, entry: bytes, data: bytes, engine: bytes, deliveries: int
-    ) -> None:
-        if isinstance(task, RemoteTask):
-            log.warning("task %s is given up: %d workers were lost with it", task.id, deliveries - 1)
-            answer = given_up(task, f"it was given out {deliveries - 1} times and never answered")
-            await self._answer(stream, entry, engine, task, answer)
-        else:
-            # A decision made up here would end the run; the engine notices the silence and asks again.
-            await self._put_away("task", data, f"it was given out {deliveries - 1} times and never answered")
-            await self._answer(stream, entry, engine, task, None)
+    async def _give_up(self, task: Task, stream: str, entry: bytes, engine: bytes, deliveries: int) -> None:
+        log.warning("task %s is given up: %d workers were lost with it", task.id, deliveries - 1)
+        answer = given_up(task, f"it was given out {deliveries - 1} times and never answered")
+        await self._answer(stream, entry, engine, task, answer)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from durable.core.errors import PayloadError, TransportError
 from durable.protocol import names
 from durable.protocol.codec import decode_control, decode_heartbeat, encode
 from durable.protocol.messages import Answer, ControlMessage, Heartbeat, Task
+from durable.transports.cancels import cancel_of
 from durable.transports.interface import (
     Capabilities,
     Concurrency,
@@ -31,14 +31,13 @@ from durable.transports.redis.link import RedisLink, ReplyError
 from durable.transports.redis.scripts import ANSWER, GROUP, LOADS
 from durable.transports.redis.tasks import Tasks
 from durable.transports.redis_settings import check
+from durable.transports.sending import encoded
 from durable.transports.serving import Server, Workbench
 
 log = logging.getLogger("durable.transports")
 
 DEAD_MOST = 1_000
 """What is put away, about; the oldest goes."""
-STEP_CANCEL = "step.cancel"
-"""The event that asks workers to cancel a task's body."""
 
 
 class RedisTransport:
@@ -161,12 +160,7 @@ class RedisTransport:
     async def dispatch(self, task: Task) -> None:
         """Append it to its group's stream. All that are dispatched in one turn of the loop go out together."""
         self._check_open()
-        data, limit = self._encoded(task), self._capabilities.max_message
-        if len(data) > limit:
-            raise TransportError(
-                f"Task {task.id} has {len(data)} bytes and this transport carries {limit}: send a reference to the data "
-                "instead, or raise max_message."
-            )
+        data = encoded(task, carrier="Redis", limit=self._capabilities.max_message)
         # Held first: its answer may be taken before this returns.
         held, added = await self._link.call(
             ("HSET", self._held, task.id, task.attempt),
@@ -180,9 +174,7 @@ class RedisTransport:
     async def cancel(self, task_id: str) -> None:
         """Tell the workers. One that waits is run all the same, and its answer recorded as late."""
         self._check_open()
-        run_id = task_id.rpartition(":wf:")[0] or task_id.rpartition(":")[0]
-        event = {"type": STEP_CANCEL, "runId": run_id, "stepId": task_id, "at": int(time.time() * 1_000)}
-        self._say(self._cancels, encode(ControlMessage(sender=self._instance, kind="event", event=event)))
+        self._say(self._cancels, encode(cancel_of(task_id, sender=self._instance)))
 
     async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
         """Those that were dispatched and whose answer no engine has taken. Nothing, on a server that was emptied."""
@@ -229,7 +221,7 @@ class RedisTransport:
     async def reply(self, answer: Answer) -> None:
         """Send an answer to whichever engine is there."""
         self._check_open()
-        data = encode(answer, limit=self._capabilities.max_message)
+        data = encoded(answer, carrier="Redis", limit=self._capabilities.max_message)
         keys = ["", names.lane_engines(self._prefix)]  # no task to acknowledge
         home = names.lane_results(self._prefix, ""), names.lane_unclaimed(self._prefix)
         await self._link.one(*ANSWER(keys, GROUP, "0-0", data, "", *home))
@@ -275,15 +267,10 @@ class RedisTransport:
     def _heard_cancel(self, data: bytes | None) -> None:
         """Somebody wants bodies cancelled: those of one task, or of a whole run."""
         try:
-            message = decode_control(data or b"")
+            self._bench.hear(decode_control(data or b""))
         except PayloadError as error:
             if data is not None:
                 log.debug("something that is no control message was heard: %s", error)
-            return
-        if message.kind == "cancel" and message.run_id is not None:
-            self._bench.cancel_run(message.run_id)
-        elif message.event is not None and message.event.get("type") == STEP_CANCEL:
-            self._bench.cancel(str(message.event.get("stepId")))
 
     def _heard_beat(self, data: bytes | None) -> None:
         if data is None or self._on_heartbeat is None:
@@ -299,12 +286,6 @@ class RedisTransport:
         """Where an operator finds it. Raises TransportError."""
         entry = ("kind", kind, "data", data, "why", why)
         await self._link.one("XADD", names.dead(self._prefix), "MAXLEN", "~", DEAD_MOST, "*", *entry)
-
-    def _encoded(self, task: Task) -> bytes:
-        try:
-            return encode(task, limit=self._capabilities.max_message)
-        except PayloadError as error:
-            raise TransportError(f"Task {task.id} cannot be sent: {error}") from error
 
     def _check_open(self) -> None:
         if not self._starts:

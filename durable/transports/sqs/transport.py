@@ -20,17 +20,17 @@ from uuid import uuid4
 from durable.core.errors import (
     DefinitionError,
     EngineStopped,
-    ErrorData,
     MessageRefused,
     PayloadError,
     TransportError,
 )
 from durable.protocol import names
-from durable.protocol.codec import decode_answer, decode_any_task, encode
-from durable.protocol.messages import Answer, Heartbeat, RemoteTask, StepResult, Task, sanitize
-from durable.transports.answers import failed, given_up
+from durable.protocol.codec import decode_answer, decode_any_task
+from durable.protocol.messages import Answer, Heartbeat, StepResult, Task, sanitize
+from durable.transports.answers import given_up
 from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
-from durable.transports.serving import Server, Workbench
+from durable.transports.sending import check_size, encoded
+from durable.transports.serving import Cut, Server, Workbench
 from durable.transports.sqs.batches import ENTRIES_MAX, Batches
 from durable.transports.sqs.leases import HELD_MAX, Lease, Leases
 from durable.transports.sqs.queues import Absent, Queue, Queues
@@ -247,17 +247,11 @@ class SqsTransport:
     # -- engine end
 
     async def dispatch(self, task: Task) -> None:
-        """Safe with SQS when this returns. With FIFO queues, the tasks of one run follow each other."""
+        """Safe with SQS when this returns. With FIFO queues, the attempts of one step follow each other."""
         self._check_open(self._open and not self._closing)
-        body = _text(encode(task, limit=1 << 40))
-        size = len(body.encode())
-        if size > self._capabilities.max_message:
-            raise TransportError(
-                f"{task.id} has {size} bytes and SQS carries {self._capabilities.max_message} here: send a reference to the "
-                "data instead."
-            )
         once = hashlib.sha256(f"{task.id}\n{task.attempt}".encode()).hexdigest()
-        await self._send(self._queues.tasks(task.group), body, size, task.run_id, once)
+        body = _body(task, self._capabilities.max_message)
+        await self._send(self._queues.tasks(task.group), body, task.id, once)
 
     async def cancel(self, task_id: str) -> None:
         """Nothing: SQS has no way to take a task back. A control plane tells the workers."""
@@ -284,12 +278,8 @@ class SqsTransport:
     async def reply(self, answer: Answer) -> None:
         """Send an answer, and have it confirmed."""
         self._check_open(self._open)
-        body = _text(encode(answer, limit=1 << 40))
-        size = len(body.encode())
-        if size > MESSAGE_MAX - ATTRIBUTES_ROOM:
-            raise TransportError(f"The answer of {answer.id} has {size} bytes, and SQS carries {MESSAGE_MAX}.")
         queue = self._queues.results if isinstance(answer, StepResult) else self._queues.decisions
-        await self._send(queue, body, size, answer.run_id, uuid4().hex)
+        await self._send(queue, _body(answer, MESSAGE_MAX - ATTRIBUTES_ROOM), answer.id, uuid4().hex)
 
     async def heartbeat(self, beat: Heartbeat) -> None:
         """Nothing: signs of life do not travel over SQS, a task's visibility tells whether its worker lives."""
@@ -313,7 +303,7 @@ class SqsTransport:
             return True
         await server.has_room()
         if not message.lease.over:
-            message.lease.on_over = partial(self._bench.release, task)
+            message.lease.on_over = partial(self._bench.cut, task, Cut.RELEASED)
             self._bench.begin(server, task, partial(self._done, message), partial(self._give_back, message))
         return True
 
@@ -440,7 +430,7 @@ class SqsTransport:
             except PayloadError as error:
                 why = str(error)
             else:
-                self._hear(message, _given_up(task, message.receives - 1))
+                self._hear(message, given_up(task, f"received {message.receives - 1} times without an answer"))
                 return True
         self._leave(message, why)
         return False
@@ -510,26 +500,25 @@ class SqsTransport:
         log.warning("message %s of %s is put away: %s", message.id, message.queue.name, reason)
         once = hashlib.sha256(message.id.encode()).hexdigest()
         try:
-            await self._send(self._queues.dead, body.decode(errors="replace"), len(body), once, once, reason)
+            await self._send(self._queues.dead, body.decode(errors="replace"), once, once, reason)
         except TransportError as error:
             log.warning("message %s could not be put away, and comes again: %s", message.id, error)
             self._leases.end(message.lease)
         else:
             await self._delete(message)
 
-    async def _send(
-        self, queue: Queue, body: str, size: int, run_id: str, once: str, reason: str | None = None
-    ) -> None:
+    async def _send(self, queue: Queue, body: str, group: str, once: str, reason: str | None = None) -> None:
+        """`group`: on FIFO queues, what follows each other; `once`: what is the same message."""
         fields: dict[str, Any] = {"MessageBody": body}
+        size = len(body.encode())
         said = ((REASON, reason), (self._marker, "1"))
         attributes = {key: {"DataType": "String", "StringValue": value} for key, value in said if key and value}
         if attributes:
             fields["MessageAttributes"] = attributes
             size += sum(len(key) + len("String") + len(value["StringValue"]) for key, value in attributes.items())
         if self._fifo:
-            fields["MessageGroupId"] = (
-                run_id if _GROUP_ID.fullmatch(run_id) else hashlib.sha256(run_id.encode()).hexdigest()
-            )
+            fits = _GROUP_ID.fullmatch(group) is not None
+            fields["MessageGroupId"] = group if fits else hashlib.sha256(group.encode()).hexdigest()
             fields["MessageDeduplicationId"] = once
         try:
             async with asyncio.timeout(self._timeout):
@@ -572,16 +561,9 @@ class SqsTransport:
         raise TransportError(self._queues.sentence(error)) from error
 
 
-def _given_up(task: Task, receives: int) -> Answer:
-    why = f"received {receives} times without an answer"
-    if isinstance(task, RemoteTask):
-        return given_up(task, why)
-    return failed(
-        task, ErrorData(message=f"remote workflow worker failed: {why}", code="worker_failed", type="WorkerFailed")
-    )
-
-
-def _text(data: bytes) -> str:
-    """A message as SQS takes it: JSON may hold two characters that SQS does not, and only inside its strings."""
-    text = data.decode()
-    return text.replace("\ufffe", "\\ufffe").replace("\uffff", "\\uffff")
+def _body(message: Task | Answer, limit: int) -> str:
+    """As SQS takes it: JSON may hold two characters that SQS does not, and only inside its strings."""
+    text = encoded(message, carrier="SQS", limit=limit).decode()
+    text = text.replace("\ufffe", "\\ufffe").replace("\uffff", "\\uffff")
+    check_size(message, len(text.encode()), carrier="SQS", limit=limit)
+    return text
