@@ -89,7 +89,7 @@ class JobQueue:
     # -- in
 
     async def add(self, name: str, data: bytes, *, priority: int | None = None, remove_on_fail: Any = True) -> str:
-        """Its id. `data`: a JSON object. Raises TransportError, ResponseError."""
+        """Its id. `data`: a JSON object. Raises TransportError."""
         options = {"removeOnComplete": True, "removeOnFail": remove_on_fail}
         if priority is not None:
             options["priority"] = max(1, min(PRIORITY_MAX, PRIORITY_BASE - priority))
@@ -161,7 +161,7 @@ class JobQueue:
     async def failed(self, most: int) -> list[tuple[str, str]]:
         """The failed ones, newest first: their ids, and when."""
         answer = await self._link.ask("ZREVRANGE", self._scripts.keys["failed"], 0, most - 1, "WITHSCORES")
-        return [(_text(id), _text(at)) for id, at in _pairs(answer)]
+        return [(_text(id), _text(at)) for id, at in zip(answer[::2], answer[1::2], strict=True)]
 
     async def fields(self, id: str) -> tuple[bytes, str, str]:
         """A job's data, why it failed, and which of its failures was told of; empty where there is none."""
@@ -189,13 +189,6 @@ def _lost() -> Iterator[None]:
 
 def _text(value: bytes | str) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _pairs(answer: list[Any]) -> list[tuple[bytes, bytes]]:
-    """A sorted set's range, as the driver gives it, or as the server does."""
-    if answer and isinstance(answer[0], tuple | list):
-        return [(pair[0], pair[1]) for pair in answer]
-    return list(zip(answer[::2], answer[1::2], strict=True))
 
 
 def _now_ms() -> int:

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from redis.exceptions import RedisError
 
 from durable.control_plane.interface import ControlHandler
 from durable.control_plane.redis import RedisControlPlane
@@ -46,7 +45,6 @@ from durable.protocol.messages import (
     WorkflowStepEvent,
     sanitize,
 )
-from durable.transports.bullmq import durability
 from durable.transports.bullmq.intake import Intake
 from durable.transports.bullmq.jobs import FAILED_SECONDS, Job, JobQueue, LostJob, Scriptbook
 from durable.transports.bullmq.link import PAUSE_MAX, PAUSE_MIN, Link
@@ -62,6 +60,8 @@ from durable.transports.interface import (
     StartHandler,
     TaskHandler,
 )
+from durable.transports.redis_link import Refused
+from durable.transports.redis_settings import Durability, look
 from durable.transports.sending import encoded
 from durable.transports.serving import Server, Workbench
 
@@ -192,7 +192,7 @@ class BullMQTransport:
             return
         life = _Life(self._connect(), self._lock_ms, self._blocked_max)
         try:
-            self._judge(await durability.look(life.link))
+            self._judge(await look(life.link.ask))
             await self._control.start()
         except BaseException:
             await life.link.close()
@@ -243,7 +243,7 @@ class BullMQTransport:
         self._arranged.clear()
         self._liveness = self._channel = self._life = None
 
-    def _judge(self, found: durability.Durability) -> None:
+    def _judge(self, found: Durability) -> None:
         self.durability = found.sentence
         if found.evicts and not self._allow_eviction:
             raise TransportError(
@@ -283,7 +283,7 @@ class BullMQTransport:
                 await life.watch.announce(task.group)
             keep = {"age": FAILED_SECONDS}
             job = await queue.add(name, data, priority=task.priority, remove_on_fail=keep)
-        except (RedisError, TypeError) as error:
+        except TypeError as error:
             raise _refused(error) from error
         if life.watch is not None:
             life.watch.sent(task, queue.name, job)
@@ -296,7 +296,7 @@ class BullMQTransport:
         if life.watch is not None:
             try:
                 await life.watch.take_back(task_id)
-            except (RedisError, TypeError) as error:
+            except (Refused, TypeError) as error:
                 log.debug("task %s could not be taken back: %s", task_id, error)
 
     async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
@@ -305,7 +305,7 @@ class BullMQTransport:
         watch = life.watch or self._watch(life)
         try:
             return await watch.holding(task_ids)
-        except (RedisError, TypeError) as error:
+        except TypeError as error:
             raise _refused(error) from error
 
     def on_result(self, handler: ResultHandler) -> None:
@@ -323,10 +323,7 @@ class BullMQTransport:
 
     async def workers(self) -> list[WorkerAlive]:
         """Who is alive, of whatever language, one entry for each group served. Raises TransportError."""
-        try:
-            return await alive(self._open().link, self._prefix)
-        except RedisError as error:
-            raise _refused(error) from error
+        return await alive(self._open().link, self._prefix)
 
     def _watch(self, life: _Life) -> Watch:
         limit = self._capabilities.max_message
@@ -532,7 +529,7 @@ class BullMQTransport:
             await job.queue.finish(job)
         except LostJob as error:
             log.info("job %s of %s was given to somebody else meanwhile: %s", job.id, job.queue.name, error)
-        except (TransportError, RedisError) as error:
+        except TransportError as error:
             log.warning("job %s of %s could not be finished, it comes again: %s", job.id, job.queue.name, error)
 
     async def _back(self, life: _Life, job: Job) -> None:
@@ -550,15 +547,12 @@ class BullMQTransport:
         data = encoded(answer, carrier="BullMQ's Redis", limit=self._capabilities.max_message)
         try:
             await life.queue(name).add("result" if is_result else "decision", data)
-        except (RedisError, TypeError) as error:
+        except TypeError as error:
             raise _refused(error) from error
 
     async def heartbeat(self, beat: Heartbeat) -> None:
         """Say it on the channel; a hint. Raises TransportError."""
-        try:
-            await self._open().link.ask("PUBLISH", names.heartbeat(self._prefix), encode(beat))
-        except RedisError as error:
-            raise _refused(error) from error
+        await self._open().link.ask("PUBLISH", names.heartbeat(self._prefix), encode(beat))
 
     # -- control plane
 

@@ -22,6 +22,8 @@ from durable.protocol.messages import Answer, RemoteTask, StepResult, Task, step
 from durable.transports.answers import given_up, worker_failed
 from durable.transports.bullmq.jobs import JobQueue
 from durable.transports.bullmq.link import Link
+from durable.transports.redis_link import Refused
+from durable.transports.redis_settings import facts
 
 log = logging.getLogger("durable.transports")
 
@@ -205,10 +207,8 @@ class Watch:
     async def _has_lost(self) -> bool:
         """Whether Redis was emptied, or is another one, or has been started anew, since the last look."""
         try:
-            server = str((await self._link.ask("INFO", "server")).get("run_id", ""))
-        except TransportError:
-            raise
-        except Exception:
+            server = facts(await self._link.ask("INFO", "server")).get("run_id", "")
+        except Refused:
             server = ""  # it does not say
         mine = names.engine(self._prefix, self._id)
         there = await self._link.ask("SET", mine, "1", "EX", MARK_EXPIRES, "GET")

@@ -17,8 +17,8 @@ from durable.protocol import names
 from durable.protocol.codec import decode_answer
 from durable.protocol.messages import Answer, StepResult
 from durable.transports.interface import ResultHandler
-from durable.transports.redis.link import RedisLink
 from durable.transports.redis.scripts import ADOPT, LOADS, PASS, RETIRE, TAKEN
+from durable.transports.redis_link import RedisLink
 
 log = logging.getLogger("durable.transports")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 
-from durable.transports.redis.link import Command
+from durable.transports.redis_link import Command
 
 GROUP = "workers"
 """The consumer group of every stream of tasks."""

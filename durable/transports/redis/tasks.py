@@ -18,8 +18,8 @@ from durable.protocol import names
 from durable.protocol.codec import decode_any_task, encode
 from durable.protocol.messages import Answer, Task
 from durable.transports.answers import given_up
-from durable.transports.redis.link import RedisLink, ReplyError
 from durable.transports.redis.scripts import ANSWER, BACK, GROUP, LEAVE, LOADS, RECLAIM, TAKE
+from durable.transports.redis_link import RedisLink, Refused, ReplyError
 from durable.transports.serving import Server, Workbench
 
 log = logging.getLogger("durable.transports")
@@ -151,7 +151,7 @@ class Tasks:
         answers = await reader.call(*(("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM") for stream in streams))
         for answer in answers:
             if isinstance(answer, ReplyError) and not str(answer).startswith("BUSYGROUP"):
-                raise TransportError(f"Redis refused XGROUP CREATE: {answer}")
+                raise Refused("XGROUP CREATE", answer)
 
     async def _begin(self, server: Server, stream: str, entry: bytes, fields: list[bytes], deliveries: int) -> None:
         """Work on it, or do what else is to be done with such an entry."""

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 from durable.control_plane.interface import ControlHandler
 from durable.control_plane.redis import RedisControlPlane
@@ -27,10 +26,10 @@ from durable.transports.interface import (
     TaskHandler,
 )
 from durable.transports.redis.answers import Answers
-from durable.transports.redis.link import RedisLink, ReplyError
 from durable.transports.redis.scripts import ANSWER, GROUP, LOADS
 from durable.transports.redis.tasks import Tasks
-from durable.transports.redis_settings import check
+from durable.transports.redis_link import RedisLink, Refused, ReplyError
+from durable.transports.redis_settings import look
 from durable.transports.sending import encoded
 from durable.transports.serving import Server, Workbench
 
@@ -90,6 +89,8 @@ class RedisTransport:
         self._instance = ""
         self._starts = 0
         self._turn = asyncio.Lock()
+        self.durability = "It has not been started."
+        """What its Redis may lose, as a sentence; known after `start`."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -116,7 +117,10 @@ class RedisTransport:
                     await self._shut(timeout)
 
     async def _open(self) -> None:
-        check(_facts(await self._link.one("INFO")), "The Redis lane")
+        found = await look(self._link.one)
+        self.durability = found.sentence
+        if found.weak:
+            log.warning("the Redis of transport %s: %s", self._capabilities.name, found.sentence)
         if self._on_heartbeat is not None and not self._hears_beats:
             self._plane.also(self._beats, self._heard_beat)
             self._hears_beats = True
@@ -169,7 +173,7 @@ class RedisTransport:
         for answer in (held, added):
             if isinstance(answer, ReplyError):
                 await self._link.call(("HDEL", self._held, task.id))
-                raise TransportError(f"Redis did not take task {task.id}: {answer}")
+                raise Refused(f"task {task.id}", answer)
 
     async def cancel(self, task_id: str) -> None:
         """Tell the workers. One that waits is run all the same, and its answer recorded as late."""
@@ -290,9 +294,3 @@ class RedisTransport:
     def _check_open(self) -> None:
         if not self._starts:
             raise TransportError("This transport is not open: call start() first, and nothing after close().")
-
-
-def _facts(info: Any) -> dict[str, object]:
-    """The answer to INFO, field by field."""
-    lines = bytes(info).decode(errors="replace").splitlines()
-    return {name: value for name, _, value in (line.partition(":") for line in lines)}

@@ -25,18 +25,26 @@ Command = tuple[Any, ...]
 ReplyError = hiredis.ReplyError
 """What the server says of a command it does not take; an answer like any other, and not raised here."""
 
-CONNECT_SECONDS = 5.0
 WAIT_SECONDS = 5.0
-"""The longest an answer may take."""
+"""The longest that connecting, and an answer, may take."""
+
+
+class Refused(TransportError):
+    """The server was asked, and does not take the command. `said`: its own words."""
+
+    def __init__(self, command: object, said: object) -> None:
+        super().__init__(f"Redis did not take {command}: {said}")
+        self.said = str(said)
 
 
 class _Call:
     """So many commands, and who waits for their answers."""
 
-    __slots__ = ("answers", "count", "deadline", "waiter")
+    __slots__ = ("answers", "count", "deadline", "seconds", "waiter")
 
-    def __init__(self, count: int, deadline: float, waiter: asyncio.Future[list[Any]]) -> None:
+    def __init__(self, count: int, seconds: float, deadline: float, waiter: asyncio.Future[list[Any]]) -> None:
         self.count = count
+        self.seconds = seconds
         self.deadline = deadline
         self.waiter = waiter
         self.answers: list[Any] = []
@@ -59,7 +67,7 @@ class _Wire(asyncio.Protocol):
     def ask(self, commands: Sequence[Command], seconds: float) -> asyncio.Future[list[Any]]:
         waiter: asyncio.Future[list[Any]] = self._loop.create_future()
         deadline = self._loop.time() + seconds
-        self._calls.append(_Call(len(commands), deadline, waiter))
+        self._calls.append(_Call(len(commands), seconds, deadline, waiter))
         if not self._out:
             self._loop.call_soon(self._write)
         self._out += [hiredis.pack_command(command) for command in commands]
@@ -98,7 +106,8 @@ class _Wire(asyncio.Protocol):
             self._timer.cancel()
         for call in self._calls:
             if not call.waiter.done():
-                call.waiter.set_exception(TransportError(f"The connection to Redis is lost: {error}"))
+                lost = error if isinstance(error, TransportError) else f"The connection to Redis is lost: {error}"
+                call.waiter.set_exception(TransportError(str(lost)))
                 call.waiter.exception()  # whoever waited for it may have gone
         self._calls.clear()
 
@@ -107,32 +116,37 @@ class _Wire(asyncio.Protocol):
         self._timer = None
         if not self._calls:
             return
-        late = min(call.deadline for call in self._calls)
-        if late <= self._loop.time():
-            self.fail(TimeoutError("the server did not answer in time"))
+        late = min(self._calls, key=lambda call: call.deadline)
+        if late.deadline <= self._loop.time():
+            self.fail(_silent(late.seconds))
         else:
-            self._timer = self._loop.call_at(late, self._ring)
+            self._timer = self._loop.call_at(late.deadline, self._ring)
+
+
+def _silent(seconds: float) -> TransportError:
+    return TransportError(f"Redis did not answer within {seconds:g} s. Is it up, and reachable from here?")
 
 
 class RedisLink:
     """A connection that is opened when it is needed, and again after it was lost."""
 
-    def __init__(self, url: str, *, name: str, prepare: Sequence[Command] = ()) -> None:
-        """`name`: as `CLIENT LIST` shows it. `prepare`: asked first on each connection, whatever is answered. Raises
-        DefinitionError for a URL that is none."""
+    def __init__(self, url: str, *, name: str, prepare: Sequence[Command] = (), timeout: float = WAIT_SECONDS) -> None:
+        """`name`: as `CLIENT LIST` shows it. `prepare`: asked first on each connection, whatever is answered. `timeout`: seconds
+        that connecting may take, and an answer. Raises DefinitionError for a URL that is none."""
+        self.timeout = timeout
         self._prepare = prepare
         try:
             self._pool: Any = ConnectionPool.from_url(
                 url,
                 client_name=name,
-                protocol=2,
-                socket_connect_timeout=CONNECT_SECONDS,
-                socket_timeout=CONNECT_SECONDS,
+                socket_connect_timeout=timeout,
+                socket_timeout=timeout,
                 socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
             )
         except (ValueError, TypeError) as error:
-            raise DefinitionError(f"This is no URL of a Redis: {error}") from error
+            raise DefinitionError(f"That is no URL of a Redis, like redis://localhost:6379/0: {error}") from error
+        self._pool.connection_kwargs["protocol"] = 2  # whatever the URL says: answers are read here
         self._wire: _Wire | None = None
         self._opening: asyncio.Task[_Wire] | None = None
 
@@ -141,18 +155,18 @@ class RedisLink:
         """Whether there is a connection now."""
         return self._wire is not None and self._wire.broken is None
 
-    async def call(self, *commands: Command, seconds: float = WAIT_SECONDS) -> list[Any]:
+    async def call(self, *commands: Command, seconds: float | None = None) -> list[Any]:
         """Ask, and wait for all answers; a ReplyError among them is what the server did not take. Raises TransportError."""
         wire = self._wire
         if wire is None or wire.broken is not None:
             wire = await self._opened()
-        return await wire.ask(commands, seconds)
+        return await wire.ask(commands, self.timeout if seconds is None else seconds)
 
-    async def one(self, *words: Any, seconds: float = WAIT_SECONDS) -> Any:
-        """One command's answer. Raises TransportError, also for what the server does not take."""
+    async def one(self, *words: Any, seconds: float | None = None) -> Any:
+        """One command's answer. Raises TransportError, and Refused for what the server does not take."""
         (answer,) = await self.call(words, seconds=seconds)
         if isinstance(answer, ReplyError):
-            raise TransportError(f"Redis refused {words[0]}: {answer}")
+            raise Refused(words[0], answer)
         return answer
 
     async def close(self) -> None:
@@ -179,16 +193,19 @@ class RedisLink:
         try:
             connection = self._pool.make_connection()
             try:
-                async with asyncio.timeout(CONNECT_SECONDS):
+                async with asyncio.timeout(self.timeout):
                     await connection.connect()
             except Exception as error:
                 with contextlib.suppress(Exception):
                     await connection.disconnect(nowait=True)
-                raise TransportError(f"Redis cannot be reached: {error or type(error).__name__}") from None
+                if isinstance(error, TimeoutError):
+                    raise _silent(self.timeout) from None
+                why = str(error).rstrip(".") or type(error).__name__
+                raise TransportError(f"Redis cannot be reached: {why}. Check the URL, and that it is up.") from None
             writer, connection._reader, connection._writer = connection._writer, None, None
             self._wire = _Wire(writer, writer.transport)
             if self._prepare:
-                self._wire.ask(self._prepare, WAIT_SECONDS)
+                self._wire.ask(self._prepare, self.timeout)
             return self._wire
         finally:
             self._opening = None
