@@ -6,9 +6,8 @@ Here both ends are in one process; another transport, or another language, chang
 
 import asyncio
 
-from durable import Context, Durable, durable_step, remote_workflow, workflow
+from durable import Context, Durable, Worker, durable_step, remote_workflow, workflow
 from durable.transports.event_emitter import EventEmitterTransport
-from durable.worker.worker import Worker
 
 
 def weigh(parcel: str) -> int:
