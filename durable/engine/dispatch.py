@@ -154,7 +154,7 @@ class Dispatch:
     def forget(self, run: Resident) -> None:
         """The run leaves memory; its tasks go on."""
         for key, sent in list(run.sent.items()):
-            if not run.ended:
+            if not run.ended and not isinstance(sent.command, TakeTurn):
                 self._out[step_id(run.run_id, sent.command.ordinal)] = key, sent.attempt
                 if len(self._out) > OUT_MAX:
                     del self._out[next(iter(self._out))]
@@ -211,7 +211,7 @@ class Dispatch:
         deadline = None if timeout is None else now + int(timeout * SECOND)
         sent = Sent(command, attempt, now, deadline, last_beat=now)
         run.sent[command.key] = sent
-        self._out.pop(step_id(run.run_id, command.ordinal), None)
+        self._out.pop(task_id(run, command, attempt), None)
         run.attempts[command.key] = attempt
         self._awaited[task_id(run, command, attempt)] = (run, command.key)
         return sent

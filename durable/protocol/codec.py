@@ -8,6 +8,8 @@ always an answer: if its content cannot be kept, that step has failed, so that n
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -15,6 +17,7 @@ from msgspec import UNSET, Raw, Struct, structs
 
 from durable.core import payload
 from durable.core.errors import ErrorData, PayloadError, PayloadText, PayloadTooLarge
+from durable.protocol import lenient
 from durable.protocol.messages import (
     Answer,
     ControlMessage,
@@ -96,7 +99,7 @@ def decode_answer(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> Answer:
 
 def decode_turn(data: bytes) -> WorkflowTask:
     """A turn has a history, so it may be as large as any message. Raises PayloadError."""
-    return _decode(data, WorkflowTask, MAX_MESSAGE)
+    return _decode(data, WorkflowTask, MAX_MESSAGE, partial(_without_input, WorkflowTask))
 
 
 class _Turn(Struct, rename="camel"):
@@ -110,7 +113,7 @@ def decode_decision(data: bytes) -> WorkflowDecision:
     """The decision; a failed one in its place if it cannot be read, so that its run does not ask for it for ever. Raises
     PayloadError if it is nobody's."""
     try:
-        return _decode(data, WorkflowDecision, MAX_MESSAGE)
+        return _decode(data, WorkflowDecision, MAX_MESSAGE, lenient.decision)
     except PayloadError as error:
         try:
             turn: _Turn = msgspec.convert(json.loads(data[: MAX_MESSAGE + ENVELOPE]), _Turn)
@@ -144,7 +147,7 @@ def _shape(data: bytes) -> _Shape:
 
 def decode_task(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> RemoteTask:
     """Raises PayloadError."""
-    task = _decode(data, RemoteTask, limit)
+    task = _decode(data, RemoteTask, limit, partial(_without_input, RemoteTask))
     if len(bytes(task.input)) > limit:
         payload.check(bytes(task.input), what=f"the input of {task.name}", limit=limit)
     _check_address(task.run_id, task.seq, task.step_id)
@@ -177,10 +180,32 @@ def decode_control(data: bytes) -> ControlMessage:
     return _decode(data, ControlMessage, payload.DEFAULT_LIMIT)
 
 
-def _decode(data: bytes, kind: type[M], limit: int) -> M:
+def _decode(data: bytes, kind: type[M], limit: int, otherwise: Callable[[bytes], M] | None = None) -> M:
     what = f"a {kind.__name__}"
     payload.check(data, what=what, limit=limit + ENVELOPE)
-    message: M = payload.decode(data, kind, what=what)
+    return _read(data, kind, what, otherwise)
+
+
+def _read(data: bytes, kind: type[M], what: str, otherwise: Callable[[bytes], M] | None) -> M:
+    """`otherwise`: how to read what does not fit strictly."""
+    try:
+        message: M = payload.decode(data, kind, what=what)
+    except PayloadError as refused:
+        if otherwise is None:
+            raise
+        try:
+            return otherwise(data)
+        except PayloadError:
+            raise refused from None
+    return message
+
+
+def _without_input(kind: type[M], data: bytes) -> M:
+    """Some makes leave an input that is undefined out."""
+    said = payload.decode(data, dict[str, Raw], what=f"a {kind.__name__}")
+    if "input" in said:
+        raise PayloadError("It is not the input that is missing.")
+    message: M = payload.decode(msgspec.json.encode(said | {"input": None}), kind, what=f"a {kind.__name__}")
     return message
 
 
@@ -197,9 +222,13 @@ def _address(data: bytes) -> _Address:
 
 
 def _lenient_address(data: bytes, refused: PayloadError) -> _Address:
-    """Half a surrogate pair or a NaN breaks a strict parser on the whole message; whose it is can still be told."""
+    """Half a surrogate pair or a NaN breaks a strict parser on the whole message, and some write numbers otherwise; whose it
+    is can still be told."""
     try:
-        address: _Address = msgspec.convert(json.loads(data), _Address)
+        said = json.loads(data)
+        if isinstance(said, dict):
+            said["attempt"] = lenient.number(said.get("attempt"))
+        address: _Address = msgspec.convert(said, _Address)
     except (ValueError, RecursionError):
         raise refused from None
     return address
@@ -213,7 +242,7 @@ def _check_address(run_id: str, seq: int, step: str) -> None:
 
 
 def _result(data: bytes, limit: int) -> StepResult:
-    result: StepResult = payload.decode(data, StepResult, what="a StepResult")
+    result = _read(data, StepResult, "a StepResult", lenient.result)
     events = None if result.events is None else [_tidy(event) for event in result.events[:MAX_EVENTS]]
     if result.status == "failed":
         # Errors are kept whatever they say: cleaned, bounded, never refused.

@@ -27,7 +27,7 @@ from durable.core.errors import DefinitionError, DurableError, ErrorData
 from durable.core.ids import SystemIds
 from durable.core.registry import Registry
 from durable.core.step import StepObserver
-from durable.opening import open_pool
+from durable.opening import Transports, open_pool
 from durable.protocol.messages import Answer, ControlMessage, RemoteTask, Task
 from durable.transports.answers import cancelled
 from durable.transports.interface import Concurrency, Transport
@@ -76,7 +76,7 @@ class Worker:
         *,
         workflows: Registry | Iterable[Any] = (),
         transport: Transport | str | None = None,
-        transports: Mapping[str, Transport | str] | None = None,
+        transports: Transports | None = None,
         control_plane: ControlPlane | str | None = None,
         partition: str | None = None,
         concurrency: Concurrency = 16,

@@ -75,14 +75,46 @@ def test_a_failure_without_an_error_still_says_something() -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "read"),
+    [
+        (None, ("The worker said failed, and not why.", "error", True)),
+        ({"message": None, "code": None, "retryable": None}, ("The worker said failed, and not why.", "error", True)),
+        ("the card reader is on fire", ("the card reader is on fire", "error", True)),
+        ({"message": "no", "code": 404, "retryable": False, "stack": 1}, ("no", "404", False)),
+    ],
+)
+def test_what_a_worker_says_of_its_failure_is_read_as_far_as_it_goes(error: Any, read: tuple[str, str, bool]) -> None:
+    """Null, or a text where an object should be: the step has failed all the same, and its retries decide."""
+    result = codec.decode_result(_result(status="failed", error=error, startedAt=1.7e12 + 0.5, attempt=None))
+    assert result.error is not None
+    assert (result.error.message, result.error.code, result.error.retryable) == read
+    assert (result.started_at, result.attempt) == (1_700_000_000_000, None)
+
+
+def test_lines_are_read_as_far_as_they_go() -> None:
+    """Levels we do not know, times with a fraction or none: the output counts, and the lines are told."""
+    lines = [
+        {"level": "WARNING", "message": "a", "at": 12.9},
+        {"message": 5},
+        "none",
+        {"level": "info", "message": "b", "at": 1},
+    ]
+    result = codec.decode_result(_result(output=7, events=lines))
+    assert _output(result) == b"7"
+    assert [(line.level, line.message, line.at) for line in result.events or ()] == [
+        ("warn", "a", 12),
+        ("info", "5", 0),
+        ("info", "b", 1),
+    ]
+
+
+@pytest.mark.parametrize(
     ("fields", "code"),
     [
         ({"output": "x" * 2000}, "payload_too_large"),
         ({"output": "a\0"}, "payload_text"),
         ({"output": json.loads("[" * 150 + "]" * 150)}, "payload_type"),
         ({"status": "finished"}, "payload_type"),
-        ({"status": "failed", "error": {"message": None}}, "payload_type"),
-        ({"status": "failed", "error": "text"}, "payload_type"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -197,3 +229,11 @@ def test_a_decision_that_cannot_be_read_is_a_failed_one(commands: Any) -> None:
     assert decision.error.code == "bad_decision"
     with pytest.raises(PayloadError):
         codec.decode_decision(json.dumps({"runId": "r", "commands": commands}).encode())
+
+
+def test_a_task_whose_input_was_left_out_is_read_as_null() -> None:
+    """Some makes leave out what is undefined; everything else of a task must be right."""
+    task = {"runId": "r", "seq": 0, "stepId": "r:0", "name": "a", "group": "a", "attempt": 1}
+    assert bytes(codec.decode_task(json.dumps(task).encode()).input) == b"null"
+    with pytest.raises(PayloadError):
+        codec.decode_task(json.dumps(task | {"attempt": "1"}).encode())
