@@ -86,7 +86,12 @@ class Site:
         if self.name == "sqlite":
             return {"dsn": f"sqlite:{self.url.removeprefix('sqlite:///')}", "lease": 2, "poll": 0.02}
         parts = urlsplit(self.url)
-        dsn = {"host": parts.hostname, "port": parts.port, "dbname": parts.path.lstrip("/"), **dict(parse_qsl(parts.query))}
+        dsn = {
+            "host": parts.hostname,
+            "port": parts.port,
+            "dbname": parts.path.lstrip("/"),
+            **dict(parse_qsl(parts.query)),
+        }
         words = ";".join(f"{key}={value}" for key, value in dsn.items() if value)
         return {
             "dsn": f"pgsql:{words}",
@@ -165,7 +170,11 @@ async def test_steps_run_in_another_language(site: Site) -> None:
                 "": "",
             }
             large = "ünï ☃ " * 30_000
-            echo, who, big = await run("php.echo", shapes), await run("php.who"), await run("php:large", {"text": large})
+            echo, who, big = (
+                await run("php.echo", shapes),
+                await run("php.who"),
+                await run("php:large", {"text": large}),
+            )
             flaky, later, talk = (
                 await run("php.flaky", retries=3),
                 await run("php.later", retries=3),
@@ -329,6 +338,18 @@ async def test_a_worker_drains(site: Site) -> None:
             assert await ended(process) == 0
             assert site.said("started") == 1
             await left.cancel()
+
+
+async def test_an_idle_worker_ends_at_once(site: Site) -> None:
+    """SIGTERM in the middle of a wait: the process ends by itself, long before the wait is over."""
+    waits = {"wait": 20} if site.name == "sqs" else {"poll": 20}
+    async with site.app(work := _workflow()) as app:
+        with site.worker("php.echo", **waits) as process:
+            run = await app.start(work, {"step": "php.echo", "input": 1})
+            assert await run.result(timeout=30) == 1
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                assert await ended(process) == 0
 
 
 async def test_what_does_not_end_in_time_is_given_back(site: Site) -> None:
