@@ -260,7 +260,7 @@ async def test_a_step_longer_than_the_lease_runs_once(site: Site) -> None:
     """An alarm keeps the task of a handler that says nothing, beside a worker that would take it."""
     async with site.app(work := _workflow()) as app:
         with site.worker("php.long"), site.worker("php.long"):
-            run = await app.start(work, {"step": "php.long", "input": 2.8})
+            run = await app.start(work, {"step": "php.long", "input": 2.6})
             assert await run.result(timeout=20) == 1
             assert site.said("started") == 1
 
@@ -276,6 +276,16 @@ async def test_a_lost_connection_is_made_again(site: Site) -> None:
                 assert len(await (await cx.execute(end)).fetchall()) == 1
             assert await (await app.start(work, {"step": "php.echo", "input": 2})).result(timeout=20) == 2
             assert "can be taken again" in site.log.read_text()
+
+
+async def test_workers_share_the_tasks(site: Site) -> None:
+    """Three processes and sixty tasks: each is done once."""
+    async with site.app(work := _workflow()) as app:
+        with site.worker("php.note"), site.worker("php.note"), site.worker("php.note"):
+            runs = [await app.start(work, {"step": "php.note"}) for _ in range(60)]
+            for run in runs:
+                await run.result(timeout=30)
+        assert sorted(site.diary.read_text().splitlines()) == sorted(f"did {run.id}:0 1" for run in runs)
 
 
 async def test_fifo_queues(sqs_url: str, tmp_path: Path) -> None:
@@ -344,14 +354,15 @@ async def test_an_idle_worker_ends_at_once(site: Site) -> None:
     """SIGTERM in the middle of a wait: the process ends by itself, long before the wait is over."""
     waits = {"wait": 20} if site.name == "sqs" else {"poll": 20}
     async with site.app(work := _workflow()) as app:
+        run = await app.start(work, {"step": "php.echo", "input": 1})
         with site.worker("php.echo", **waits) as process:
-            run = await app.start(work, {"step": "php.echo", "input": 1})
             assert await run.result(timeout=30) == 1
             process.send_signal(signal.SIGTERM)
             async with asyncio.timeout(10):
                 assert await ended(process) == 0
 
 
+@pytest.mark.parametrize("site", ["postgres", "sqs"], indirect=True)
 async def test_what_does_not_end_in_time_is_given_back(site: Site) -> None:
     """SIGTERM, and the step goes on: its task is given back when the time is over, and another worker does it."""
     until = site.folder / "until"

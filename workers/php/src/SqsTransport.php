@@ -260,20 +260,21 @@ final class SqsTransport implements Transport
         if (isset($this->found[$name])) {
             return $this->found[$name];
         }
-        $spelled = Names::sqs($name) . ($this->fifo ? '.fifo' : '');
-        try {
-            $url = $this->client->getQueueUrl(['QueueName' => $spelled])->getQueueUrl();
-        } catch (\Throwable $error) {
-            if (!self::says($error, self::ABSENT)) {
-                throw $error;
+        $spelled = array_map(fn (string $each): string => $each . ($this->fifo ? '.fifo' : ''), Names::sqsNames($name));
+        foreach ($spelled as $each) {
+            try {
+                $url = $this->client->getQueueUrl(['QueueName' => $each])->getQueueUrl();
+                if ($url !== null) {
+                    return $this->found[$name] = $url;
+                }
+            } catch (\Throwable $error) {
+                if (!self::says($error, self::ABSENT)) {
+                    throw $error;
+                }
             }
-            $url = null;
         }
-        if ($url === null) {
-            throw new QueueAbsent("SQS has no queue $spelled: create it, give its URL, or check region and endpoint");
-        }
-
-        return $this->found[$name] = $url;
+        $names = implode(' or ', $spelled);
+        throw new QueueAbsent("SQS has no queue $names: create it, give its URL, or check region and endpoint");
     }
 
     /** @param list<string> $codes */

@@ -46,6 +46,7 @@ return [
 
         return $step->attempt;
     },
+    'php.note' => static fn (mixed $input, Step $step) => $note('did', $step),
     // Longer than the lease, without a word to the worker.
     'php.long' => static function (float $seconds, Step $step) use ($note): int {
         $note('started', $step);
