@@ -32,7 +32,7 @@ from durable.protocol.messages import (
 )
 from durable.testing.facts import eventually
 from durable.testing.suites.transport import ECHO, TURN, Gate, Results, answer, echo, output_of, task
-from durable.transports.bullmq import BullMQTransport, link, transport
+from durable.transports.bullmq import BullMQTransport, transport
 from durable.transports.bullmq.jobs import JobQueue, Scriptbook
 from durable.transports.bullmq.link import Link
 from tests.servers.redis import RedisServer
@@ -871,14 +871,14 @@ async def test_what_is_asked_at_once_goes_out_together(house: House) -> None:
     await end.dispatch(task("first"))
     before = (await house.redis.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0)
     batches: list[int] = []
-    send = link._Lane._send
+    write = redis_link._Wire._write
 
-    async def counted(self: Any, batch: Any) -> None:
-        batches.append(len(batch))
-        await send(self, batch)
+    def counted(self: redis_link._Wire) -> None:
+        batches.append(len(self._out))
+        write(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(link._Lane, "_send", counted)
+        patch.setattr(redis_link._Wire, "_write", counted)
         await asyncio.gather(*(end.dispatch(task(f"r{n:03}")) for n in range(100)))
     assert (await house.redis.info("commandstats"))["cmdstat_evalsha"]["calls"] - before >= 100
     assert max(batches) >= 100
