@@ -38,9 +38,7 @@ _REDIS_OWN = frozenset(
         *("ssl_cert_reqs", "ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"),
     ]
 )
-_AMQP_OWN = frozenset(
-    ["heartbeat", "timeout", "name", "cafile", "capath", "certfile", "keyfile", "no_verify_ssl", "auth"]
-)
+_AMQP_OWN = frozenset(["heartbeat", "name", "cafile", "capath", "certfile", "keyfile", "no_verify_ssl", "auth"])
 
 
 class _Kind(Struct, frozen=True):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from durable import Durable
 from durable.core import errors
@@ -15,8 +17,28 @@ from durable.core.errors import DurableError
 from durable.engine.deps import DURATIONS, Settings
 from durable.store.memory import MemoryStore
 from durable.store.sqlite import SqliteStore
+from durable.transports.bullmq import BullMQTransport
+from durable.transports.db import DbTransport
+from durable.transports.rabbitmq import RabbitMqTransport
+from durable.transports.redis import RedisTransport
+from durable.transports.sqs import SqsTransport
 from tests.house.sources import ROOT, modules
 
+TRANSPORTS: dict[str, Callable[..., object]] = {
+    "bullmq": BullMQTransport,
+    "db": DbTransport,
+    "rabbitmq": RabbitMqTransport,
+    "redis": RedisTransport,
+    "sqs": SqsTransport,
+}
+SHARED = [
+    *("prefix", "namespace"),
+    *("lease", "visibility", "lock"),
+    *("max_deliveries", "max_receives", "max_stalled", "delivery_limit"),
+    *("heartbeat_interval", "timeout", "max_message", "signed"),
+]
+"""What several transports have, or the broker's own word for it, in the order in which all of them have it."""
+UNITS = {"s": 1, "MiB": 1 << 20}
 OPERATE = (ROOT / "docs" / "operate.md").read_text()
 ERRORS = (ROOT / "docs" / "errors.md").read_text()
 CODES: dict[str, str] = json.loads((ROOT / "protocol" / "errors.json").read_text())
@@ -56,6 +78,31 @@ def test_defaults_in_the_table_are_the_code_s() -> None:
                 assert float(number) * {"s": 1, "ms": 1e-3}[unit] == field.default, field.name
             else:
                 assert shown == str(field.default), field.name
+
+
+@pytest.mark.parametrize("kind", TRANSPORTS)
+def test_every_option_of_a_transport_is_in_its_table(kind: str) -> None:
+    """A transport's page has every argument of its constructor, in its order and with its default, and no other."""
+    parameters = inspect.signature(TRANSPORTS[kind]).parameters
+    table = rows((ROOT / "docs" / "transports" / f"{kind}.md").read_text(), "option")
+    assert list(table) == list(parameters)
+    for name, parameter in parameters.items():
+        shown, default = table[name][0].strip("`"), parameter.default
+        if isinstance(default, bool):
+            assert shown == ("on" if default else "off"), name
+        elif isinstance(default, int | float):
+            number, _, unit = shown.partition(" ")
+            assert float(number) * UNITS.get(unit, 1) == default, name
+        elif isinstance(default, str):
+            assert shown.split("`")[0] == default, name
+
+
+@pytest.mark.parametrize("kind", TRANSPORTS)
+def test_transports_have_what_they_share_in_one_order(kind: str) -> None:
+    """Behind the address, what several transports have comes first, in the same order; then what is one's own."""
+    names = [name for name in inspect.signature(TRANSPORTS[kind]).parameters if not name.endswith(("url", "region"))]
+    shared = [name for name in SHARED if name in names]
+    assert names[: len(shared)] == shared
 
 
 def test_every_environment_variable_is_in_the_table() -> None:

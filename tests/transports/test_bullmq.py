@@ -32,6 +32,7 @@ from durable.protocol.messages import (
 )
 from durable.testing.facts import eventually
 from durable.testing.suites.transport import ECHO, TURN, Gate, Results, answer, echo, output_of, task
+from durable.transports import redis_link
 from durable.transports.bullmq import BullMQTransport, transport
 from durable.transports.bullmq.jobs import JobQueue, Scriptbook
 from durable.transports.bullmq.link import Link

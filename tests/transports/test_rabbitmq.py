@@ -40,7 +40,7 @@ def prefix() -> str:
 @asynccontextmanager
 async def end(url: str, prefix: str, take: Any = None, **settings: Any) -> AsyncIterator[RabbitMqTransport]:
     """One end, started; an engine's where `take` is given."""
-    transport = RabbitMqTransport(url, prefix=prefix, **{"dispatch_timeout": 2.0, **settings})
+    transport = RabbitMqTransport(url, prefix=prefix, **{"timeout": 2.0, **settings})
     if take is not None:
         transport.on_result(take)
     await transport.start()
@@ -357,7 +357,7 @@ async def test_a_run_ends_although_the_broker_was_killed_in_its_midst(
 async def test_a_broker_that_says_nothing_is_a_failure_within_seconds(rabbit: RabbitServer, prefix: str) -> None:
     """A broker that hangs with its sockets open: dispatch raises within seconds, and goes on when the broker does."""
     results = Results()
-    async with end(rabbit.url, prefix, results.take, dispatch_timeout=1.0) as engine, end(rabbit.url, prefix) as worker:
+    async with end(rabbit.url, prefix, results.take, timeout=1.0) as engine, end(rabbit.url, prefix) as worker:
         await worker.serve([ECHO], echo)
         rabbit.pause()
         try:
@@ -377,7 +377,7 @@ async def test_a_broker_out_of_memory_is_a_failure_within_seconds(rabbit: Rabbit
         await may.wait()
         await results.take(heard)
 
-    async with end(rabbit.url, prefix, take, dispatch_timeout=1.0) as engine, end(rabbit.url, prefix) as worker:
+    async with end(rabbit.url, prefix, take, timeout=1.0) as engine, end(rabbit.url, prefix) as worker:
         await worker.serve([ECHO], echo)
         for n in range(2 * RESULTS_AHEAD):
             await worker.reply(answer(task(f"r{n}")))
@@ -418,7 +418,7 @@ async def test_closing_ends_while_the_broker_says_nothing(rabbit: RabbitServer, 
 async def test_serving_begins_when_the_broker_is_back(rabbit: RabbitServer, prefix: str) -> None:
     """`serve` while the broker is away does not hang and does not raise: it begins when the broker is back."""
     results = Results()
-    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix, dispatch_timeout=0.5) as worker:
+    async with end(rabbit.url, prefix, results.take) as engine, end(rabbit.url, prefix, timeout=0.5) as worker:
         await engine.dispatch(task("r"))
         rabbit.pause()
         try:

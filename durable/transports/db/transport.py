@@ -77,16 +77,16 @@ class DbTransport:
         *,
         prefix: str = names.DEFAULT_PREFIX,
         namespace: str | None = None,
-        schema: str | None = None,
         lease: float = 30.0,
-        poll: float = 1.0,
-        heartbeat_interval: float = 5.0,
         max_deliveries: int = 3,
-        create_tables: bool = True,
-        instance: str | None = None,
-        notifications: bool = True,
-        signed: bool = False,
+        heartbeat_interval: float = 5.0,
         max_message: int = 16 << 20,
+        signed: bool = False,
+        schema: str | None = None,
+        poll: float = 1.0,
+        create_tables: bool = True,
+        notifications: bool = True,
+        instance: str | None = None,
     ) -> None:
         """`postgresql://…` or `sqlite:///…`; the database may be the store's own. Durations are seconds: after `lease` without
         an extension a claimed row is claimed again, the same on all ends; `poll` is the longest pause between two looks.

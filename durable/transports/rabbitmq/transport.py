@@ -84,19 +84,20 @@ class RabbitMqTransport:
         *,
         prefix: str = names.DEFAULT_PREFIX,
         namespace: str | None = None,
+        delivery_limit: int | None = 3,
+        heartbeat_interval: float = 5.0,
+        timeout: float = 4.0,
+        max_message: int = 16 << 20,
+        signed: bool = False,
         queue_type: Literal["quorum", "classic"] = "quorum",
         prefetch: int | None = None,
-        delivery_limit: int | None = 3,
-        max_message: int = 16 << 20,
-        dispatch_timeout: float = 4.0,
-        heartbeat_interval: float = 5.0,
-        signed: bool = False,
         declare: bool = True,
     ) -> None:
         """`queue_type`: quorum queues survive a node and count deliveries; classic ones, for brokers without, do neither.
         `prefetch`: tasks that may be here at once for each group; None: as many as there is room for. `delivery_limit`: a
         task delivered more often without an answer is given up, and its step's retries decide; None: never. Tasks that
-        closing workers give back do not count. `max_message`: bytes. `dispatch_timeout`, `heartbeat_interval`: seconds.
+        closing workers give back do not count. Durations are seconds; `timeout`: for the broker to take a
+        message. `max_message`: bytes.
         `declare=False`: somebody else makes the queues and exchanges. Raises DefinitionError."""
         self.prefix = names.effective_prefix(prefix, namespace)
         if queue_type not in ("quorum", "classic"):
@@ -109,7 +110,7 @@ class RabbitMqTransport:
         self._queue_type = queue_type
         self.prefetch = prefetch
         self._delivery_limit = delivery_limit
-        self._timeout = dispatch_timeout
+        self._timeout = timeout
         self._declare = declare
         self._capabilities = Capabilities(
             name="rabbitmq",
@@ -455,7 +456,7 @@ class RabbitMqTransport:
         return encoded(message, carrier="RabbitMQ", limit=self._capabilities.max_message)
 
     async def _publish(self, queue: str, body: bytes, about: str, headers: Mapping[str, Any] | None = None) -> None:
-        """Into one queue, confirmed. Raises TransportError, after `dispatch_timeout` at last."""
+        """Into one queue, confirmed. Raises TransportError, after `timeout` at last."""
         if not self._open:
             raise TransportError("This RabbitMQ transport is not open: call start() first, and nothing after close().")
         if len(queue.encode()) > NAME_BYTES:

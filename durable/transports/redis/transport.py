@@ -51,9 +51,9 @@ class RedisTransport:
         lease: float = 15.0,
         max_deliveries: int = 3,
         heartbeat_interval: float = 5.0,
-        alive_for: float = 15.0,
         max_message: int = 8 << 20,
         signed: bool = False,
+        alive_for: float = 15.0,
     ) -> None:
         """`url`: `redis://…` or `rediss://…`, one server and no cluster. `prefix`, `namespace`: of all names; deployments on
         one server keep apart by them. `lease`: seconds a worker may be silent before its tasks are taken over.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -89,6 +90,11 @@ class SqsTransport:
         endpoint_url: str | None = None,
         prefix: str = names.DEFAULT_PREFIX,
         namespace: str | None = None,
+        visibility: float = 30.0,
+        max_receives: int = 3,
+        timeout: float = 5.0,
+        max_message: int = MESSAGE_MAX - ATTRIBUTES_ROOM,
+        signed: bool = False,
         fifo: bool = False,
         create_queues: bool = True,
         queue_urls: Mapping[str, str] | None = None,
@@ -96,13 +102,8 @@ class SqsTransport:
         decisions_url: str | None = None,
         dead_url: str | None = None,
         marker: str | None = None,
-        visibility: int = 30,
+        wait: float = 20.0,
         held_max: float = HELD_MAX,
-        wait: int = 20,
-        max_receives: int = 3,
-        max_message: int = MESSAGE_MAX - ATTRIBUTES_ROOM,
-        timeout: float = 5.0,
-        signed: bool = False,
     ) -> None:
         """`region` and `endpoint_url`: else what the environment says, as ever with AWS, and SQS_ENDPOINT_URL.
         `queue_urls`, `results_url`, `decisions_url`, `dead_url`: queues that are there already, task queues by group; all
@@ -117,8 +118,8 @@ class SqsTransport:
             ("max_receives", max_receives, 1, 1000),
             ("max_message", max_message, 1024, MESSAGE_MAX - ATTRIBUTES_ROOM),
         ):
-            if not isinstance(value, int) or not low <= value <= high:
-                raise DefinitionError(f"SQS takes a {what} from {low} to {high}, a whole number, not {value!r}.")
+            if not low <= value <= high:
+                raise DefinitionError(f"SQS takes a {what} from {low} to {high}, not {value!r}.")
         if marker == REASON:
             raise DefinitionError(f"The marker may not be {REASON}: that attribute says why a message was put away.")
         self._capabilities = Capabilities(
@@ -133,9 +134,9 @@ class SqsTransport:
         )
         self._fifo = fifo
         self._marker = marker
-        self._visibility = visibility
+        self._visibility = math.ceil(visibility)  # SQS counts whole seconds
         self._held_max = held_max
-        self._wait = wait
+        self._wait = math.ceil(wait)
         self._timeout = timeout
         self._queues = Queues(
             region=region,
@@ -147,7 +148,7 @@ class SqsTransport:
             results_url=results_url,
             decisions_url=decisions_url,
             dead_url=dead_url,
-            visibility=visibility,
+            visibility=self._visibility,
             max_receives=max_receives,
             read_timeout=wait + 10.0,
         )
