@@ -10,10 +10,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from durable.core.errors import TransportError
 from durable.transports.bullmq.jobs import BLOCK_SECONDS, Job, JobQueue
-from durable.transports.bullmq.link import PAUSE_MAX, PAUSE_MIN
 from durable.transports.serving import Server
+from durable.transports.trouble import Trouble
 
 log = logging.getLogger("durable.transports")
 
@@ -31,7 +30,6 @@ class Intake:
         self._stopping = False
         self._idle = False
         """It may be cancelled without a job in its hands."""
-        self._complained = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -56,26 +54,17 @@ class Intake:
             log.debug("others could not be told that %s has jobs: %s", self.queue.name, error)
 
     async def _run(self) -> None:
-        want, pause = 1, PAUSE_MIN
+        want = 1
+        trouble = Trouble(f"queue {self.queue.name} cannot be read", f"queue {self.queue.name} is read again")
         while not self._stopping:
             try:
                 taken, asked, due = await self._take(want)
                 if taken < asked and not self._stopping:
                     await self._wait(due)
                 want = min(want * 2, MOST) if taken == asked else max(1, taken)
-                pause = PAUSE_MIN
-                if self._complained:
-                    self._complained = False
-                    log.warning("queue %s is read again", self.queue.name)
+                trouble.over()
             except Exception as error:
-                if not self._complained:
-                    self._complained = True
-                    known = isinstance(error, TransportError)
-                    log.warning(
-                        "queue %s cannot be read: %s", self.queue.name, error, exc_info=None if known else error
-                    )
-                await self._rest(asyncio.sleep(pause))
-                pause = min(pause * 2, PAUSE_MAX)
+                await self._rest(trouble.wait(error))
 
     async def _rest(self, wait: Awaitable[Any]) -> Any:
         self._idle = True

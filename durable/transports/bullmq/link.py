@@ -10,8 +10,6 @@ from typing import Any
 
 from durable.transports.redis_link import RedisLink, Refused
 
-PAUSE_MIN, PAUSE_MAX = 0.05, 5.0
-"""Seconds between two attempts to reach the server."""
 HURRY_SECONDS = 1.0
 
 

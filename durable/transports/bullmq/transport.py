@@ -47,7 +47,7 @@ from durable.protocol.messages import (
 )
 from durable.transports.bullmq.intake import Intake
 from durable.transports.bullmq.jobs import FAILED_SECONDS, Job, JobQueue, LostJob, Scriptbook
-from durable.transports.bullmq.link import PAUSE_MAX, PAUSE_MIN, Link
+from durable.transports.bullmq.link import Link
 from durable.transports.bullmq.liveness import Liveness, alive
 from durable.transports.bullmq.locks import Locks
 from durable.transports.bullmq.watch import Watch
@@ -64,6 +64,7 @@ from durable.transports.redis_link import Refused
 from durable.transports.redis_settings import Durability, look
 from durable.transports.sending import encoded
 from durable.transports.serving import Server, Workbench
+from durable.transports.trouble import PAUSE_MAX, PAUSE_MIN
 
 log = logging.getLogger("durable.transports")
 

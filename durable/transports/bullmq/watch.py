@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 import msgspec
 from msgspec import Raw, Struct
 
-from durable.core.errors import PayloadError, TransportError
+from durable.core.errors import PayloadError
 from durable.protocol import names
 from durable.protocol.codec import decode_any_task
 from durable.protocol.messages import Answer, RemoteTask, StepResult, Task, step_id
@@ -24,6 +24,7 @@ from durable.transports.bullmq.jobs import JobQueue
 from durable.transports.bullmq.link import Link
 from durable.transports.redis_link import Refused
 from durable.transports.redis_settings import facts
+from durable.transports.trouble import Trouble
 
 log = logging.getLogger("durable.transports")
 
@@ -84,7 +85,6 @@ class Watch:
         self._task: asyncio.Task[None] | None = None
         self._scan: asyncio.Task[set[str]] | None = None
         self._next_scan: asyncio.Task[set[str]] | None = None
-        self._complained = False
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._go_on(), name="durable-bullmq-watch")
@@ -167,17 +167,13 @@ class Watch:
     # -- looking again and again
 
     async def _go_on(self) -> None:
+        trouble = Trouble("what workers have failed at cannot be seen", "what workers have failed at is seen again")
         while True:
             try:
                 await self._look()
-                self._complained = False
+                trouble.over()
             except Exception as error:
-                if not self._complained:
-                    self._complained = True
-                    known = isinstance(error, TransportError)
-                    log.warning(
-                        "what workers have failed at cannot be seen now: %s", error, exc_info=None if known else error
-                    )
+                trouble.tell(error)
             await asyncio.sleep(self._every)
 
     async def _look(self) -> None:

@@ -36,7 +36,6 @@ from durable.transports.db.rows import (
     ClaimedResult,
     ClaimedTask,
     ResultRow,
-    Seen,
     TaskRow,
     answer_of,
     bare_task,
@@ -46,8 +45,10 @@ from durable.transports.db.rows import (
     task_row,
 )
 from durable.transports.db.tables import CANCELS, KEY_MAX, RESULTS, TASKS, Fold, Tables
+from durable.transports.db.watch import Watch
 from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
 from durable.transports.serving import Cut, Server, Workbench, beat_of
+from durable.transports.trouble import PAUSE_MAX, PAUSE_MIN, Trouble
 
 log = logging.getLogger("durable.transports")
 
@@ -62,8 +63,6 @@ SPREAD = 1.2
 HANDS = 400
 """Results that handlers may have at once."""
 DISPATCH_SECONDS = 8.0
-PAUSE_MIN, PAUSE_MAX = 0.1, 5.0
-"""Seconds between two attempts while the database is away, or the handler does not take a result."""
 LAST_SECONDS = 2.0
 """What `close` gives to what is under way at the database."""
 
@@ -135,9 +134,14 @@ class DbTransport:
         self._untaken: dict[str, float] = {}
         """Results that the handler did not take, and how long they were left alone for the last time."""
         self._cancelling: dict[str, asyncio.Future[None]] = {}
-        self._watched: dict[str, _Watched] = {}
-        """Tasks dispatched or asked after here, as they stood."""
-        self._watcher: asyncio.Task[None] | None = None
+        self._watch = Watch(
+            self._tables,
+            interval=heartbeat_interval,
+            max_deliveries=max_deliveries,
+            alive=self._saw_alive,
+            give_up=lambda row, reason: self._spawn(self._give_up(row, reason)),
+        )
+        """Of tasks dispatched or asked after here."""
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -175,10 +179,10 @@ class DbTransport:
             await _end(*self._in_hand)
             if self._background:
                 await asyncio.wait(self._background, timeout=LAST_SECONDS)
-            await _end(*self._background, *(task for task in (self._keeper, self._watcher) if task is not None))
-            self._keeper = self._watcher = None
+            await self._watch.close()
+            await _end(*self._background, *([] if self._keeper is None else [self._keeper]))
+            self._keeper = None
             self._claims.clear()
-            self._watched.clear()
             self._untaken.clear()
             await self._tables.close()
 
@@ -199,14 +203,14 @@ class DbTransport:
                 await self._put(row)
         except TimeoutError:
             raise TransportError(f"The database did not take task {task.id} within {DISPATCH_SECONDS:g} s.") from None
-        self._watch(row.step_id)
+        self._watch.add(row.step_id)
         self._tell(TASKS, row.grp)
 
     async def cancel(self, task_id: str) -> None:
         """Delete it if it waits. If it is claimed, mark it: its worker looks when it hears of it, and at its next extension
         at the latest. A worker that knows only the documented columns goes on."""
         self._open()
-        self._watched.pop(task_id, None)
+        self._watch.drop(task_id)
         before = self._cancelling.get(task_id)
         done = self._cancelling[task_id] = asyncio.get_running_loop().create_future()
         try:
@@ -225,7 +229,7 @@ class DbTransport:
         # In this order: a task that is finished in between is seen as its result.
         tasks = {seen.row.step_id for seen in await self._tables.look(task_ids) if not seen.cancelled}
         for step_id in tasks:
-            self._watch(step_id)  # whoever asks has taken it over, and wants to know that it lives
+            self._watch.add(step_id)  # whoever asks has taken it over, and wants to know that it lives
         return tasks | set(await self._tables.answered(task_ids))
 
     def on_result(self, handler: ResultHandler) -> None:
@@ -290,7 +294,7 @@ class DbTransport:
             )
 
     async def _take(self, server: Server, wake: asyncio.Event) -> None:
-        trouble = _Trouble("tasks cannot be claimed")
+        trouble = Trouble("tasks cannot be claimed", "tasks are claimed again")
         while True:
             most = min(await server.has_room(), CLAIM_MOST)
             wake.clear()
@@ -385,7 +389,7 @@ class DbTransport:
 
     async def _keep(self) -> None:
         """One for all; it ends when there is nothing to keep."""
-        trouble = _Trouble("claims cannot be extended")
+        trouble = Trouble("claims cannot be extended", "claims are extended again")
         try:
             while True:
                 await asyncio.sleep(min(self._lease / 3, self._interval))
@@ -423,7 +427,7 @@ class DbTransport:
             self._hearer = asyncio.get_running_loop().create_task(self._hear(self._handler), name="durable-db-results")
 
     async def _hear(self, handler: ResultHandler) -> None:
-        trouble = _Trouble("results cannot be claimed")
+        trouble = Trouble("results cannot be claimed", "results are claimed again")
         while True:
             while len(self._in_hand) >= HANDS:
                 await asyncio.wait(self._in_hand, return_when=asyncio.FIRST_COMPLETED)
@@ -472,7 +476,7 @@ class DbTransport:
                 asyncio.get_running_loop().call_later(pause + 0.002, self._results_wake.set)
                 return
             else:
-                self._watched.pop(step_id, None)
+                self._watch.drop(step_id)
                 await self._settle(claim)
             self._untaken.pop(step_id, None)
         except TransportError as error:
@@ -484,52 +488,11 @@ class DbTransport:
         except Exception as error:  # in SQLite any column may hold anything
             raise MessageRefused(f"It cannot be read: {error}") from error
 
-    # -- watching tasks
-
-    def _watch(self, step_id: str) -> None:
-        self._watched.setdefault(step_id, _Watched())
-        if self._watcher is None:
-            self._watcher = asyncio.get_running_loop().create_task(self._look_after(), name="durable-db-watch")
-
-    async def _look_after(self) -> None:
-        """Ends when there is nothing to look after."""
-        trouble = _Trouble("it cannot be seen how tasks stand")
-        try:
-            while True:
-                await asyncio.sleep(self._interval)
-                ids = list(self._watched)
-                if not ids:
-                    return
-                try:
-                    seen = {one.row.step_id: one for one in await self._tables.look(ids)}
-                except Exception as error:
-                    trouble.tell(error)
-                    continue
-                trouble.over()
-                for step_id in ids:
-                    if step_id not in seen:
-                        self._watched.pop(step_id, None)
-                    elif step_id in self._watched:
-                        self._saw(self._watched[step_id], seen[step_id])
-        finally:
-            self._watcher = None
-
-    def _saw(self, watched: _Watched, seen: Seen) -> None:
-        row = seen.row
-        if row.attempt != watched.attempt:
-            watched.begin(row.attempt)
-        if seen.claim is None or seen.claimed_at == watched.claimed_at:
-            return
-        others = watched.claim is not None and seen.claim != watched.claim and seen.deliveries == watched.deliveries
-        watched.reclaims += others
-        watched.claim, watched.claimed_at, watched.deliveries = seen.claim, seen.claimed_at, seen.deliveries
-        if watched.reclaims >= self._max_deliveries:
-            self._watched.pop(row.step_id, None)
-            self._spawn(self._give_up(row, f"{watched.reclaims} workers let their claim run out"))
-        elif self._on_heartbeat is not None:
-            self._on_heartbeat(beat_of(bare_turn(row) if row.kind == TURN else bare_task(row)))
-
     # -- small things
+
+    def _saw_alive(self, row: TaskRow) -> None:
+        if self._on_heartbeat is not None:
+            self._on_heartbeat(beat_of(bare_turn(row) if row.kind == TURN else bare_task(row)))
 
     def _open(self) -> None:
         if not self._started:
@@ -549,45 +512,6 @@ class DbTransport:
         task = asyncio.get_running_loop().create_task(quietly(), name="durable-db-write")
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-class _Watched:
-    """How a task stood when it was last seen."""
-
-    def __init__(self) -> None:
-        self.begin(None)
-
-    def begin(self, attempt: int | None) -> None:
-        self.attempt = attempt
-        self.claim: str | None = None
-        self.claimed_at: int | None = None
-        self.deliveries = 0
-        self.reclaims = 0
-        """By workers that do not count deliveries themselves."""
-
-
-class _Trouble:
-    """Says once that something does not work, once that it does again, and leaves more and more time between."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._pause = 0.0
-
-    async def wait(self, error: Exception) -> None:
-        self.tell(error)
-        self._pause = min(max(self._pause * 2, PAUSE_MIN), PAUSE_MAX)
-        await asyncio.sleep(self._pause)
-
-    def tell(self, error: Exception) -> None:
-        if not self._pause:
-            self._pause = PAUSE_MIN / 2
-            known = isinstance(error, TransportError)
-            log.warning("%s, it is tried again and again: %s", self._what, error, exc_info=None if known else error)
-
-    def over(self) -> None:
-        if self._pause:
-            self._pause = 0.0
-            log.warning("the transport's database answers again")
 
 
 def _tables(url: str, prefix: str, schema: str | None, lease: float, notifications: bool) -> Tables:
