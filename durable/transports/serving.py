@@ -137,16 +137,6 @@ class Workbench:
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
 
-    async def work(self, server: Server, task: Task) -> Answer | None:
-        """Run the handler. The answer; None: the engine has cancelled it and wants none. Raises GivenBack. For adapters whose
-        client calls back for each message; its own bound counts then."""
-        server.under_way += 1
-        try:
-            # A task of its own: what is cancelled is the handler, and not its client's loop.
-            return await asyncio.get_running_loop().create_task(self._work(server, task), name=f"step {task.id}")
-        finally:
-            server.leave()
-
     def cancel(self, task_id: str, attempt: int | None = None) -> None:
         """Cancel every attempt of a task, or this one and those before it."""
         self._cut(

@@ -7,10 +7,14 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from durable.protocol.messages import Answer, Task
+import msgspec
+import pytest
+
+from durable.protocol.messages import Answer, ControlMessage, StepResult, Task, WorkflowTask
 from durable.testing.facts import eventually
-from durable.testing.suites.transport import ECHO, Gate, answer, task
-from durable.transports.serving import Workbench
+from durable.testing.suites.transport import ECHO, TURN, Gate, answer, task
+from durable.transports.answers import given_up
+from durable.transports.serving import Cut, Workbench
 
 
 class Message:
@@ -90,18 +94,42 @@ async def test_what_is_cut_short_by_closing_is_given_back() -> None:
     assert message.fate == [answer(task("r"))]
 
 
-async def test_work_that_is_called_for_is_cancelled_and_its_caller_is_not() -> None:
-    """An adapter whose client calls back goes on after a cancel; a client that gives up takes the handler with it."""
+async def test_a_cancel_of_one_attempt_spares_the_next() -> None:
+    """`step.cancel` with an attempt means that one and those before it: the next attempt, under way already, goes on."""
     gate = Gate()
-    bench = Workbench(max_message=1 << 20)
-    server = bench.add([ECHO], gate.handle, 1)
-    caller = asyncio.create_task(bench.work(server, task("r")))
-    await eventually(lambda: gate.started, "it is under way")
-    bench.cancel("r:0")
-    assert await caller is None
-    caller = asyncio.create_task(bench.work(server, task("s")))
-    await eventually(lambda: len(gate.started) == 2, "the next one is under way")
-    caller.cancel()
-    await asyncio.wait({caller})
-    assert caller.cancelled()
-    assert gate.cancelled == ["r:0", "s:0"]
+    bench, messages = Workbench(max_message=1 << 20), [Message(), Message()]
+    server = bench.add([ECHO], gate.handle, 2)
+    for number, message in enumerate(messages, 1):
+        bench.begin(server, task("r", attempt=number), message.done, message.back)
+    await eventually(lambda: len(gate.started) == 2, "both are under way")
+    event = {"type": "step.cancel", "runId": "r", "stepId": "r:0", "attempt": 1, "at": 0}
+    bench.hear(ControlMessage(sender="engine", kind="event", event=event))
+    await eventually(lambda: messages[0].fate == [None], "the first is over")
+    gate.open()
+    await eventually(lambda: messages[1].fate != [], "the second is answered")
+    assert gate.cancelled == ["r:0"]
+    assert isinstance(messages[1].fate[0], StepResult)
+
+
+@pytest.mark.parametrize(("why", "fate"), [(Cut.DROPPED, None), (Cut.RELEASED, "back")])
+async def test_one_delivery_is_cut_short_alone(why: Cut, fate: str | None) -> None:
+    """Another delivery of the same task goes on; what becomes of the message is said by whoever cuts."""
+    gate = Gate()
+    bench, messages, tasks = Workbench(max_message=1 << 20), [Message(), Message()], [task("r"), task("r")]
+    server = bench.add([ECHO], gate.handle, 2)
+    for given, message in zip(tasks, messages, strict=True):
+        bench.begin(server, given, message.done, message.back)
+    await eventually(lambda: len(gate.started) == 2, "both are under way")
+    bench.cut(tasks[0], why)
+    await eventually(lambda: messages[0].fate == [fate], "the first is over")
+    assert messages[1].fate == []
+    gate.open()
+    await eventually(lambda: messages[1].fate != [], "the second is answered")
+
+
+@pytest.mark.parametrize("given", [task("r"), msgspec.json.decode(TURN, type=WorkflowTask)], ids=["step", "turn"])
+def test_a_task_that_is_given_up_is_answered_whatever_it_is(given: Task) -> None:
+    """A step's task and a hosted workflow's turn both get `worker_failed`, retryable: another attempt may do better."""
+    answered = given_up(given, "it died")
+    assert answered.error is not None
+    assert (answered.id, answered.error.code, answered.error.retryable) == (given.id, "worker_failed", True)
