@@ -223,7 +223,7 @@ class Durable:
                     store=store,
                     registry=self.registry,
                     transport=pool,
-                    handler=self._handler() if self.settings.execute else None,
+                    handler=self._handler() if self.settings.execute and self.settings.serve_steps else None,
                     on_step=self._on_step,
                     control_plane=plane or default_control_plane(pool, store),
                     clock=self._clock,

@@ -128,7 +128,8 @@ def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as
         click.echo(f"Nothing is executed here; {active} runs are active. What other engines do is shown. Ctrl-C ends.")
         return
     workflows = ", ".join(f"{name}@{version}" for name, version in app.registry.routes()) or "none"
-    steps = ", ".join(step.name for step in app.registry.steps()) or "none"
+    served = app.registry.steps() if app.settings.serve_steps else ()
+    steps = ", ".join(step.name for step in served) or "none"
     click.echo(f"Workflows: {safe(workflows)}. Remote steps served: {safe(steps)}. Runs active: {active}.")
     click.echo("The engine is up. Ctrl-C drains it.")
 

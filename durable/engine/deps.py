@@ -63,6 +63,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     """False: the heartbeat runs as a task on the loop and plain `def` bodies run in place (the simulation)."""
     body_threads: int = 32
     """Threads for plain `def` step bodies."""
+    serve_steps: bool = True
+    """False: this engine drives workflows, and leaves their remote steps to workers."""
     execute: bool = True
     """False: an API node. It starts, signals and inspects runs, and never executes one."""
     workspace: str = DEFAULT_WORKSPACE

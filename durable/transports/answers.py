@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from durable.core.errors import ErrorData
+from durable.core.errors import ErrorData, PayloadError
 from durable.protocol.messages import Answer, RemoteTask, StepResult, Task, WorkflowDecision
 
 
@@ -13,10 +13,12 @@ def no_handler(task: Task) -> Answer:
 
 
 def crashed(task: Task, error: BaseException) -> Answer:
-    """The handler raised where it should have answered: retryable, because nothing is known about the next attempt."""
+    """The handler raised where it should have answered: retryable, because nothing is known about the next attempt; but an
+    answer that no wire carries is no better the next time."""
     message = str(error) or type(error).__name__
     code = str(getattr(error, "code", "error"))
-    return failed(task, ErrorData(message=message, code=code, type=type(error).__name__))
+    retryable = not isinstance(error, PayloadError)
+    return failed(task, ErrorData(message=message, code=code, type=type(error).__name__, retryable=retryable))
 
 
 def too_large(task: Task, size: int, limit: int) -> Answer:

@@ -571,3 +571,14 @@ def test_a_transport_that_demands_tokens_needs_a_key() -> None:
     end.signed = True
     with pytest.raises(DefinitionError, match="task_key"):
         TransportPool({"default": end})
+
+
+async def test_an_engine_may_leave_its_steps_to_workers(world: World) -> None:
+    """With `serve_steps=False` an engine knows a step by reference and does not run it: whoever serves it does."""
+    broker = Broker()
+    end = broker.end()
+    app = await world.engine(shop, charge, transport=end, serve_steps=False)
+    assert end.served == []
+    handle = await app.start(shop, 1)
+    await broker.answer(await broker.sent(), 41)
+    assert await handle.result(5) == 41

@@ -24,6 +24,10 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Literal
 
+from aio_pika import DeliveryMode, ExchangeType, Message
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aio_pika.exceptions import DeliveryError, PublishError
+
 from durable.control_plane.interface import LOOK_EVERYWHERE, ControlHandler
 from durable.control_plane.listeners import Listeners
 from durable.core.errors import DefinitionError, EngineStopped, MessageRefused, PayloadError, TransportError
@@ -38,26 +42,18 @@ from durable.transports.interface import (
     ResultHandler,
     TaskHandler,
 )
+from durable.transports.rabbitmq.intake import Delivery, Serving
+from durable.transports.rabbitmq.link import (
+    OPEN_SECONDS,
+    Line,
+    Link,
+    acknowledge,
+    all_of,
+    explained,
+    lost_is_an_error,
+    refuse,
+)
 from durable.transports.serving import Server, Workbench
-
-try:
-    from aio_pika import DeliveryMode, ExchangeType, Message
-    from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
-    from aio_pika.exceptions import DeliveryError, PublishError
-
-    from durable.transports.amqp import (
-        OPEN_SECONDS,
-        Line,
-        Link,
-        acknowledge,
-        all_of,
-        explained,
-        lost_is_an_error,
-        refuse,
-    )
-    from durable.transports.rabbitmq_intake import Delivery, Serving
-except ModuleNotFoundError as error:
-    raise DefinitionError(f"RabbitMQ needs aio-pika: pip install 'durable[rabbitmq]'. ({error})") from error
 
 log = logging.getLogger("durable.transports")
 

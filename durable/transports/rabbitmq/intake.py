@@ -14,12 +14,20 @@ from durable.core.errors import PayloadError
 from durable.protocol import names
 from durable.protocol.codec import decode_any_task
 from durable.protocol.messages import Answer, Task
-from durable.transports.amqp import CLOSE_SECONDS, OPEN_SECONDS, Line, acknowledge, all_of, lost_is_an_error, refuse
 from durable.transports.interface import Concurrency
+from durable.transports.rabbitmq.link import (
+    CLOSE_SECONDS,
+    OPEN_SECONDS,
+    Line,
+    acknowledge,
+    all_of,
+    lost_is_an_error,
+    refuse,
+)
 from durable.transports.serving import ROOM_SECONDS, Server
 
 if TYPE_CHECKING:
-    from durable.transports.rabbitmq import RabbitMqTransport
+    from durable.transports.rabbitmq.transport import RabbitMqTransport
 
 HELD_SECONDS = 1.0
 """How long a task may wait here for room while another worker might have some."""
