@@ -6,7 +6,7 @@ It puts the parts together: a store by URL, transports, an engine, or of a worke
 from __future__ import annotations
 
 import difflib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -29,7 +29,7 @@ from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.handle import RunHandle
 from durable.engine.start import StartRequest
-from durable.opening import default_control_plane, open_pool, open_store
+from durable.opening import Transports, default_control_plane, open_pool, open_store
 from durable.store.interface import Store
 from durable.store.records import RunPage, RunQuery, RunRecord
 from durable.transports.event_emitter import EventEmitterTransport
@@ -76,7 +76,7 @@ class Durable:
         workflows: Sequence[Any] = (),
         steps: Sequence[Any] = (),
         transport: Transport | str | None = None,
-        transports: Mapping[str, Transport | str] | None = None,
+        transports: Transports | None = None,
         control_plane: ControlPlane | str | None = None,
         worker: bool = True,
         role: str | None = None,
@@ -239,7 +239,7 @@ class Durable:
 
     def as_worker(self, **options: Any) -> None:
         """Be a node of role worker when opened, with these options of `Worker`: what a command line says wins over the
-        program. Before the app is opened."""
+        program. `hosts`: host this app's workflows too, for engines elsewhere. Before the app is opened."""
         self.role = "worker"
         self._worker_options = options
 
@@ -261,7 +261,10 @@ class Durable:
             "clock": self._clock,
             "threads": settings.threads,
         }
-        worker = Worker(self.registry, **(ours | self._worker_options))
+        options = ours | self._worker_options
+        if options.pop("hosts", False):
+            options["workflows"] = self.registry
+        worker = Worker(self.registry, **options)
         await worker.start()
         self._worker = worker
 

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -153,8 +153,25 @@ def open_control_plane(plane: ControlPlane | str, **options: Any) -> ControlPlan
     return cast(ControlPlane, _open(plane, CONTROL_PLANES, "control plane", known, options))
 
 
+Transports = Mapping[str, Transport | str] | Sequence[Transport | str]
+"""By id, or in a row: then each is called by its kind."""
+
+
+def by_id(given: Transports, **options: Any) -> dict[str, Transport]:
+    """Open transports, in order. In a row they are called by their kind, `redis`, `db`; the second of one kind `redis-2`."""
+    if isinstance(given, Mapping):
+        return {name: open_transport(one, **options) for name, one in given.items()}
+    found: dict[str, Transport] = {}
+    for one in given:
+        opened = open_transport(one, **options)
+        kind = opened.capabilities.name
+        same = sum(name == kind or name.startswith(f"{kind}-") for name in found)
+        found[f"{kind}-{same + 1}" if same else kind] = opened
+    return found
+
+
 def open_pool(
-    given: Mapping[str, Transport | str],
+    given: Transports,
     control_plane: ControlPlane | str | None = None,
     *,
     options: Mapping[str, Any] | None = None,
@@ -163,10 +180,13 @@ def open_pool(
     """The transports, and the control plane that was asked for, if any: one of the transports where it is the same object
     or the same URL. An emitter may have been given to several applications: each has an end of its own, or what one
     registers would outlive it. `options`: of transports by URL; `pool`: of TransportPool."""
-    opened = {name: open_transport(one, **(options or {})) for name, one in given.items()}
+    opened = by_id(given, **(options or {}))
     ends = {id(one): one.end() if isinstance(one, EventEmitterTransport) else one for one in opened.values()}
     members = {name: ends[id(one)] for name, one in opened.items()}
-    same = next((name for name, one in given.items() if one is control_plane or one == control_plane), None)
+    asked = given.values() if isinstance(given, Mapping) else given
+    same = next(
+        (name for name, one in zip(opened, asked, strict=True) if one is control_plane or one == control_plane), None
+    )
     plane: Any = control_plane
     if same is not None and members[same].capabilities.broadcast:
         plane = members[same]

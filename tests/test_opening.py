@@ -116,3 +116,10 @@ async def test_an_app_takes_urls_for_its_transports() -> None:
         assert list(app.engine.deps.transport.members) == ["a", "b"]
     with pytest.raises(DefinitionError, match="No transport is known"):
         await Durable("memory://", transport="smoke://hill").open()
+
+
+def test_transports_in_a_row_are_called_by_their_kind() -> None:
+    """A list is a pool in that order; two of one kind are told apart, and a control plane is found in it as well."""
+    pool, plane = open_pool(["event-emitter://", "redis://localhost:1/0", "event-emitter"], "redis://localhost:1/0")
+    assert list(pool.members) == ["event-emitter", "redis", "event-emitter-2"]
+    assert plane is pool.members["redis"]

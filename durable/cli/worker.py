@@ -77,6 +77,12 @@ FORCED = "Stopped at once. Tasks that were under way will run again."
     show_envvar=True,
     help="Added to the prefix: who serves one namespace does not see the tasks of another.",
 )
+@click.option(
+    "--workflows",
+    "hosts",
+    is_flag=True,
+    help="Host the app's workflows too, for engines that know them by remote_workflow.",
+)
 @json_option
 def worker(
     app: str,
@@ -87,12 +93,13 @@ def worker(
     drain_timeout: str | None,
     prefix: str | None,
     namespace: str | None,
+    hosts: bool,
     as_json: bool,
 ) -> None:
     """Serve an app's steps to engines in other processes: no engine and no store in here.
 
     MODULE:APP names a module (or a .py file) and the Durable object or root module class in it; ":APP" may be left out
-    when there is only one. Its workflows are not run here, and its store is not opened.
+    when there is only one. Its workflows are not run here, unless they are hosted, and its store is not opened.
 
     Ctrl-C or SIGTERM drains: no new task is taken, those under way finish, and what does not finish in time is given back.
     A second one stops at once; nothing is lost then either, but the tasks run again elsewhere.
@@ -110,6 +117,7 @@ def worker(
         "concurrency": _concurrency(concurrency),
         "drain_timeout": drain_timeout,
         "transport_options": {"prefix": prefix, "namespace": namespace},
+        "hosts": hosts,
     }
     if transports:
         options["transports"] = _named(transports)
@@ -164,9 +172,11 @@ def _concurrency(text: str) -> Concurrency:
 
 def _greet(worker: Worker, urls: Mapping[str, str], as_json: bool) -> None:
     steps = [step.name for step in worker.registry.steps() if not step.needs_instance]
+    hosted = list(dict.fromkeys(flow.name for flow in worker.workflows.workflows() if flow.hosting is None))
     if as_json:
         members = {name: one.capabilities.name for name, one in worker.transports.items()}
-        show_json({"kind": "started", "worker": worker.id, "steps": steps, "transports": members}, indent=None)
+        line = {"kind": "started", "worker": worker.id, "steps": steps, "workflows": hosted, "transports": members}
+        show_json(line, indent=None)
         return
     from durable import __version__
 
@@ -175,7 +185,9 @@ def _greet(worker: Worker, urls: Mapping[str, str], as_json: bool) -> None:
         for name, one in worker.transports.items()
     )
     click.echo(f"Durable {__version__}, worker {worker.id[:8]}, over {over}.")
-    click.echo(f"Steps served: {safe(', '.join(steps))}. Waiting at: {safe(', '.join(worker.groups))}.")
+    hosts = f" Workflows hosted: {safe(', '.join(hosted))}." if hosted else ""
+    served = safe(", ".join(steps)) or "none"
+    click.echo(f"Steps served: {served}.{hosts} Waiting at: {safe(', '.join(worker.groups))}.")
     for name, one in worker.transports.items():
         if not one.capabilities.shared:
             click.echo(

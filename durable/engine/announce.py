@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from durable.control_plane.interface import ControlPlane
 from durable.core.journal import REMOTE, RUN, STEP, Entry
-from durable.engine.residents import Resident, Sent
-from durable.protocol.messages import ControlMessage, step_id
+from durable.engine.residents import Resident
+from durable.protocol.messages import ControlMessage
 from durable.store.records import Commit
 
 log = logging.getLogger("durable.announce")
@@ -133,12 +133,7 @@ def event(run_id: str, workflow: str, entry: Entry) -> dict[str, object]:
     return told | {"at": entry.at // 1_000}
 
 
-def step_cancel(run_id: str, sent: Sent, at: int) -> dict[str, Any]:
-    """A task that nobody waits for any more, as workers are told of it: this attempt, and those before it."""
-    return {
-        "type": "step.cancel",
-        "runId": run_id,
-        "stepId": step_id(run_id, sent.command.ordinal),
-        "attempt": sent.attempt,
-        "at": at // 1_000,
-    }
+def step_cancel(run_id: str, task: str, attempt: int, at: int) -> dict[str, Any]:
+    """A task, a step's or a turn's, that nobody waits for any more, as workers are told of it: this attempt, and those
+    before it."""
+    return {"type": "step.cancel", "runId": run_id, "stepId": task, "attempt": attempt, "at": at // 1_000}

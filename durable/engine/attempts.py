@@ -172,6 +172,8 @@ def due(executor: Executor, run: Resident, moment: int) -> Arrival | None:
         if sent.deadline == moment:
             return _lost(executor, run, key, moment, f"No result within {sent.command.options.timeout} s.")
         if sent.silent_at() == moment:
+            if executor.dispatch.only_waits(run, key):
+                return None
             limit = sent.command.options.heartbeat_timeout
             return _lost(executor, run, key, moment, f"The worker has been silent for {limit} s.")
     raise AssertionError("something was due, and nothing is")

@@ -154,7 +154,7 @@ class Dispatch:
     def forget(self, run: Resident) -> None:
         """The run leaves memory; its tasks go on."""
         for key, sent in list(run.sent.items()):
-            if not run.ended:
+            if not run.ended and not isinstance(sent.command, TakeTurn):
                 self._out[step_id(run.run_id, sent.command.ordinal)] = key, sent.attempt
                 if len(self._out) > OUT_MAX:
                     del self._out[next(iter(self._out))]
@@ -178,11 +178,27 @@ class Dispatch:
             found = self._awaited.get(heartbeat.step_id)
             if found is not None and found[1] in found[0].sent:
                 found[0].sent[found[1]].last_beat = now
+                found[0].sent[found[1]].beaten = True
             return
         run = self._executor.residents.get(heartbeat.run_id)
         if run is not None:
             for sent in run.sent.values():
                 sent.last_beat = now
+                sent.beaten = True
+
+    def only_waits(self, run: Resident, key: str) -> bool:
+        """Whether the silence over a turn may be that of a queue: nobody has begun it, and the transport can be asked whether it
+        still has it. Then it is asked, and silence counts anew from now: sending the turn again would only lengthen the queue."""
+        sent = run.sent[key]
+        member = self._executor.deps.transport.member(sent.transport).capabilities
+        if not (isinstance(sent.command, TakeTurn) and sent.published and member.holds and member.heartbeats):
+            return False
+        if sent.beaten or sent.asking:
+            return False
+        sent.last_beat = self._executor.clock.now()
+        sent.asking = True
+        self._spawn(self._ask(run, sent.command, sent))
+        return True
 
     def release_held(self) -> None:
         """The lease has been renewed: publish what waited for that."""
@@ -195,7 +211,7 @@ class Dispatch:
         deadline = None if timeout is None else now + int(timeout * SECOND)
         sent = Sent(command, attempt, now, deadline, last_beat=now)
         run.sent[command.key] = sent
-        self._out.pop(step_id(run.run_id, command.ordinal), None)
+        self._out.pop(task_id(run, command, attempt), None)
         run.attempts[command.key] = attempt
         self._awaited[task_id(run, command, attempt)] = (run, command.key)
         return sent

@@ -19,6 +19,7 @@ from durable.core.payload import encode
 from durable.engine import collector, dead_letter
 from durable.engine.announce import Announcer, step_cancel
 from durable.engine.deps import Deps
+from durable.engine.dispatch import task_id
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
 from durable.engine.lease import Lease
@@ -358,7 +359,8 @@ class WorkflowEngine:
         member = self.deps.transport.member(sent.transport)
         plane: object = self.deps.control_plane
         if member.capabilities.shared and plane is not member:
-            self._announcer.tell(step_cancel(run.run_id, sent, self.clock.now()))
+            task = task_id(run, sent.command, sent.attempt)
+            self._announcer.tell(step_cancel(run.run_id, task, sent.attempt, self.clock.now()))
 
     def _cancelling(self, run: Resident) -> None:
         """A run with tasks out is being cancelled. Workers of other makes know this word only."""

@@ -76,6 +76,8 @@ class Sent(Struct):
     avoid: str | None = None
     """The member that let the attempt before down."""
     last_beat: int = 0
+    beaten: bool = False
+    """Somebody is, or was, at it."""
     lines: int = 0
     """Live lines of this attempt that were journaled here."""
     asking: bool = False

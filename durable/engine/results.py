@@ -141,14 +141,15 @@ class Results:
         await durable
 
 
-NOT_HERE = frozenset({"unknown_workflow", "unknown_version"})
-"""Codes by which a worker says that it is the wrong one, and nothing about the run: another may have the code."""
+NO_VERDICT = frozenset({"unknown_workflow", "unknown_version", "worker_failed", "step_cancelled"})
+"""Codes of failed decisions that say something of a worker, and nothing of the run: it has not the code, it died over the turn,
+it gave the turn up. The turn is sent again, perhaps to another."""
 
 
 def _verdict(decision: WorkflowDecision, limit: int) -> tuple[str, bytes]:
     """How the turn ended, and its decision or why there is none."""
     error = decision.error
-    if decision.status == "failed" and error is not None and error.code in NOT_HERE:
+    if decision.status == "failed" and error is not None and error.code in NO_VERDICT:
         return "failed", encode_error(error)
     data = msgspec.json.encode(decision)
     if len(data) <= limit:

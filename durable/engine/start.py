@@ -17,6 +17,7 @@ from durable.core.errors import (
     MessageRefused,
     PayloadError,
     StoreError,
+    TransportError,
 )
 from durable.core.journal import RUN, Entry
 from durable.core.payload import fingerprint
@@ -75,6 +76,7 @@ class Starter:
         """Whether runs may be started here."""
         self.hot = False
         """Whether this engine may execute what it starts."""
+        self._closed = False
 
     @property
     def trouble(self) -> StoreError | None:
@@ -104,6 +106,8 @@ class Starter:
     async def asked(self, wish: StartRunRequest) -> None:
         """Another system's wish, by message: returns once the run is durable, whoever starts it. Raises MessageRefused for
         what no engine of this workspace may start, NotRegistered for what another one may know."""
+        if not self.open and not self._closed:
+            raise TransportError("This engine has not begun yet; the wish is delivered again.")
         own = self._executor.settings.workspace
         if wish.tenant != own:
             raise MessageRefused(
@@ -126,7 +130,7 @@ class Starter:
 
     async def close(self) -> None:
         """Refuse new starts; finish those under way."""
-        self.open = False
+        self.open, self._closed = False, True
         await self._group.close()
 
     def _new(self, request: StartRequest) -> tuple[NewRun, WorkflowDefinition]:

@@ -15,6 +15,7 @@ from durable.core.durations import Duration
 from durable.core.errors import DefinitionError
 from durable.engine.deps import Settings
 from durable.module.decorators import DynamicModule, Token, provide
+from durable.opening import Transports
 from durable.store.interface import Store
 from durable.transports.interface import Transport
 
@@ -27,7 +28,7 @@ class DurableOptions:
         store: Store | str | None = None,
         *,
         transport: Transport | str | None = None,
-        transports: Mapping[str, Transport | str] | None = None,
+        transports: Transports | None = None,
         control_plane: ControlPlane | str | None = None,
         role: str | None = None,
         worker: bool | None = None,
@@ -87,7 +88,7 @@ class DurableModule:
         store: Store | str | None = None,
         *,
         transport: Transport | str | None = None,
-        transports: Mapping[str, Transport | str] | None = None,
+        transports: Transports | None = None,
         control_plane: ControlPlane | str | None = None,
         role: str | None = None,
         worker: bool | None = None,

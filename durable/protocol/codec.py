@@ -128,7 +128,7 @@ def decode_decision(data: bytes) -> WorkflowDecision:
 
 def decode_step_event(data: bytes) -> WorkflowStepEvent:
     """Raises PayloadError."""
-    return _decode(data, WorkflowStepEvent, payload.DEFAULT_LIMIT, lenient.step_event)
+    return _decode(data, WorkflowStepEvent, payload.DEFAULT_LIMIT)
 
 
 def decode_start_run(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> StartRunRequest:
@@ -146,7 +146,7 @@ def _shape(data: bytes) -> _Shape:
 
 def decode_task(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> RemoteTask:
     """Raises PayloadError."""
-    task = _decode(data, RemoteTask, limit, lenient.task)
+    task = _decode(data, RemoteTask, limit, _without_input)
     if len(bytes(task.input)) > limit:
         payload.check(bytes(task.input), what=f"the input of {task.name}", limit=limit)
     _check_address(task.run_id, task.seq, task.step_id)
@@ -199,6 +199,15 @@ def _read(data: bytes, kind: type[M], what: str, otherwise: Callable[[bytes], M]
     return message
 
 
+def _without_input(data: bytes) -> RemoteTask:
+    """Some makes leave an input that is undefined out."""
+    said = payload.decode(data, dict[str, Raw], what="a RemoteTask")
+    if "input" in said:
+        raise PayloadError("It is not the input that is missing.")
+    task: RemoteTask = payload.decode(msgspec.json.encode(said | {"input": None}), RemoteTask, what="a RemoteTask")
+    return task
+
+
 def _address(data: bytes) -> _Address:
     what = "a StepResult"
     if len(data) > MAX_MESSAGE:
@@ -217,7 +226,7 @@ def _lenient_address(data: bytes, refused: PayloadError) -> _Address:
     try:
         said = json.loads(data)
         if isinstance(said, dict):
-            said |= {"seq": lenient.number(said.get("seq")), "attempt": lenient.number(said.get("attempt"))}
+            said["attempt"] = lenient.number(said.get("attempt"))
         address: _Address = msgspec.convert(said, _Address)
     except (ValueError, RecursionError):
         raise refused from None

@@ -1,5 +1,5 @@
-"""Messages of other makes that mean what we mean and write it slightly otherwise: a time with a fraction, a number as text, null
-for what is not there, a level we do not know. Read here when the strict reading has failed, so what is in order costs nothing.
+"""Answers of other makes that mean what we mean and write it slightly otherwise: a time with a fraction, null for what is not
+there, a level we do not know. Read here when the strict reading has failed, so what is in order costs nothing.
 
 What a worker has done is never lost to how it tells of it: ids, status and payload must be right, everything else is taken as
 far as it can be understood, and left out where it cannot. Raises PayloadError where the former are not right.
@@ -14,17 +14,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from durable.core.errors import ErrorData, PayloadError
-from durable.protocol.messages import (
-    HistoryItem,
-    PendingSignal,
-    RemoteTask,
-    StepEvent,
-    StepResult,
-    TurnCommand,
-    WorkflowDecision,
-    WorkflowStepEvent,
-    WorkflowTask,
-)
+from durable.protocol.messages import StepEvent, StepResult, TurnCommand, WorkflowDecision, WorkflowTask
 
 _NULL = Raw(b"null")
 _SAFE = 2**53
@@ -55,57 +45,6 @@ class _Result(Struct, rename="camel"):
     token: Any = None
 
 
-class _Task(Struct, rename="camel"):
-    run_id: str
-    step_id: str
-    name: str
-    seq: Any = None
-    group: Any = None
-    input: Raw = _NULL
-    attempt: Any = None
-    traceparent: Any = None
-    transport: Any = None
-    priority: Any = None
-    context: Any = None
-    token: Any = None
-
-
-class _Item(Struct, rename="camel"):
-    kind: Literal["step", "call", "timer", "signal", "child"]
-    seq: Any = None
-    name: Any = None
-    output: Raw | UnsetType = UNSET
-    error: Any = None
-    order: Any = None
-    at: Any = None
-
-
-class _Signal(Struct, rename="camel"):
-    signal: str
-    seq: Any = None
-    payload: Raw = _NULL
-
-
-class _Turn(Struct, rename="camel"):
-    task_id: str
-    run_id: str
-    workflow: str
-    history: list[_Item]
-    workflow_version: Any = None
-    input: Raw = _NULL
-    group: Any = None
-    attempt: Any = None
-    pending_signals: list[_Signal] | None = None
-    transport: Any = None
-    traceparent: Any = None
-    priority: Any = None
-    at: Any = None
-    started_at: Any = None
-    seen: Any = None
-    patches: list[str] | None = None
-    logs: Any = None
-
-
 class _Command(Struct, rename="camel"):
     kind: str
     seq: Any = None
@@ -134,18 +73,6 @@ class _Decision(Struct, rename="camel"):
     logs: Any = None
 
 
-class _StepEvent(Struct, rename="camel"):
-    run_id: str
-    name: str
-    phase: Literal["running", "completed", "failed"]
-    seq: Any = None
-    started_at: Any = None
-    finished_at: Any = None
-    output: Raw | UnsetType = UNSET
-    error: Any = None
-    events: Any = None
-
-
 def result(data: bytes) -> StepResult:
     """A step's result."""
     said = _read(data, _Result)
@@ -163,66 +90,6 @@ def result(data: bytes) -> StepResult:
     )
 
 
-def task(data: bytes) -> RemoteTask:
-    """A step's task: of an engine of another make, which leaves out an input that is undefined, say."""
-    said = _read(data, _Task)
-    return RemoteTask(
-        run_id=said.run_id,
-        seq=_seq(said.seq),
-        step_id=said.step_id,
-        name=said.name,
-        group=text(said.group) or "",
-        input=said.input,
-        attempt=number(said.attempt) or 1,
-        traceparent=text(said.traceparent),
-        transport=text(said.transport),
-        priority=number(said.priority),
-        context=said.context if isinstance(said.context, dict) else None,
-        token=text(said.token),
-    )
-
-
-def turn(data: bytes) -> WorkflowTask:
-    """A hosted run's turn."""
-    said = _read(data, _Turn)
-    history = [
-        HistoryItem(
-            seq=_seq(item.seq),
-            kind=item.kind,
-            name=text(item.name),
-            output=item.output,
-            error=error(item.error),
-            order=number(item.order),
-            at=number(item.at),
-        )
-        for item in said.history
-    ]
-    pending = [
-        PendingSignal(seq=number(one.seq) or 0, signal=one.signal, payload=one.payload)
-        for one in said.pending_signals or ()
-    ]
-    version = said.workflow_version
-    return WorkflowTask(
-        task_id=said.task_id,
-        run_id=said.run_id,
-        workflow=said.workflow,
-        workflow_version=version if isinstance(version, str) else "" if version is None else str(version),
-        input=said.input,
-        history=history,
-        group=text(said.group) or "",
-        attempt=number(said.attempt) or 1,
-        pending_signals=pending or None,
-        transport=text(said.transport),
-        traceparent=text(said.traceparent),
-        priority=number(said.priority),
-        at=number(said.at),
-        started_at=number(said.started_at),
-        seen=number(said.seen),
-        patches=said.patches,
-        logs=number(said.logs),
-    )
-
-
 def decision(data: bytes) -> WorkflowDecision:
     """A turn's answer."""
     said = _read(data, _Decision)
@@ -236,6 +103,27 @@ def decision(data: bytes) -> WorkflowDecision:
         patches=said.patches,
         logs=events(said.logs),
     )
+
+
+def turn(data: bytes) -> WorkflowTask:
+    """A turn of an engine that leaves out what is undefined (an input, a signal's payload), or hands on a step's error as the
+    worker wrote it. Everything else must be right."""
+    said = _read(data, dict[str, Raw])
+    said.setdefault("input", _NULL)
+    if "history" in said:
+        said["history"] = _encoded([_mended(item) for item in _read(said["history"], list[dict[str, Raw]])])
+    if "pendingSignals" in said:
+        signals = _read(said["pendingSignals"], list[dict[str, Raw]] | None)
+        said["pendingSignals"] = _encoded(signals and [{"payload": _NULL, **signal} for signal in signals])
+    return _read(_encoded(said), WorkflowTask)  # type: ignore[no-any-return]
+
+
+def _mended(item: dict[str, Raw]) -> dict[str, Raw]:
+    return {**item, "error": _encoded(error(_read(item["error"], Any)))} if "error" in item else item
+
+
+def _encoded(value: Any) -> Raw:
+    return Raw(msgspec.json.encode(value))
 
 
 def _command(said: _Command) -> TurnCommand:
@@ -263,22 +151,6 @@ def _command(said: _Command) -> TurnCommand:
             fields |= {"workflow": said.workflow, "input": said.input}
     command: TurnCommand = _read(msgspec.json.encode(fields), TurnCommand)
     return command
-
-
-def step_event(data: bytes) -> WorkflowStepEvent:
-    """A local step of a turn under way."""
-    said = _read(data, _StepEvent)
-    return WorkflowStepEvent(
-        run_id=said.run_id,
-        seq=_seq(said.seq),
-        name=said.name,
-        phase=said.phase,
-        started_at=number(said.started_at) or 0,
-        finished_at=number(said.finished_at),
-        output=said.output,
-        error=error(said.error),
-        events=events(said.events),
-    )
 
 
 def error(said: Any) -> ErrorData | None:
@@ -326,9 +198,7 @@ def event(said: dict[str, Any]) -> StepEvent:
 
 
 def number(said: Any, *, most: int = _SAFE) -> int | None:
-    """A whole number from 0, of a number or digits; None for anything else. A fraction is cut off."""
-    if isinstance(said, str) and said.isascii() and said.isdigit() and len(said) < 20:
-        said = int(said)
+    """A whole number from 0; None for anything else. A fraction is cut off."""
     if isinstance(said, bool) or not isinstance(said, int | float) or not math.isfinite(said):
         return None
     return int(said) if 0 <= said <= most else None

@@ -37,12 +37,11 @@ def given_up(task: RemoteTask, reason: str) -> StepResult:
     return result
 
 
-def cancelled(task: RemoteTask) -> StepResult:
+def cancelled(task: Task) -> Answer:
     """Its run was cancelled, or the task was, by a word that may be late: retryable, so that a run which still waits for it,
     cleaning up, is not left without an answer."""
-    result = failed(task, ErrorData(message="The step was cancelled.", code="step_cancelled", type="StepCancelled"))
-    assert isinstance(result, StepResult)
-    return result
+    what = "step" if isinstance(task, RemoteTask) else "turn"
+    return failed(task, ErrorData(message=f"The {what} was cancelled.", code="step_cancelled", type="StepCancelled"))
 
 
 def failed(task: Task, error: ErrorData) -> Answer:

@@ -14,7 +14,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -167,14 +167,16 @@ class _HostedContext(Context):
 
     def gather(self, *awaitables: Any, mode: str = "all") -> Any:
         if mode == "first" and not self._machine.ordered:
-            raise _race("ctx.gather(mode='first')")
+            self._machine.refuse(_race("ctx.gather(mode='first')"))
         return super().gather(*awaitables, mode=mode)  # type: ignore[call-overload]
 
     def patched(self, id: str) -> bool:
         if not self._machine.timed:
-            raise DeterminismError(
-                f"ctx.patched({id!r}): this engine does not say how far a run had come, so nobody can tell which way is right. "
-                "Register the new code under another version instead."
+            self._machine.refuse(
+                DeterminismError(
+                    f"ctx.patched({id!r}): this engine does not say how far a run had come, so nobody can tell which way is "
+                    "right. Register the new code under another version instead."
+                )
             )
         return super().patched(id)
 
@@ -207,6 +209,20 @@ class _HostedMachine(Machine):
             return Failed(encode_error(error.error))
         return super()._outcome_of(main)
 
+    def refuse(self, error: DeterminismError) -> NoReturn:
+        """A broken rule sticks: code cannot catch it away."""
+        self.loop.error = self.loop.error or error
+        raise error
+
+    def races(self) -> Iterator[str]:
+        """What of the code waits for whichever comes first."""
+        for alarm in self.loop.alarms.values():
+            if getattr(alarm._callback, "__name__", "") not in _SLEEPS:
+                yield "a timeout"
+        for future in (*self._promises.values(), *self.loop.living()):
+            for callback, _ in future._callbacks or ():
+                yield from _race_in(callback)
+
     def behind(self, is_behind: bool) -> None:
         """Whether the code is on ground that an earlier turn has covered."""
         self._behind = is_behind
@@ -228,7 +244,7 @@ class _HostedMachine(Machine):
 
     def wait_signal(self, command: WaitSignal, *arguments: Any) -> Asked:
         if not self.ordered and arguments[1] is not None:
-            raise _race(f"ctx.wait_for_signal({command.name!r}, timeout=...)")
+            self.refuse(_race(f"ctx.wait_for_signal({command.name!r}, timeout=...)"))
         return super().wait_signal(command, *arguments)
 
 
@@ -255,6 +271,7 @@ class _Turn:
         self._new_from = 0
         """Ordinals from here on have been given out in this turn: the engine does not know of them yet."""
         self._at = 0
+        self._began = clock.monotonic()
         self._entries = itertools.count(1)
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._done: dict[int, RecordStep] = {}
@@ -262,6 +279,12 @@ class _Turn:
         self._finished: asyncio.Queue[RecordStep] = asyncio.Queue()
         self._patches: list[str] = []
         self._logs: list[StepEvent] = []
+
+    def _now(self) -> int:
+        """Epoch ms, by the engine's clock where it tells it: another clock, minutes off, would have timers ring early."""
+        if not self._machine.timed:
+            return self._clock.now() // 1_000
+        return (self._task.at or 0) + int((self._clock.monotonic() - self._began) * 1_000)
 
     async def take(self) -> WorkflowDecision:
         """The decision. Raises what breaks the rules of replay."""
@@ -403,7 +426,8 @@ class _Turn:
         for item in self._machine.deliver(msgspec.structs.replace(entry, at=self._at)):
             self._heed(item)
         if not self._machine.ordered:
-            self._refuse_races()
+            for race in self._machine.races():
+                raise _race(race)
 
     def _heed(self, item: Command | Note) -> None:
         if isinstance(item, Command):
@@ -412,19 +436,12 @@ class _Turn:
             self._patches.append(item.id)
         elif isinstance(item, WriteLog):
             fields = None if item.fields is None else Raw(item.fields)
-            at = self._clock.now() // 1_000
+            at = self._now()
             self._logs.append(StepEvent(at=at, level=item.level, message=item.message, data=fields))  # type: ignore[arg-type]
         elif isinstance(item, Abandon):
-            if not self._machine.ordered and self._machine.outcome is None:
-                raise _race(f"giving up {item.command.kind} {item.command.key!r} for something else")
             body = self._under_way.pop(item.command.key, None)
             if body is not None:
                 body.cancel()
-
-    def _refuse_races(self) -> None:
-        for alarm in self._machine.loop.alarms.values():
-            if getattr(alarm._callback, "__name__", "") not in _SLEEPS:
-                raise _race("a timeout")
 
     # ------------------------------------------------------------------ steps that run here
 
@@ -443,7 +460,7 @@ class _Turn:
 
     async def _run(self, command: RunStep) -> None:
         """Every attempt of one step, here and now."""
-        began = self._clock.now() // 1_000
+        began = self._now()
         events: list[StepEvent] = []
         policy = command.options.retry
         for attempt in itertools.count(1):
@@ -471,7 +488,7 @@ class _Turn:
         run_id = self._task.run_id
 
         def write(level: str, message: str, fields: dict[str, Any], progress: bool) -> None:
-            at = self._clock.now() // 1_000
+            at = self._now()
             events.append(StepEvent(at=at, level=level, message=message, data=fields or None))  # type: ignore[arg-type]
 
         scope = StepScope(run_id, step_id(run_id, command.ordinal), command.key, command.name, attempt, write)
@@ -497,7 +514,7 @@ class _Turn:
                 output=output,
                 error=None if error is None else decode_error(encode_error(error)),
                 started_at=began,
-                finished_at=self._clock.now() // 1_000,
+                finished_at=self._now(),
                 events=events or None,
             )
         )
@@ -548,7 +565,7 @@ class _Turn:
         """What waits for something outside, and what the engine does not know of."""
         machine, found = self._machine, list[TurnCommand]()
         for command in machine.outstanding.values():
-            if command.ordinal < self._new_from:
+            if self._is_known(command.ordinal):
                 continue
             if isinstance(command, SendTask):
                 group = command.options.group or self._partition or ""
@@ -558,9 +575,13 @@ class _Turn:
             elif isinstance(command, StartChild):
                 found.append(StartChildRun(seq=command.ordinal, workflow=command.workflow, input=Raw(command.input)))
         for ordinal, alarm in machine.loop.alarms.items():
-            if ordinal >= self._new_from:
+            if not self._is_known(ordinal):
                 found.append(Sleep(seq=ordinal, ms=self._left(ordinal, alarm)))
         return sorted(found, key=lambda command: command.seq)
+
+    def _is_known(self, ordinal: int) -> bool:
+        """Whether the engine has been asked for it: by an earlier turn, or so long ago that there is an answer, which waits."""
+        return ordinal < self._new_from or (not self._machine.ordered and ordinal in self._machine.items)
 
     def _left(self, ordinal: int, alarm: Alarm) -> int:
         """Milliseconds, rounded up. What sleeps for a while has slept since it was asked for; what sleeps until a moment
@@ -588,6 +609,17 @@ def _mismatch(item: HistoryItem, asked: str) -> NonDeterminism:
         recorded=recorded,
         asked=asked,
     )
+
+
+def _race_in(callback: Any) -> Iterator[str]:
+    """asyncio.wait and as_completed leave a callback with every future they wait for."""
+    name = getattr(callback, "__qualname__", "")
+    if name.startswith(("as_completed.", "_AsCompletedIterator.")):
+        yield "asyncio.as_completed"
+    elif name == "_wait.<locals>._on_completion":
+        held = dict(zip(callback.__code__.co_freevars, callback.__closure__, strict=True))
+        if "return_when" in held and held["return_when"].cell_contents == asyncio.FIRST_COMPLETED:
+            yield "asyncio.wait(return_when=FIRST_COMPLETED)"
 
 
 def _race(what: str) -> DeterminismError:

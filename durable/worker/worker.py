@@ -1,4 +1,5 @@
-"""`Worker`: serves steps over transports, with no engine and no store inside. A process of its own, or a part of one.
+"""`Worker`: serves steps, and hosts workflows, over transports: no engine and no store inside. A process of its own, or a
+part of one.
 
     async with Worker([resize], transport="redis://localhost"):
         ...
@@ -26,7 +27,7 @@ from durable.core.errors import DefinitionError, DurableError, ErrorData
 from durable.core.ids import SystemIds
 from durable.core.registry import Registry
 from durable.core.step import StepObserver
-from durable.opening import open_pool
+from durable.opening import Transports, open_pool
 from durable.protocol.messages import Answer, ControlMessage, RemoteTask, Task
 from durable.transports.answers import cancelled
 from durable.transports.interface import Concurrency, Transport
@@ -36,6 +37,7 @@ from durable.worker.dedupe import Answered
 from durable.worker.handler import StepHandler, groups_of
 from durable.worker.lines import Teller
 from durable.worker.stopping import stop_signals
+from durable.worker.turns import TurnHandler, turn_groups
 
 log = logging.getLogger("durable.worker")
 
@@ -66,14 +68,15 @@ class _Job:
 
 
 class Worker:
-    """Serves steps, at most `concurrency` of them at once on each transport."""
+    """Serves steps and turns of workflows, at most `concurrency` of them at once on each transport."""
 
     def __init__(
         self,
-        steps: Registry | Iterable[Any],
+        steps: Registry | Iterable[Any] = (),
         *,
+        workflows: Registry | Iterable[Any] = (),
         transport: Transport | str | None = None,
-        transports: Mapping[str, Transport | str] | None = None,
+        transports: Transports | None = None,
         control_plane: ControlPlane | str | None = None,
         partition: str | None = None,
         concurrency: Concurrency = 16,
@@ -85,7 +88,8 @@ class Worker:
         threads: bool = True,
         clock: Clock | None = None,
     ) -> None:
-        """`steps`: functions and objects with `@durable_step`, or a registry. `transport`, or `transports` by id: URLs or
+        """`steps`: functions and objects with `@durable_step`, or a registry. `workflows`: those to host, for engines that know
+        them by `remote_workflow`. `transport`, or `transports` by id: URLs or
         objects, the same as the engines'. `control_plane`: where cancels are heard and lines told live; default the first
         transport, if it can. `partition`: serve only what is sent to this group. `concurrency`: a number, or `Adaptive()`.
         `dedupe`: so many answers are remembered; 0: none. `on_step`: told before each body, `on_done` after each task.
@@ -105,7 +109,8 @@ class Worker:
         self.registry = steps if isinstance(steps, Registry) else Registry(steps)
         self.id = SystemIds().unique()
         """This worker's incarnation on the control plane."""
-        self.groups = groups_of(self.registry, partition)
+        self.workflows = workflows if isinstance(workflows, Registry) else Registry(workflows)
+        self.groups = list(dict.fromkeys(groups_of(self.registry, partition) + turn_groups(self.workflows, partition)))
         """Routing tokens it serves."""
         self.counts: Counter[str] = Counter()
         """Tasks done with, by outcome (`Done.outcome`)."""
@@ -122,6 +127,7 @@ class Worker:
         self._answered = Answered(dedupe)
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._handler: StepHandler | None = None
+        self._turns: TurnHandler | None = None
         self._pool: TransportPool | None = None
         self._plane: ControlPlane | None = None
         self._plane_apart = False
@@ -165,7 +171,7 @@ class Worker:
                 if unbound
                 else "put @durable_step on what it is to serve"
             )
-            raise DefinitionError(f"This worker has no steps to serve: {why}.")
+            raise DefinitionError(f"This worker has no steps to serve: {why}. Or give it `workflows` to host.")
         pool, plane = open_pool(self._given, self._asked_plane, options=self._transport_options)
         self._plane = plane or pool.control_plane
         shared: object = self._plane
@@ -178,6 +184,13 @@ class Worker:
             self._on_step,
             threads=threads if self._threads else 0,
             teller=None if self._plane is None else self._speaker(self._plane),
+        )
+        self._turns = TurnHandler(
+            self.workflows,
+            self._clock,
+            self._on_step,
+            threads=threads if self._threads else 0,
+            partition=self._partition,
         )
         self._pool = pool
         try:
@@ -203,6 +216,8 @@ class Worker:
             self._unhear()
             if self._handler is not None:
                 self._handler.close()
+            if self._turns is not None:
+                self._turns.close()
             if self._plane is not None and self._plane_apart:
                 await self._plane.close()
 
@@ -254,12 +269,13 @@ class Worker:
 
     async def _run(self, job: _Job) -> Answer:
         assert self._handler is not None
+        assert self._turns is not None
+        handler = self._handler if isinstance(job.task, RemoteTask) else self._turns
         try:
-            answer = await self._handler(job.task)
+            answer = await handler(job.task)
         except asyncio.CancelledError:
             if not job.told or job.work.uncancel() > job.before:
                 raise
-            assert isinstance(job.task, RemoteTask)
             return cancelled(job.task)
         if job.told:
             job.work.uncancel()  # the body insists on its answer
@@ -290,12 +306,12 @@ class Worker:
             attempt = event.get("attempt")
             self._cancel(
                 lambda task: (
-                    task.step_id == event.get("stepId") and (not isinstance(attempt, int) or task.attempt <= attempt)
+                    task.id == event.get("stepId") and (not isinstance(attempt, int) or task.attempt <= attempt)
                 )
             )
 
-    def _cancel(self, meant: Callable[[RemoteTask], bool]) -> None:
+    def _cancel(self, meant: Callable[[Task], bool]) -> None:
         for job in list(self._jobs.values()):
-            if isinstance(job.task, RemoteTask) and meant(job.task) and not job.told:
+            if meant(job.task) and not job.told:
                 job.told = True
                 job.work.cancel()

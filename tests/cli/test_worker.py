@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,13 @@ from tests.cli.world import ROOT, durable
 from tests.servers.process import free_port
 from tests.worker.engine_node import relay
 
-DRIVERS = [("redis://host", "redis", "redis")]
+DRIVERS = [
+    ("redis://host", "redis", "redis"),
+    ("bullmq://host", "redis", "redis"),
+    ("amqp://host", "aio_pika", "rabbitmq"),
+    ("sqs://eu-west-1", "aiobotocore", "sqs"),
+    ("postgresql://host/db", "psycopg", "postgres"),
+]
 APP = str(ROOT / "tests" / "worker" / "steps_app.py")
 
 
@@ -79,17 +87,21 @@ def test_an_app_without_steps_is_said(tmp_path: Path) -> None:
     assert "no steps to serve: put @durable_step" in result.output
 
 
-def test_a_missing_driver_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("url", "driver", "extra"), DRIVERS, ids=[url.partition(":")[0] for url, _, _ in DRIVERS])
+def test_a_missing_driver_names_what_to_install(url: str, driver: str, extra: str, tmp_path: Path) -> None:
     """`pip install 'durable[…]'`, whichever transport needs one."""
-    for url, driver, extra in DRIVERS:
-        for name in [name for name in sys.modules if name.partition(".")[0] == driver]:
-            monkeypatch.delitem(sys.modules, name)
-        for name in [name for name in sys.modules if name.startswith("durable.transports.r")]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, driver, None)
-        result = run(APP, "--transport", url)
-        assert f"pip install 'durable[{extra}]'" in result.output
-        assert result.exit_code == 1
+    script = f"import sys; sys.modules[{driver!r}] = None; from durable.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "worker", APP, "--transport", url],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert f"pip install 'durable[{extra}]'" in done.stderr
 
 
 def test_transports_and_concurrency_are_read() -> None:

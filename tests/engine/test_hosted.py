@@ -348,6 +348,7 @@ async def test_silence_sends_the_turn_again_under_another_id(world: World) -> No
     app = await world.engine(remote_workflow("py", turn_timeout=0.1, retries=QUICK), transport=broker.end())
     run = await app.start("py")
     first = await broker.turn(1)
+    broker.beat(first)
     second = await broker.turn(2)
     assert (second.attempt, second.history, second.seen) == (2, [], None)
     assert second.task_id != first.task_id
@@ -357,6 +358,22 @@ async def test_silence_sends_the_turn_again_under_another_id(world: World) -> No
     await broker.decide(last, "completed", output="in time")
     assert await run.result(5) == "in time"
     assert "retrying" in await world.statuses(run.id, "remote", "turn")
+
+
+async def test_a_turn_that_waits_in_its_queue_is_not_sent_again(world: World) -> None:
+    """Silence over a turn nobody has begun says that workers are busy: more of the same would make it worse. What the
+    transport no longer has is sent again, under its id."""
+    broker = Broker()
+    app = await world.engine(remote_workflow("py", turn_timeout=0.05, retries=QUICK), transport=broker.end())
+    run = await app.start("py")
+    turn = await broker.turn(1)
+    await asyncio.sleep(0.4)
+    assert len(broker.turns) == 1
+    broker.held.clear()
+    again = await broker.turn(2)
+    assert (again.task_id, again.attempt) == (turn.task_id, 1)
+    await broker.decide(again, "completed", output=1)
+    assert await run.result(5) == 1
 
 
 async def test_a_beat_for_the_run_extends_its_turn(world: World) -> None:
@@ -385,12 +402,14 @@ async def test_a_turn_nobody_takes_is_tried_again(world: World) -> None:
     assert await run.result(5) == 1
 
 
-async def test_a_worker_without_the_code_leaves_the_turn_to_another(world: World) -> None:
-    """A worker of another version says so, and the turn goes to the next: a deploy half way fails nobody's run."""
+@pytest.mark.parametrize("code", ["unknown_workflow", "unknown_version", "worker_failed", "step_cancelled"])
+async def test_a_worker_without_the_code_leaves_the_turn_to_another(world: World, code: str) -> None:
+    """A worker of another version says so, or a broker that it has lost one: the turn goes to the next. A deploy half way, or a
+    worker that dies, fails nobody's run."""
     broker = Broker()
     app = await world.engine(remote_workflow("py", retries=QUICK), transport=broker.end())
     run = await app.start("py")
-    wrong = ErrorData("Workflow py has no version 1 here", code="unknown_version")
+    wrong = ErrorData("Workflow py has no version 1 here", code=code)
     await broker.decide(await broker.turn(1), "failed", error=wrong)
     turn = await broker.turn(2)
     assert turn.attempt == 2
@@ -403,6 +422,7 @@ async def test_a_turn_that_is_given_up_fails_the_run(world: World) -> None:
     broker = Broker()
     app = await world.engine(remote_workflow("py", turn_timeout=0.05, retries=ONCE), transport=broker.end())
     run = await app.start("py")
+    broker.beat(await broker.turn())
     with pytest.raises(RunFailed, match="silent for"):
         await run.result(5)
     await app.engine.requeue(run.id)

@@ -37,6 +37,7 @@ SAYS: dict[str, list[str]] = {
     "orders_module": ["the shop opens", "order m-1: 42.00 paid as ch_", "the shop is closed"],
     "over_db": ["hello ann, attempt 1, from the worker: True", "hello bob"],
     "hosted_workflow": ["worker: weighing books", "result: books: 50 g, with ann", "  turn:1\n"],
+    "worker_steps": ["result: 10 WORDS", "tasks: {'completed': 2}"],
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
 }
 
@@ -56,8 +57,8 @@ SERVED: dict[str, tuple[str, str, list[str]]] = {
 }
 """Examples that need a server: its fixture, the variable that names it, what they say."""
 
-PARTS = {"orders", "order_demo", "shop"}
-"""The demo's files; tests/examples/test_demo.py runs them."""
+PARTS = {"orders", "order_demo", "shop", "one_workflow_three_ways"}
+"""The demo's files, which tests/examples/test_demo.py runs; and what tests/workers runs, since it has the other languages."""
 
 
 def test_every_example_is_run() -> None:

@@ -81,6 +81,40 @@ def test_a_failure_without_an_error_still_says_something() -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "read"),
+    [
+        (None, ("The worker said failed, and not why.", "error", True)),
+        ({"message": None, "code": None, "retryable": None}, ("The worker said failed, and not why.", "error", True)),
+        ("the card reader is on fire", ("the card reader is on fire", "error", True)),
+        ({"message": "no", "code": 404, "retryable": False, "stack": 1}, ("no", "404", False)),
+    ],
+)
+def test_what_a_worker_says_of_its_failure_is_read_as_far_as_it_goes(error: Any, read: tuple[str, str, bool]) -> None:
+    """Null, or a text where an object should be: the step has failed all the same, and its retries decide."""
+    result = codec.decode_result(_result(status="failed", error=error, startedAt=1.7e12 + 0.5, attempt=None))
+    assert result.error is not None
+    assert (result.error.message, result.error.code, result.error.retryable) == read
+    assert (result.started_at, result.attempt) == (1_700_000_000_000, None)
+
+
+def test_lines_are_read_as_far_as_they_go() -> None:
+    """Levels we do not know, times with a fraction or none: the output counts, and the lines are told."""
+    lines = [
+        {"level": "WARNING", "message": "a", "at": 12.9},
+        {"message": 5},
+        "none",
+        {"level": "info", "message": "b", "at": 1},
+    ]
+    result = codec.decode_result(_result(output=7, events=lines))
+    assert _output(result) == b"7"
+    assert [(line.level, line.message, line.at) for line in result.events or ()] == [
+        ("warn", "a", 12),
+        ("info", "5", 0),
+        ("info", "b", 1),
+    ]
+
+
+@pytest.mark.parametrize(
     ("fields", "code"),
     [
         ({"output": "x" * 2000}, "payload_too_large"),
@@ -97,135 +131,6 @@ def test_S36_a_result_that_cannot_be_kept_fails_its_step(fields: dict[str, Any],
     assert result.error is not None
     assert (result.error.code, result.error.retryable) == (code, False)
     codec.encode(result)
-
-
-@pytest.mark.parametrize(
-    ("said", "error"),
-    [
-        ({"message": "m", "code": None, "retryable": False}, ErrorData("m", retryable=False)),
-        ({"message": "m", "code": 402, "retryable": None, "stack": 1}, ErrorData("m", code="402")),
-        ({"message": None, "code": "c"}, ErrorData("The worker said failed, and not why.", code="c")),
-        ({"message": {"a": 1}, "type": None, "retryAfter": None, "details": [1]}, ErrorData('{"a":1}', details=[1])),
-        ("text", ErrorData("text")),
-    ],
-)
-def test_an_error_is_kept_however_it_is_written(said: Any, error: ErrorData) -> None:
-    """Null where others leave out, a code that is a number, a bare text: the worker's own words and verdict reach the run."""
-    assert codec.decode_result(_result(status="failed", error=said)).error == error
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"startedAt": 1.7e12},
-        {"startedAt": 1700000000000.25},
-        {"startedAt": "1700000000000"},
-        {"startedAt": "soon"},
-        {"startedAt": 1e300},
-        {"seq": 2.0},
-        {"seq": "2"},
-        {"attempt": "1"},
-        {"attempt": 1.0},
-        {"attempt": [], "token": {}},
-        {"events": {"a": 1}},
-        {"events": [1, None, "x"]},
-        {"error": "none"},
-        {"startedAt": None, "error": None, "events": None, "attempt": None, "token": None},
-    ],
-    ids=str,
-)
-def test_work_is_not_lost_to_how_it_is_told(fields: dict[str, Any]) -> None:
-    """Fractions, numbers as text, and optional fields that make no sense: the output counts, to the digit."""
-    data = _result(output="@", **fields).replace(b'"@"', b"12345678901234567890.10")
-    result = codec.decode_result(data)
-    assert (result.status, result.seq, _output(result)) == ("completed", 2, b"12345678901234567890.10")
-    started, attempt = fields.get("startedAt"), fields.get("attempt")
-    assert result.started_at == (1700000000000 if "17" in str(started) or started == 1.7e12 else None)
-    assert result.attempt == (1 if attempt in ("1", 1.0) else None)
-    codec.encode(result)
-
-
-def test_lines_are_kept_as_far_as_they_are_understood() -> None:
-    """Levels of other loggers, no time, no level, a status of its own, a message that is no text."""
-    said = [
-        {"at": 1.5, "level": "WARNING", "message": "a"},
-        {"level": "trace", "message": "b", "process": {"p": 1}, "data": {"k": 1}},
-        {"at": "2026-01-01", "message": {"c": 1}, "status": "done", "subId": "s"},
-        {},
-    ]
-    assert codec.decode_result(_result(events=said)).events == [
-        StepEvent(at=1, level="warn", message="a"),
-        StepEvent(at=0, level="debug", message="b", data={"k": 1}),
-        StepEvent(at=0, level="info", message='{"c":1}', sub_id="s"),
-        StepEvent(at=0, level="info", message=""),
-    ]
-
-
-def test_a_task_of_another_engine_is_read() -> None:
-    """One that leaves out an input that is undefined, counts no attempts, and writes null for what is not there."""
-    said = {
-        "runId": "r",
-        "seq": 2,
-        "stepId": "r:2",
-        "name": "n",
-        "group": "n",
-        "priority": 1.0,
-        "context": None,
-        "token": 5,
-    }
-    task = codec.decode_task(json.dumps(said).encode())
-    assert (bytes(task.input), task.attempt, task.priority, task.context, task.token) == (b"null", 1, 1, None, None)
-
-
-def test_a_turn_of_another_engine_is_read() -> None:
-    """The same for a turn, its history and its signals."""
-    said = {
-        "taskId": "r:wf:1",
-        "runId": "r",
-        "workflow": "w",
-        "workflowVersion": 2,
-        "history": [{"seq": 0.0, "kind": "call", "name": None, "error": {"message": "m", "code": None}}],
-        "pendingSignals": [{"seq": 1, "signal": "go"}],
-    }
-    turn = codec.decode_any_task(json.dumps(said).encode())
-    assert isinstance(turn, WorkflowTask)
-    assert (turn.workflow_version, bytes(turn.input), turn.attempt, turn.group) == ("2", b"null", 1, "")
-    assert turn.history[0].error == ErrorData("m")
-    assert turn.pending_signals is not None
-    assert bytes(turn.pending_signals[0].payload) == b"null"
-
-
-def test_a_decision_of_another_worker_is_read() -> None:
-    """Null where others leave out, times with fractions, errors without a code; what a command must say it must say."""
-    said = {
-        "taskId": "r:wf:1",
-        "runId": "r",
-        "status": "continue",
-        "error": None,
-        "commands": [
-            {"kind": "call", "seq": 0, "name": "a", "group": None, "input": 1, "parallelGroup": None},
-            {"kind": "recordStep", "seq": 1, "name": "b", "startedAt": 1.5, "error": {"message": "m", "code": None}},
-            {"kind": "recordStep", "seq": 2, "name": "c", "error": None, "events": [{"level": "odd", "message": "x"}]},
-            {"kind": "sleep", "seq": 3, "ms": 10.7},
-            {"kind": "waitSignal", "seq": 4, "signal": "go"},
-            {"kind": "startChild", "seq": 5, "workflow": "w"},
-        ],
-    }
-    decision = codec.decode_decision(json.dumps(said).encode())
-    assert (decision.status, decision.error) == ("continue", None)
-    call, failed, done, sleep, wait, child = decision.commands
-    assert isinstance(call, Call)
-    assert (call.group, bytes(call.input)) == ("", b"1")
-    assert isinstance(failed, RecordStep)
-    assert (failed.started_at, failed.error) == (1, ErrorData("m"))
-    assert isinstance(done, RecordStep)
-    assert (isinstance(done.output, Raw), done.events) == (True, [StepEvent(at=0, level="info", message="x")])
-    assert (sleep, wait) == (Sleep(seq=3, ms=10), AwaitSignal(seq=4, signal="go"))
-    assert isinstance(child, StartChildRun)
-    for wrong in ({"kind": "sleep", "seq": 3}, {"kind": "call", "seq": 1.5, "name": "a"}, {"kind": "fly", "seq": 1}):
-        refused = codec.decode_decision(json.dumps({**said, "commands": [wrong]}).encode())
-        assert refused.error is not None
-        assert refused.error.code == "bad_decision"
 
 
 @pytest.mark.parametrize("output", [b'"\\ud800"', b"NaN", b"1e400", b'"\xed\xa0\x80"'])
@@ -260,6 +165,7 @@ def test_B33_error_text_with_nul_settles_the_step() -> None:
         _result(stepId="other:2"),
         _result(seq=-1, stepId="r:-1"),
         _result(runId="r\0", stepId="r\0:2"),
+        _result(seq="2"),
         _result(output=1).replace(b'"runId"', b'"run"'),
     ],
     ids=lambda data: repr(data[:20]),
@@ -314,7 +220,7 @@ def test_golden_names(name: str, partition: str | None, token: str) -> None:
     [
         [{"kind": "dance", "seq": 0}],
         [{"kind": "sleep", "seq": 0}],
-        [{"kind": "sleep", "seq": "first", "ms": 1}],
+        [{"kind": "sleep", "seq": "0", "ms": 1}],
         "none",
         [1],
     ],
@@ -329,3 +235,98 @@ def test_a_decision_that_cannot_be_read_is_a_failed_one(commands: Any) -> None:
     assert decision.error.code == "bad_decision"
     with pytest.raises(PayloadError):
         codec.decode_decision(json.dumps({"runId": "r", "commands": commands}).encode())
+
+
+def test_a_task_whose_input_was_left_out_is_read_as_null() -> None:
+    """Some makes leave out what is undefined; everything else of a task must be right."""
+    task = {"runId": "r", "seq": 0, "stepId": "r:0", "name": "a", "group": "a", "attempt": 1}
+    assert bytes(codec.decode_task(json.dumps(task).encode()).input) == b"null"
+    with pytest.raises(PayloadError):
+        codec.decode_task(json.dumps(task | {"attempt": "1"}).encode())
+
+
+def test_a_turn_of_another_engine_is_read() -> None:
+    """One that leaves out an input and a signal's payload that are undefined, and hands on an error whose code is null."""
+    said = {
+        "taskId": "r:wf:1",
+        "runId": "r",
+        "workflow": "w",
+        "workflowVersion": "1",
+        "history": [
+            {"seq": 0, "kind": "call", "name": None, "error": {"message": "m", "code": None, "retryable": False}},
+            {"seq": 1, "kind": "step", "output": "@", "error": None},
+        ],
+        "pendingSignals": [{"seq": 2, "signal": "go"}],
+        "group": "w",
+        "attempt": 1,
+    }
+    turn = codec.decode_any_task(json.dumps(said).replace('"@"', "12345678901234567890.10").encode())
+    assert isinstance(turn, WorkflowTask)
+    assert bytes(turn.input) == b"null"
+    first, second = turn.history
+    assert first.error == ErrorData("m", retryable=False)
+    assert isinstance(second.output, Raw)
+    assert bytes(second.output) == b"12345678901234567890.10"
+    assert turn.pending_signals is not None
+    assert bytes(turn.pending_signals[0].payload) == b"null"
+    for wrong in ({"history": [{"seq": "0", "kind": "call"}]}, {"workflowVersion": 1}, {"pendingSignals": 1}):
+        with pytest.raises(PayloadError):
+            codec.decode_any_task(json.dumps(said | wrong).encode())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"startedAt": 1.7e12},
+        {"startedAt": "soon"},
+        {"startedAt": 1e300},
+        {"attempt": 1.0},
+        {"attempt": [], "token": {}},
+        {"events": {"a": 1}},
+        {"error": "none"},
+    ],
+    ids=str,
+)
+def test_work_is_not_lost_to_how_it_is_told(fields: dict[str, Any]) -> None:
+    """Optional fields that make no sense: the output counts, to the digit."""
+    data = _result(output="@", **fields).replace(b'"@"', b"12345678901234567890.10")
+    result = codec.decode_result(data)
+    assert (result.status, result.seq, _output(result)) == ("completed", 2, b"12345678901234567890.10")
+    assert (result.started_at, result.attempt) == (
+        1_700_000_000_000 if fields.get("startedAt") == 1.7e12 else None,
+        1 if fields.get("attempt") == 1.0 else None,
+    )
+    codec.encode(result)
+
+
+def test_a_decision_of_another_worker_is_read() -> None:
+    """Null where others leave out, times with fractions, errors without a code; what a command must say it must say."""
+    said = {
+        "taskId": "r:wf:1",
+        "runId": "r",
+        "status": "continue",
+        "error": None,
+        "commands": [
+            {"kind": "call", "seq": 0, "name": "a", "group": None, "input": 1, "parallelGroup": None},
+            {"kind": "recordStep", "seq": 1, "name": "b", "startedAt": 1.5, "error": {"message": "m", "code": None}},
+            {"kind": "recordStep", "seq": 2, "name": "c", "error": None, "events": [{"level": "odd", "message": "x"}]},
+            {"kind": "sleep", "seq": 3, "ms": 10.7},
+            {"kind": "waitSignal", "seq": 4, "signal": "go"},
+            {"kind": "startChild", "seq": 5, "workflow": "w"},
+        ],
+    }
+    decision = codec.decode_decision(json.dumps(said).encode())
+    assert (decision.status, decision.error) == ("continue", None)
+    call, failed, done, sleep, wait, child = decision.commands
+    assert isinstance(call, Call)
+    assert (call.group, bytes(call.input)) == ("", b"1")
+    assert isinstance(failed, RecordStep)
+    assert (failed.started_at, failed.error) == (1, ErrorData("m"))
+    assert isinstance(done, RecordStep)
+    assert (isinstance(done.output, Raw), done.events) == (True, [StepEvent(at=0, level="info", message="x")])
+    assert (sleep, wait) == (Sleep(seq=3, ms=10), AwaitSignal(seq=4, signal="go"))
+    assert isinstance(child, StartChildRun)
+    for wrong in ({"kind": "call", "seq": 1.5, "name": "a"}, {"kind": "recordStep", "seq": 1}):
+        refused = codec.decode_decision(json.dumps({**said, "commands": [wrong]}).encode())
+        assert refused.error is not None
+        assert refused.error.code == "bad_decision"

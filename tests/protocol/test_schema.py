@@ -146,7 +146,7 @@ def test_valid_vectors_enter(name: str, vector: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "vector"), vectors("invalid"))
 def test_invalid_vectors_are_refused(name: str, vector: dict[str, Any]) -> None:
-    """Schema, Python message and codec refuse it; where it can be told what is meant the codec reads it all the same."""
+    """Schema, Python message and codec refuse it."""
     assert not validator(name).is_valid(vector["message"])
     data = json.dumps(vector["message"]).encode()
     with pytest.raises(msgspec.ValidationError):
@@ -157,8 +157,6 @@ def test_invalid_vectors_are_refused(name: str, vector: dict[str, Any]) -> None:
             assert codec.decode_decision(data).error.code == "bad_decision"  # type: ignore[union-attr]
         except PayloadError:
             assert not {"taskId", "runId"} <= vector["message"].keys()
-    elif vector.get("tolerated"):
-        assert isinstance(READ[name](data), MESSAGES[name])
     elif name in READ:
         with pytest.raises(PayloadError):
             READ[name](data)

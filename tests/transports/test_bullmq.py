@@ -338,7 +338,7 @@ async def test_a_failure_is_told_until_it_is_taken(house: House) -> None:
 
 async def test_a_job_that_lost_its_workers_runs_again_and_then_fails(house: House) -> None:
     """A worker that dies with a task loses it to another; one that dies too often with it, to nobody: the engine hears (S13)."""
-    fast = {"lock": 0.2, "stalled_interval": 0.1}
+    fast = {"stalled_interval": 0.1}
     end, results = await house.engine(**fast)
     dying = house.taker(f"tasks-{ECHO}", lock=0.2)
     await end.dispatch(task("once"))
@@ -480,7 +480,7 @@ async def test_an_answer_outlives_its_engines(house: House) -> None:
                 await dying.check_stalled(0, 20)  # as strict as can be
                 await asyncio.sleep(0.03)
         assert taken.starts == n + 1
-    _, results = await house.engine(lock=0.2, stalled_interval=0.05)
+    _, results = await house.engine(stalled_interval=0.05)
     await eventually(lambda: "r:0" in results, "the next engine had it")
 
 
@@ -501,7 +501,7 @@ async def test_what_waits_for_its_time_comes_at_its_time(house: House, cut: bool
     if cut:
         await house.redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     await eventually(lambda: seen, "it was taken")
-    assert -0.1 < seen[0] - due < 0.6
+    assert -0.1 < seen[0] - due < 0.8  # at the next whole second it would be 0.9
 
 
 async def test_events_of_steps_are_drained(house: House) -> None:
@@ -541,6 +541,18 @@ async def test_redis_that_is_not_there_is_said_at_start() -> None:
     assert time.monotonic() - begun < 8
     with pytest.raises(DefinitionError, match="URL"):
         BullMQTransport("http://example.com")
+
+
+async def test_options_of_the_driver_in_the_url_do_no_harm(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """A URL may say what the driver is to do; waiting for work is not cut short by it, and answers are read all the same."""
+    end = BullMQTransport(f"{house.url}?socket_timeout=0.1&protocol=3", prefix=house.prefix)
+    await house.started(end)
+    await end.serve([ECHO], echo)
+    engine, results = await house.engine()
+    await asyncio.sleep(0.3)
+    await engine.dispatch(task("r"))
+    await eventually(lambda: "r:0" in results, "it was answered")
+    assert "cannot be read" not in caplog.text
 
 
 def test_missing_drivers_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,7 +744,7 @@ def blocked_worker(house: House, seconds: float, **options: Any) -> tuple[thread
 async def test_a_blocked_loop_keeps_its_job_but_not_for_ever(house: House, bound: str) -> None:
     """A body that blocks its loop for longer than the lock keeps its job, which a thread renews; one that blocks for longer
     than `blocked_max` loses it, both run, and the run counts one result (B26, S13)."""
-    fast = {"lock": 0.4, "stalled_interval": 0.1}
+    fast = {"lock": 1.0 if bound == "kept" else 0.3, "stalled_interval": 0.1}
     second: list[str] = []
 
     async def other(task: Task) -> StepResult:
@@ -832,6 +844,25 @@ async def test_closing_gives_tasks_back_at_once(house: House) -> None:
     assert gate.cancelled == ["r:0"]
     await house.worker()
     await eventually(lambda: "r:0" in results, "the other worker ran it")
+
+
+@pytest.mark.parametrize("after", range(6))
+async def test_closing_amid_traffic_leaves_nothing_behind(house: House, after: int) -> None:
+    """Wherever close comes upon a worker that is taking tasks, the next worker has them all at once, and none waits for a
+    lock to run out."""
+
+    async def work(task: Task) -> StepResult:
+        await asyncio.sleep(0.005)
+        return answer(task)
+
+    end, results = await house.engine()
+    first = await house.worker(work)
+    sending = [asyncio.create_task(end.dispatch(task(f"r{n}"))) for n in range(30)]
+    await asyncio.sleep(0.006 * after)
+    await first.close(0.01)
+    await asyncio.gather(*sending)
+    await house.worker()
+    await eventually(lambda: len(results) == 30, "all were answered", timeout=15)
 
 
 async def test_what_is_asked_at_once_goes_out_together(house: House) -> None:

@@ -15,7 +15,7 @@ import pytest
 from bullmq import Queue, Worker
 from redis.asyncio import Redis
 
-from durable import Context, Durable, RunCancelled, RunFailed
+from durable import Context, Durable, RetryPolicy, RunCancelled, RunFailed, remote_workflow
 from durable.core.errors import RunNotFound
 from durable.testing.facts import eventually
 from durable.transports.bullmq import BullMQTransport
@@ -115,13 +115,40 @@ async def test_a_worker_that_fails_at_its_job_uses_up_retries(place: Place) -> N
             await handle.result(timeout=30)
 
 
+async def test_a_turn_whose_worker_died_is_taken_again(place: Place) -> None:
+    """A turn that BullMQ has failed says nothing about its run: the turn is sent again, to whoever is there."""
+    tries: list[str] = []
+    decisions = place.queue("decisions")
+
+    async def host(job: Any, token: str) -> None:
+        tries.append(job.data["taskId"])
+        if len(tries) == 1:
+            raise RuntimeError("out of memory")
+        decision = {
+            "taskId": job.data["taskId"],
+            "runId": job.data["runId"],
+            "status": "completed",
+            "output": "in the end",
+        }
+        await decisions.add("decision", decision | {"commands": []}, {"removeOnComplete": True, "removeOnFail": True})
+
+    worker = Worker(f"{place.prefix}-tasks-py", host, {"connection": place.url})
+    place.stack.push_async_callback(worker.close, True)
+    app = place.app()
+    app.register(remote_workflow("py", retries=RetryPolicy(max_attempts=3, initial_delay=0.05)))
+    async with app:
+        handle = await app.start("py", {})
+        assert await handle.result(timeout=30) == "in the end"
+    assert len(set(tries)) == 2
+
+
 MORTAL = """
 import asyncio, sys
 from durable import Durable
 from durable.transports.bullmq import BullMQTransport
 
 url, prefix = sys.argv[1:]
-worker = Durable(transport=BullMQTransport(url, prefix=prefix, lock=0.5, stalled_interval=0.2), role="worker")
+worker = Durable(transport=BullMQTransport(url, prefix=prefix, lock=0.5, stalled_interval=0.2, max_stalled=9), role="worker")
 
 @worker.step("heavy")
 async def heavy(n: int) -> int:
@@ -147,7 +174,7 @@ async def test_a_step_outlives_the_process_of_its_worker(place: Place) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", MORTAL, place.url, place.prefix, stdout=asyncio.subprocess.PIPE
     )
-    worker = Durable(transport=place.transport(lock=0.5, stalled_interval=0.2), role="worker")
+    worker = Durable(transport=place.transport(stalled_interval=0.2, max_stalled=9), role="worker")
 
     @worker.step("heavy")
     async def heavy(n: int) -> int:
@@ -171,12 +198,12 @@ async def test_a_run_is_started_by_message(place: Place) -> None:
     async def add(ctx: Context, numbers: dict[str, int]) -> int:
         return sum(numbers.values())
 
+    await place.wish(workflow="add", input={"a": 5})  # before there is an engine
     async with app:
         for _ in range(3):
             await place.wish(
                 workflow="add", input={"a": 1, "b": 2}, runId="asked-1", tags=["x"], searchAttributes={"n": 1}
             )
-        await place.wish(workflow="add", input={"a": 5})
         await until(lambda: _count(app, 2), "both wishes were granted")
         assert await app.run("asked-1").result(timeout=10) == 3
         record = await app.run("asked-1").get()

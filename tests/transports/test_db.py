@@ -325,7 +325,7 @@ async def test_a_foreign_engine_is_served(url: str) -> None:
 
 async def test_a_foreign_result_is_taken_as_it_is_meant(url: str) -> None:
     """An error that is a bare text, one whose code is null, an output that SQLite has as bytes: taken, not put away."""
-    async with ends(url) as (engine, results):
+    async with ends(url) as (_, results):
         worker = ForeignWorker(url)
         worker.finish({"step_id": "bare:0", "run_id": "bare", "seq": 0}, "failed", error="no paper")
         null = '{"message": "declined", "code": null, "retryable": false}'
@@ -342,8 +342,8 @@ async def test_a_foreign_result_is_taken_as_it_is_meant(url: str) -> None:
 
 
 async def test_columns_of_the_wrong_kind_stop_nobody(tmp_path: Path) -> None:
-    """SQLite takes anything into any column: of rows with bytes and words where texts and numbers belong, what can be understood
-    is worked on, the rest is put away, and those behind them are worked on and heard."""
+    """SQLite takes anything into any column: rows with bytes and words where texts and numbers belong are put away, and those
+    behind them are worked on and heard."""
     url = f"sqlite:///{tmp_path / 'queue.db'}"
     async with ends(url, {}) as (engine, results, worker):
         names = "step_id, run_id, seq, name, grp, input, attempt, status, created_at, priority, deliveries"
@@ -361,9 +361,7 @@ async def test_columns_of_the_wrong_kind_stop_nobody(tmp_path: Path) -> None:
         await engine.dispatch(task("good"))
         await eventually(lambda: "good:0" in results)
         await eventually(lambda: put_away(url, RESULTS, []))
-        await eventually(lambda: {"x:1", "x:2"} <= set(results), "an attempt that is a word is no attempt")
-        assert [key for key, _ in put_away(url, TASKS, [])][0].endswith(":x:0")
-        await eventually(lambda: len(sql(url, f"SELECT 1 FROM {TASKS}")) == 1, "they are gone")
+        await eventually(lambda: len(put_away(url, TASKS, [])) == 3)
 
 
 def put_away(url: str, table: str, into: list[Any]) -> list[Any]:

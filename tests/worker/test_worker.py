@@ -21,6 +21,7 @@ from durable import (
     Worker,
     current_step,
     durable_step,
+    remote_workflow,
     workflow,
 )
 from durable.control_plane.local import LocalControlPlane
@@ -108,6 +109,21 @@ async def test_a_worker_serves_a_workflow_that_runs_elsewhere(world: World) -> N
         assert worker.counts == {"completed": 2}
         assert worker.under_way == 0
     await worker.close()
+
+
+async def test_a_worker_hosts_workflows_beside_its_steps(world: World) -> None:
+    """Turns and steps come to one worker; the engine has neither code."""
+
+    @workflow(name="hosted")
+    async def hosted(ctx: Context, n: int) -> Any:
+        return await ctx.remote("double", n)
+
+    transport = EventEmitterTransport()
+    async with Worker([double], workflows=[hosted], transport=transport) as worker:
+        app = await world.engine(remote_workflow("hosted", turn_timeout="30s"), transport=transport.peer())
+        assert await (await app.start("hosted", 21)).result(10) == 42
+        assert sorted(worker.groups) == ["double", "hosted"]
+        assert worker.counts["completed"] == 3  # two turns and a step
 
 
 async def test_what_cannot_be_a_worker_is_said() -> None:

@@ -142,15 +142,16 @@ class _Lane:
 
 
 def _client(url: str) -> Redis:
-    return Redis.from_url(
+    client = Redis.from_url(
         url,
-        protocol=2,
         socket_connect_timeout=CONNECT_SECONDS,
-        socket_timeout=None,
         socket_keepalive=True,
         retry=Retry(NoBackoff(), 0),
         health_check_interval=0,
     )
+    # Whatever the URL says: a wait takes as long as it takes, and has its bound here.
+    client.connection_pool.connection_kwargs |= {"protocol": 2, "socket_timeout": None}
+    return client
 
 
 async def _let_go(client: Redis) -> None:

@@ -22,6 +22,9 @@ from durable.transports.bullmq.jobs import BULL, Job
 
 log = logging.getLogger("durable.transports")
 
+PATIENCE = 2.0
+"""Seconds that Redis has to renew the locks."""
+
 
 class Locks:
     """All jobs of one end. `hold` and `let_go` from the loop; the rest is a thread's."""
@@ -55,7 +58,7 @@ class Locks:
         if self._pulse is not None:
             self._pulse.cancel()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, 5.0)
+            await asyncio.to_thread(self._thread.join, 2 * PATIENCE)
 
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
         self._alive = time.monotonic()
@@ -63,7 +66,7 @@ class Locks:
 
     def _keep(self) -> None:
         client = redis.Redis.from_url(
-            self._url, protocol=2, socket_timeout=5.0, socket_connect_timeout=5.0, retry=Retry(NoBackoff(), 0)
+            self._url, protocol=2, socket_timeout=PATIENCE, socket_connect_timeout=PATIENCE, retry=Retry(NoBackoff(), 0)
         )
         extend = client.register_script(loadScript(SCRIPT_DEFINITIONS["extendLocks"]))
         book = SimpleNamespace(conn=client, commands={"extendLocks": extend})

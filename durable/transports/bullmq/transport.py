@@ -92,8 +92,11 @@ class _Life:
         self.returns: list[Intake] = []
         self.returning: set[asyncio.Task[None]] = set()
         self.chores: set[asyncio.Task[Any]] = set()
+        self.stalled: asyncio.Task[None] | None = None
         self.watch: Watch | None = None
         self.closing = False
+        self.deaf = False
+        """The engine has stopped: it hears no more answers."""
 
     def queue(self, name: str) -> JobQueue:
         found = self.queues.get(name)
@@ -102,7 +105,7 @@ class _Life:
         return found
 
     def chore(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """In the background, for as long as this life lasts."""
+        """In the background; `close` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self.chores.add(task)
         task.add_done_callback(self.chores.discard)
@@ -206,7 +209,7 @@ class BullMQTransport:
             self._hear(life)
         for server in self._arranged:
             await self._begin(life, server)
-        life.chore(self._check_stalled(life))
+        life.stalled = life.chore(self._check_stalled(life))
 
     async def close(self, timeout: float = 10.0) -> None:
         """Take nothing more, let tasks and answers under way finish, give the rest back. Idempotent."""
@@ -227,17 +230,13 @@ class BullMQTransport:
                 await asyncio.wait(late, timeout=SETTLE_SECONDS)
         if life.watch is not None:
             await life.watch.close()
-        for chore in list(life.chores):
-            chore.cancel()
+        if life.stalled is not None:
+            life.stalled.cancel()
         if life.chores:
             await asyncio.wait(set(life.chores), timeout=SETTLE_SECONDS)
-        if self._liveness is not None:
-            await self._liveness.close()
         self._unhear()
-        await self._control.close()
-        if self._channel is not None:
-            await self._channel.close()
-        await life.locks.close()
+        parts = [part for part in (self._liveness, self._channel, self._control, life.locks) if part is not None]
+        await asyncio.gather(*(part.close() for part in parts))
         await life.link.close()
         self._bench.servers.clear()
         self._arranged.clear()
@@ -392,7 +391,7 @@ class BullMQTransport:
     ) -> None:
         """Hand it over and finish it. It goes back to the queue where that does not work here."""
         try:
-            if life.closing:
+            if life.closing or life.deaf:
                 await job.queue.give_back(job)
                 return
             try:
@@ -400,8 +399,9 @@ class BullMQTransport:
             except (PayloadError, MessageRefused) as error:
                 await self._put_away(life, job, str(error))
             except EngineStopped:
+                life.deaf = True
                 for intake in life.returns:
-                    intake.halt()  # this engine hears no more
+                    intake.halt()
                 await job.queue.give_back(job)
                 for intake in life.returns:
                     life.chore(intake.stop())

@@ -157,6 +157,9 @@ class Tasks:
         """Work on it, or do what else is to be done with such an entry."""
         if entry in self._mine[stream]:
             return
+        if not fields:  # somebody has deleted it
+            await self._link.call(("XACK", stream, GROUP, entry))
+            return
         told = dict(zip(fields[::2], fields[1::2], strict=False))
         data, engine = told.get(b"t", b""), told.get(b"r", b"")
         try:
@@ -193,10 +196,9 @@ class Tasks:
         while True:
             try:
                 answers = await self._link.call(*commands)
-                refused = next((each for each in answers if isinstance(each, ReplyError)), None)
-                if refused is None:
+                if not isinstance(answers[0], ReplyError):
                     break
-                log.warning("the answer of %s was refused by Redis and is sent again: %s", task.id, refused)
+                log.warning("the answer of %s was refused by Redis and is sent again: %s", task.id, answers[0])
             except TransportError as error:
                 log.debug("the answer of %s is sent again: %s", task.id, error)
             await asyncio.sleep(pause)
