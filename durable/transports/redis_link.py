@@ -27,6 +27,8 @@ ReplyError = hiredis.ReplyError
 
 WAIT_SECONDS = 5.0
 """The longest that connecting, and an answer, may take."""
+LOADING_SECONDS = 0.05
+"""Between two questions whether it is ready."""
 
 
 class Refused(TransportError):
@@ -189,6 +191,18 @@ class RedisLink:
                 raise TransportError("The connection to Redis was closed.") from None
             raise
 
+    async def _loaded(self, wire: _Wire) -> None:
+        """A server that was started again refuses everything until it has read its file: that is waited for. Raises
+        TransportError."""
+        until = asyncio.get_running_loop().time() + self.timeout
+        while True:
+            (answer,) = await wire.ask([("PING",)], self.timeout)
+            if not (isinstance(answer, ReplyError) and str(answer).startswith("LOADING")):
+                return
+            if asyncio.get_running_loop().time() > until:
+                raise TransportError("Redis is up and still reads its file: it takes nothing yet.")
+            await asyncio.sleep(LOADING_SECONDS)
+
     async def _open(self) -> _Wire:
         try:
             connection = self._pool.make_connection()
@@ -203,9 +217,15 @@ class RedisLink:
                 why = str(error).rstrip(".") or type(error).__name__
                 raise TransportError(f"Redis cannot be reached: {why}. Check the URL, and that it is up.") from None
             writer, connection._reader, connection._writer = connection._writer, None, None
-            self._wire = _Wire(writer, writer.transport)
+            wire = _Wire(writer, writer.transport)
+            try:
+                await self._loaded(wire)
+            except BaseException:
+                wire.fail(ConnectionError("it was not ready"))
+                raise
+            self._wire = wire
             if self._prepare:
-                self._wire.ask(self._prepare, self.timeout)
-            return self._wire
+                wire.ask(self._prepare, self.timeout)
+            return wire
         finally:
             self._opening = None
