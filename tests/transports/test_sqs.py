@@ -357,7 +357,7 @@ async def test_what_cannot_be_read_is_put_away(site: Site) -> None:
     But an answer that says whose it is, whatever else it says, has failed that step: its run does not wait for ever."""
     engine, worker, results = ends(site)
     pickled = pickle.dumps({"run_id": "r"}, protocol=0).decode("ascii")
-    huge = json.dumps({"runId": "r", "seq": 0, "stepId": "other:0", "name": "charge", "attempt": "x" * 900_000})
+    huge = json.dumps({"runId": "r", "seq": 0, "stepId": "r:0", "name": "charge", "attempt": "x" * 900_000})
     bad = [
         "",
         pickled,
