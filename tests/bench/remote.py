@@ -66,7 +66,7 @@ class Commands:
     def __init__(self, url: str) -> None:
         from redis import Redis
 
-        self._client, self._end = Redis.from_url(url), "end-of-count"
+        self._client, self._end = Redis.from_url(url, socket_timeout=None), "end-of-count"
         self.seen: Counter[str] = Counter()
         self._begun = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
