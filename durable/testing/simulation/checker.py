@@ -21,7 +21,7 @@ from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, SIGNAL,
 from durable.core.replay import Machine
 from durable.protocol.states import TERMINAL, Status
 from durable.testing.programs import PROGRAM
-from durable.testing.simulation.programs import RETRY
+from durable.testing.simulation.programs import HOSTED, RETRY
 from durable.testing.simulation.world import EPOCH, Evidence, Stored
 
 ENDS = frozenset(status.value for status in TERMINAL)
@@ -243,7 +243,7 @@ def committed_once(evidence: Evidence) -> Iterator[str]:
 
 
 def _witnessed(stored: Stored, entry: Entry) -> bool:
-    return stored.run.workflow != PROGRAM and entry.name != "side_effect"
+    return stored.run.workflow not in (PROGRAM, HOSTED) and entry.name != "side_effect"
 
 
 def retried_by_policy(evidence: Evidence) -> Iterator[str]:
@@ -259,6 +259,8 @@ def retried_by_policy(evidence: Evidence) -> Iterator[str]:
                 spent = dict(latest)
                 attempts = dict(spent)
                 due.clear()
+            if entry.name == "turn":
+                continue  # asked for as often as it takes
             if entry.kind not in (STEP, REMOTE) or entry.key is None or entry.status == "late":
                 continue
             if entry.kind == REMOTE and entry.attempt:

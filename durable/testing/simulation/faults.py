@@ -98,6 +98,8 @@ class Swarm(Struct, frozen=True):
     """The first engine does not serve every workflow."""
     retention: float | None = None
     """Seconds after which finished runs are deleted; None: never."""
+    hosts: bool = False
+    """Also random programs whose code lives in the workers, asked for turn by turn."""
 
     @classmethod
     def draw(cls, seed: int) -> Swarm:

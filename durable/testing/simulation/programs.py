@@ -13,6 +13,7 @@ from typing import Any
 from durable.core.ctx import Context
 from durable.core.definition import durable_step, workflow
 from durable.core.errors import StepFailed, WaitTimeout
+from durable.core.hosted import remote_workflow
 from durable.core.retry import RetryPolicy
 from durable.testing import programs
 from durable.testing.simulation.witness import body, witness_time
@@ -45,11 +46,24 @@ async def deadline_program(ctx: Context, ops: list[Op]) -> list[Any]:
     return await _Interpreter(ctx).sequence(ops)
 
 
+HOSTED = "sim.hosted"
+
+
+@workflow(name=HOSTED)
+async def hosted_program(ctx: Context, input: dict[str, Any]) -> list[str]:
+    """A random program whose code lives in the workers."""
+    return await programs.run_program(ctx, input)
+
+
 WORKFLOWS: dict[str, Any] = {
     "sim.program": program,
     "sim.deadline": deadline_program,
     programs.PROGRAM: programs.run_program,
+    HOSTED: remote_workflow(
+        HOSTED, turn_timeout=3.0, retries=RetryPolicy(max_attempts=100_000, max_delay=2.0), step_timeout=60
+    ),
 }
+IN_WORKERS: list[Any] = [hosted_program]
 STEPS: list[Any] = [remote, programs.work_remotely]
 
 
@@ -180,7 +194,9 @@ def _shown(one: Any) -> Any:
 class Plan:
     """One run of a seed: its program, and what clients do with it."""
 
-    def __init__(self, seed: int, number: int, *, span: float, lossy: bool, more: bool = False) -> None:
+    def __init__(
+        self, seed: int, number: int, *, span: float, lossy: bool, more: bool = False, hosts: bool = False
+    ) -> None:
         self.number = number
         draw = Random(f"program/{seed}/{number}")
         self._draw = draw
@@ -207,6 +223,8 @@ class Plan:
         self.input: Any = self.ops
         if more:
             self._more(Random(f"program, more/{seed}/{number}"))
+        if hosts and (chosen := Random(f"program, hosts/{seed}/{number}")).random() < 0.5:
+            self._random_program(HOSTED, chosen)
 
     def _more(self, draw: Random) -> None:
         self.watches = draw.random() < 0.2
@@ -214,9 +232,12 @@ class Plan:
         if draw.random() < 0.2:
             self.ops.append({"op": "dice"})
         if draw.random() < 0.25:
-            made = programs.generate(draw.randrange(1_000_000), max_nodes=16)
-            self.workflow, self.input, self.ops, self.signals = programs.PROGRAM, made, [], []
-            self.extra = list(programs.SIGNALS)
+            self._random_program(programs.PROGRAM, draw)
+
+    def _random_program(self, workflow: str, draw: Random) -> None:
+        made = programs.generate(draw.randrange(1_000_000), max_nodes=16)
+        self.workflow, self.input, self.ops, self.signals = workflow, made, [], []
+        self.extra = list(programs.SIGNALS)
 
     @classmethod
     def fixed(cls, ops: list[Op], *, workflow: str = "sim.program", **fields: Any) -> Plan:

@@ -30,6 +30,7 @@ from durable.core.registry import Registry
 from durable.core.retention import retention_of
 from durable.engine.deps import Deps, Settings
 from durable.engine.engine import WorkflowEngine
+from durable.protocol.messages import Answer, RemoteTask, Task
 from durable.protocol.states import REOPENABLE, TERMINAL, Activity
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
@@ -39,13 +40,14 @@ from durable.testing.simulation import witness as witnesses
 from durable.testing.simulation.broker import Broker, Bus, Worker
 from durable.testing.simulation.faults import LOSSES, MOVES, Faults, Swarm, Tripwire
 from durable.testing.simulation.loop import Deadlock, Livelock, Node, SimLoop
-from durable.testing.simulation.programs import STEPS, WORKFLOWS, Plan, bad_code
+from durable.testing.simulation.programs import HOSTED, IN_WORKERS, STEPS, WORKFLOWS, Plan, bad_code
 from durable.testing.simulation.server import StoreServer, at_once
 from durable.testing.simulation.witness import Body, Witness
 from durable.transports.event_emitter import EventEmitterTransport
-from durable.transports.interface import Transport
+from durable.transports.interface import TaskHandler, Transport
 from durable.transports.pool import TransportPool
 from durable.worker.handler import StepHandler, groups_of
+from durable.worker.turns import TurnHandler
 
 EPOCH = 1_700_000_000 * SECOND
 """When the store's clock begins, µs."""
@@ -208,7 +210,9 @@ class World:
         self._grave: list[object] = []
         lossy = bool(swarm.kinds & LOSSES) and swarm.shared
         span = 0.8 * swarm.safety
-        self.plans = plans or {n: Plan(swarm.seed, n, span=span, lossy=lossy, more=swarm.more) for n in swarm.runs}
+        self.plans = plans or {
+            n: Plan(swarm.seed, n, span=span, lossy=lossy, more=swarm.more, hosts=swarm.hosts) for n in swarm.runs
+        }
         self._open_plans = len(self.plans)
         self._closed: set[int] = set()
         """Plans whose runs have ended for good: nobody will reopen them."""
@@ -376,7 +380,7 @@ class World:
             except StoreUnavailable:
                 await asyncio.sleep(0.1)
         if not self.swarm.shared:
-            await transport.serve(groups_of(registry), StepHandler(registry, clock, threads=0))
+            await transport.serve([*groups_of(registry), HOSTED], _handler(registry, clock))
         process.ready = True
 
     def _boot_worker(self, slot: int) -> None:
@@ -385,7 +389,7 @@ class World:
         self._nodes.append(node)
         draw = Random(f"node/{self.swarm.seed}/{node.name}")
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1.0)
-        worker = Worker(node, StepHandler(Registry(STEPS), clock, threads=0))
+        worker = Worker(node, _handler(Registry(STEPS), clock))
         self.broker.workers.append(worker)
         self.spare.workers.append(worker)
         self.worker_slots[slot] = node
@@ -785,3 +789,13 @@ def _count_ops(op: Any, commands: Counter[str]) -> None:
 def _give(reply: asyncio.Future[tuple[str, Any]], answer: tuple[str, Any]) -> None:
     if not reply.done():
         reply.set_result(answer)
+
+
+def _handler(registry: Registry, clock: Clock) -> TaskHandler:
+    """What a process that works does with a task: a step's, or a turn's of a workflow it hosts."""
+    steps, turns = StepHandler(registry, clock, threads=0), TurnHandler(Registry(IN_WORKERS), clock, threads=0)
+
+    async def handle(task: Task) -> Answer:
+        return await (steps if isinstance(task, RemoteTask) else turns)(task)
+
+    return handle
