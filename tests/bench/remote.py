@@ -217,6 +217,7 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     if options.quick:
         options.runs, options.seconds, options.workflows, options.lone = 1, 0.3, 20, 20
+        options.transport = options.transport or ["lane", "bullmq", "db"]  # a RabbitMQ takes its time to begin
     with redirect_stdout(StringIO() if options.json else stdout):
         report = measured(options)
     last_line(report)
@@ -224,30 +225,25 @@ def main(args: list[str] | None = None) -> None:
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for, and tables of it."""
-    names = options.transport or [name for name in DEFAULT if there(name)]
     report: dict[str, Any] = {}
-    if options.only != "counts":
-        with site() as where:
-            report["machine"] = machine(where)
-            for name in names:
-                with broker(CARRIERS[name].server) as url:
-                    bench = Bench(where, name, url, options)
-                    if options.profile:
-                        bench.profile()
-                        continue
-                    found = bench.measure()
-                report |= {f"{name}_{key}": value for key, value in found.items()}
+    with site() as where, site(counting=True) as counting:
+        report["machine"] = machine(where)
+        for name in options.transport or [name for name in DEFAULT if there(name)]:
+            with broker(CARRIERS[name].server) as url:
+                bench = Bench(where, name, url, options)
+                if options.profile:
+                    bench.profile()
+                    continue
+                found = bench.measure() if options.only != "counts" else {}
+                counts = Bench(counting, name, url, options).counts() if options.only != "clock" else {}
+            report |= {f"{name}_{key}": value for key, value in (found | counts).items()}
+            if found:
                 say(f"\n{name}")
                 table(["figure", "value"], [[key, f"{value:,.2f}"] for key, value in found.items()])
-            report["machine"]["load_after"] = getloadavg()[0]
-    if options.only != "clock" and not options.profile:
-        with site(counting=True) as where:
-            for name in names:
-                with broker(CARRIERS[name].server) as url:
-                    found = Bench(where, name, url, options).counts()
-                report |= {f"{name}_{key}": value for key, value in found.items()}
+            if counts:
                 say(f"\n{name}: asked of the servers for a step, by one workflow alone and by many at once")
-                table(["what", "lone", "many"], list(side_by_side(found)))
+                table(["what", "lone", "many"], list(side_by_side(counts)))
+        report["machine"]["load_after"] = getloadavg()[0]
     return report
 
 
