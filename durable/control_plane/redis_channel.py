@@ -136,8 +136,9 @@ class RedisChannel:
         hearing: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(PATIENCE):
-                names = [self._probe_name, self._name, *self._handlers]
-                await pubsub.subscribe(*names, *([] if self._elsewhere is None else [self._elsewhere]))
+                await pubsub.subscribe(self._probe_name, self._name, *self._handlers)
+                if self._elsewhere is not None:
+                    await pubsub.subscribe(self._elsewhere)
             hearing = asyncio.get_running_loop().create_task(self._hear(pubsub), name="durable-channel-ear")
             yield hearing
         finally:
@@ -175,7 +176,9 @@ class RedisChannel:
         self._echo = nonce, echo
         try:
             self._came = False
-            _, count = await self._outbox.ask([("PUBLISH", self._probe_name, nonce), ("PUBSUB", "NUMSUB", self._counted)])
+            _, count = await self._outbox.ask(
+                [("PUBLISH", self._probe_name, nonce), ("PUBSUB", "NUMSUB", self._counted)]
+            )
             own = 1 if self._elsewhere is None else 0
             self.others = self._came or int(count[1]) > own
             await asyncio.wait({echo, lost}, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)

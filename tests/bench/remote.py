@@ -204,7 +204,10 @@ def there(name: str) -> bool:
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench remote", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
-        "--transport", choices=sorted(CARRIERS), action="append", help="several times for several; else all that are there"
+        "--transport",
+        choices=sorted(CARRIERS),
+        action="append",
+        help="several times for several; else all that are there",
     )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0)

@@ -328,7 +328,9 @@ WITH mine AS (
   RETURNING {", ".join(f"result.{name}" for name in result_names)}, created_at
 )
 SELECT * FROM stamped WHERE {_LAZILY} ORDER BY created_at, step_id"""
-        self.settle = f"DELETE FROM {r} USING {pairs} WHERE step_id = given.id AND claimed_by = given.claim AND {_LAZILY}"
+        self.settle = (
+            f"DELETE FROM {r} USING {pairs} WHERE step_id = given.id AND claimed_by = given.claim AND {_LAZILY}"
+        )
         self.release = f"""
 UPDATE {r} SET claimed_by = NULL, claimed_at = {_NOW} + %s FROM {pairs}
 WHERE step_id = given.id AND claimed_by = given.claim"""

@@ -143,7 +143,7 @@ def db(url: str) -> Transport:
     return DbTransport(url)
 
 
-TABLES = """CREATE TABLE IF NOT EXISTS raw_{} (id bigserial PRIMARY KEY, k text NOT NULL, d text NOT NULL, claimed_at timestamptz)"""
+TABLES = "CREATE TABLE IF NOT EXISTS raw_{} (id bigserial PRIMARY KEY, k text, d text, claimed_at timestamptz)"
 CLAIM = (
     "UPDATE raw_{0} SET claimed_at = clock_timestamp() WHERE id IN"
     " (SELECT id FROM raw_{0} WHERE claimed_at IS NULL ORDER BY id LIMIT 100 FOR UPDATE SKIP LOCKED) RETURNING id, k, d"
