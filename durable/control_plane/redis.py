@@ -70,12 +70,9 @@ class RedisControlPlane:
     async def close(self) -> None:
         """Say what was said before, and let go of both connections. Idempotent."""
         self._starts = max(0, self._starts - 1)
-        if self._starts:
-            return
-        channel, self._channel = self._channel, None
-        self._listeners.clear()
-        if channel is not None:
-            await channel.close()
+        if not self._starts:
+            self._listeners.clear()
+            await self.fall_silent()
 
     async def publish_control(self, message: ControlMessage) -> None:
         """Tell every instance, soon. Before `start`, after `close` and while Redis is away a message is dropped."""
@@ -92,10 +89,16 @@ class RedisControlPlane:
         """Hear what others say, and `LOOK_EVERYWHERE` after a gap. Returns the way to stop."""
         return self._listeners.add(incarnation, handler)
 
-    @property
-    def heard(self) -> bool:
-        """Whether anybody listens on this instance."""
-        return len(self._listeners) > 0
+    def pass_on(self, message: ControlMessage) -> None:
+        """Something that was heard another way; whoever listens on this instance is told."""
+        self._listeners.tell(message)
+
+    async def fall_silent(self) -> None:
+        """Let go of the connections; whoever listens on this instance stays, for `pass_on`."""
+        channel, self._channel = self._channel, None
+        self._starts = 0
+        if channel is not None:
+            await channel.close()
 
     # -- other channels on the same connections, for a transport's heartbeats
 

@@ -53,10 +53,14 @@ def client(url: str, *, name: str) -> Redis:
 class RedisChannel:
     """Says and hears on named channels of one server. Handlers run in the loop, one after the other."""
 
-    def __init__(self, url: str, *, name: str, probe_every: float = 15.0) -> None:
-        """`name`: the channel whose listeners are counted, and from which the probe's own is called. Raises ValueError."""
+    def __init__(self, url: str, *, name: str, counted: str | None = None, probe_every: float = 15.0) -> None:
+        """`name`: the channel whose listeners are counted, and from which the probe's own is called. `counted`: another one
+        whose listeners are counted in its place, and which is not listened to. Raises ValueError."""
         self._client = client(url, name="durable-channel")
         self._name = name
+        self._counted = name if counted is None else counted
+        self._elsewhere = None if counted is None else f"{counted}-probe".encode()
+        """Where those who are counted are heard to begin."""
         self._probe_name = f"{name}-probe"
         self._every = probe_every
         self._token = secrets.token_hex(8)
@@ -69,7 +73,7 @@ class RedisChannel:
         self._came = False
         """Somebody else was heard since the listeners were counted."""
         self.others = True
-        """Whether anybody else listens on `name`, as far as is known."""
+        """Whether anybody else listens on the channel that is counted, as far as is known."""
         self.deaf: str | None = "It has not been started."
         """Why nothing can be relied on to be heard, as a sentence; None: it hears."""
 
@@ -133,6 +137,8 @@ class RedisChannel:
         try:
             async with asyncio.timeout(PATIENCE):
                 await pubsub.subscribe(self._probe_name, self._name, *self._handlers)
+                if self._elsewhere is not None:
+                    await pubsub.subscribe(self._elsewhere)
             hearing = asyncio.get_running_loop().create_task(self._hear(pubsub), name="durable-channel-ear")
             yield hearing
         finally:
@@ -149,6 +155,8 @@ class RedisChannel:
                 continue
             if message["channel"] == probe:
                 self._heard_probe(message["data"])
+            elif message["channel"] == self._elsewhere:
+                self.others = self._came = True
             else:
                 self._tell(message["channel"], message["data"])
 
@@ -168,8 +176,11 @@ class RedisChannel:
         self._echo = nonce, echo
         try:
             self._came = False
-            _, count = await self._outbox.ask([("PUBLISH", self._probe_name, nonce), ("PUBSUB", "NUMSUB", self._name)])
-            self.others = self._came or int(count[1]) > 1
+            _, count = await self._outbox.ask(
+                [("PUBLISH", self._probe_name, nonce), ("PUBSUB", "NUMSUB", self._counted)]
+            )
+            own = 1 if self._elsewhere is None else 0
+            self.others = self._came or int(count[1]) > own
             await asyncio.wait({echo, lost}, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._echo = None
@@ -181,7 +192,8 @@ class RedisChannel:
 
     def _heard_probe(self, nonce: bytes) -> None:
         if not nonce.startswith(self._token.encode()):
-            self.others = self._came = True
+            if self._elsewhere is None:
+                self.others = self._came = True
         elif self._echo is not None and self._echo[0] == nonce and not self._echo[1].done():
             self._echo[1].set_result(None)
 

@@ -150,7 +150,8 @@ class StepDefinition(_Definition):
 
     @property
     def is_async(self) -> bool:
-        return inspect.iscoroutinefunction(self.fn)
+        code = getattr(self.fn, "__code__", None)  # shows it of most, at a tenth of the price
+        return (code is not None and bool(code.co_flags & inspect.CO_COROUTINE)) or inspect.iscoroutinefunction(self.fn)
 
     def call(self, data: bytes) -> Any:
         """Run the body: a coroutine for `async def`, the plain result for `def`. Raises PayloadError."""

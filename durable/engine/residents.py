@@ -253,8 +253,13 @@ class Resident:
         if self.retries:
             wake = _earlier(wake, min(self.retries.values()))
         for sent in self.sent.values():
-            wake = _earlier(wake, sent.deadline)
-            wake = _earlier(wake, sent.silent_at())
+            # Most tasks have neither, and this is asked several times a step.
+            if sent.deadline is not None:
+                wake = _earlier(wake, sent.deadline)
+            if sent.command.options.heartbeat_timeout is not None:
+                wake = _earlier(wake, sent.silent_at())
+        if self.deadline is None and self.cancel_deadline is None:
+            return wake
         wake = _earlier(wake, self.deadline)
         return _earlier(wake, self.cancel_deadline)
 

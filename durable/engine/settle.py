@@ -100,6 +100,8 @@ class Settler:
     def has_task_here(self, run: Resident) -> bool:
         """Whether a task of this run is, or may be, under way in this process."""
         pool = self._executor.deps.transport
+        if not run.sent or pool.capabilities.shared:  # all members are
+            return False
         return any(not pool.member(sent.transport).capabilities.shared for sent in run.sent.values())
 
     def _taken_away(self, run: Resident) -> bool:

@@ -155,9 +155,11 @@ def decode_task(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> RemoteTas
 
 def decode_result(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> StepResult:
     """The result; a failed one in its place if its content cannot be kept. Raises PayloadError if it is nobody's."""
-    address = _address(data)
+    said = _strictly(data)
+    address = _address(data) if said is None else said
+    _check_address(address.run_id, address.seq, address.step_id)
     try:
-        return _result(data, limit)
+        return _result(_read(data, StepResult, "a StepResult", lenient.result) if said is None else said, limit)
     except PayloadError as error:
         return StepResult(
             run_id=address.run_id,
@@ -208,6 +210,17 @@ def _without_input(data: bytes) -> RemoteTask:
     return task
 
 
+def _strictly(data: bytes) -> StepResult | None:
+    """As nearly all come: read once. None: look whose it is, and read it with patience."""
+    if len(data) > MAX_MESSAGE:
+        return None
+    try:
+        result: StepResult = payload.decode(data, StepResult, what="a StepResult")
+    except PayloadError:
+        return None
+    return result
+
+
 def _address(data: bytes) -> _Address:
     what = "a StepResult"
     if len(data) > MAX_MESSAGE:
@@ -216,7 +229,6 @@ def _address(data: bytes) -> _Address:
         address: _Address = payload.decode(data, _Address, what=what)
     except PayloadError as error:
         address = _lenient_address(data, error)
-    _check_address(address.run_id, address.seq, address.step_id)
     return address
 
 
@@ -240,8 +252,7 @@ def _check_address(run_id: str, seq: int, step: str) -> None:
         raise PayloadError(f"stepId {ascii(step)[:200]} is not <runId>:<seq> of run {ascii(run_id)[:100]}, seq {seq}.")
 
 
-def _result(data: bytes, limit: int) -> StepResult:
-    result = _read(data, StepResult, "a StepResult", lenient.result)
+def _result(result: StepResult, limit: int) -> StepResult:
     events = None if result.events is None else [_tidy(event) for event in result.events[:MAX_EVENTS]]
     if result.status == "failed":
         # Errors are kept whatever they say: cleaned, bounded, never refused.

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from functools import lru_cache
 
 
+@lru_cache(maxsize=10_000)
 def trace_id(run_id: str) -> str:
     """32 hex digits: a run and its children share the trace of the first of them, whose uuid it is where it is one."""
     root = run_id.partition(".")[0]

@@ -11,10 +11,22 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from enum import Enum
+from math import inf
 from typing import Any
 
+from msgspec import Raw
+
 from durable.protocol.codec import encode
-from durable.protocol.messages import Answer, ControlMessage, Heartbeat, RemoteTask, Task, routing_token, sanitize
+from durable.protocol.messages import (
+    Answer,
+    ControlMessage,
+    Heartbeat,
+    RemoteTask,
+    StepResult,
+    Task,
+    routing_token,
+    sanitize,
+)
 from durable.transports.answers import cancelled, crashed, no_handler, too_large
 from durable.transports.cancels import STEP_CANCEL
 from durable.transports.interface import Concurrency, TaskHandler
@@ -23,6 +35,10 @@ log = logging.getLogger("durable.transports")
 
 REFUSAL_MAX = 1.0
 """Seconds a handler may go on after `drain` has cancelled it. Then it is left behind, and said so."""
+ESCAPED = 6
+"""Bytes one character of a text may become in JSON."""
+FRAME = 1_000
+"""Bytes of a result beside its output and its ids, and more than that."""
 ROOM_SECONDS = 0.25
 """How often a bound that is a callable is asked again while there is no room."""
 
@@ -243,6 +259,8 @@ class Workbench:
                     job.work.uncancel()  # it was the handler that was meant
 
     def _fitting(self, task: Task, answer: Answer) -> Answer:
+        if _at_most(answer) <= self._max_message:
+            return answer  # most are far below, and are encoded once, when they are sent
         size = len(encode(answer, limit=1 << 40))
         return answer if size <= self._max_message else too_large(task, size, self._max_message)
 
@@ -271,6 +289,16 @@ class Workbench:
                         log.debug("a heartbeat of %s was not sent: %r", task.id, error)
         finally:
             self._beating = None
+
+
+def _at_most(answer: Answer) -> float:
+    """Bytes that an answer cannot be longer than; no bound where it takes an encoding to tell."""
+    if not isinstance(answer, StepResult) or answer.error is not None or answer.events:
+        return inf
+    if not isinstance(answer.output, Raw):
+        return inf
+    ids = len(answer.run_id) + len(answer.step_id) + len(answer.token or "")
+    return len(bytes(answer.output)) + ESCAPED * ids + FRAME
 
 
 def beat_of(task: Task) -> Heartbeat:

@@ -44,6 +44,9 @@ TRIES = 5
 """Of a statement that lost a deadlock, of which nothing remains."""
 
 _NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+_LAZILY = "(SELECT set_config('synchronous_commit', 'off', true)) = 'off'"
+"""Of this transaction alone. A claim, or a result's end, that a crash of the server forgets is a message that comes again, as
+it may anyway; so nobody waits for the disk."""
 _TYPES = {"seq": "int", "attempt": "int", "priority": "int", "started_at": "bigint"}
 
 
@@ -290,7 +293,7 @@ WITH mine AS (
   FROM mine WHERE task.step_id = mine.step_id
   RETURNING {", ".join(f"task.{name}" for name in task_names)}, deliveries, cancelled_at, created_at
 )
-SELECT * FROM stamped ORDER BY coalesce(priority, 0) DESC, created_at, step_id"""
+SELECT * FROM stamped WHERE {_LAZILY} ORDER BY coalesce(priority, 0) DESC, created_at, step_id"""
         self.renew = f"""
 UPDATE {t} AS task SET claimed_at = {_NOW} FROM {pairs}
 WHERE step_id = given.id AND claimed_by = given.claim
@@ -324,8 +327,10 @@ WITH mine AS (
   UPDATE {r} AS result SET claimed_by = %s, claimed_at = {_NOW} FROM mine WHERE result.step_id = mine.step_id
   RETURNING {", ".join(f"result.{name}" for name in result_names)}, created_at
 )
-SELECT * FROM stamped ORDER BY created_at, step_id"""
-        self.settle = f"DELETE FROM {r} USING {pairs} WHERE step_id = given.id AND claimed_by = given.claim"
+SELECT * FROM stamped WHERE {_LAZILY} ORDER BY created_at, step_id"""
+        self.settle = (
+            f"DELETE FROM {r} USING {pairs} WHERE step_id = given.id AND claimed_by = given.claim AND {_LAZILY}"
+        )
         self.release = f"""
 UPDATE {r} SET claimed_by = NULL, claimed_at = {_NOW} + %s FROM {pairs}
 WHERE step_id = given.id AND claimed_by = given.claim"""

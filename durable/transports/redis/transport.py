@@ -75,7 +75,8 @@ class RedisTransport:
         self._max_deliveries = max_deliveries
         self._held = names.lane_held(self._prefix)
         self._link = RedisLink(url, name="durable-lane", prepare=LOADS)
-        self._plane = RedisControlPlane(url, channel=names.control(self._prefix))
+        self._control = names.control(self._prefix)
+        self._plane = RedisControlPlane(url, channel=self._control)
         self._beats, self._cancels = names.heartbeat(self._prefix), names.lane_cancels(self._prefix)
         self._plane.also(self._cancels, self._heard_cancel)
         self._hints: RedisChannel | None = None
@@ -202,9 +203,9 @@ class RedisTransport:
         """Take tasks of these groups, from `start` on. Priorities are not looked at: each stream is first in, first out."""
         server = self._bench.add(groups, handler, concurrency)
         if self._starts:
-            if self._on_result is None and self._hints is None and not self._plane.heard:
+            if self._on_result is None and self._hints is None:
                 await self._open_hints()
-                await self._plane.close()
+                await self._plane.fall_silent()
             self._begin(server)
 
     def _begin(self, server: Server) -> None:
@@ -239,22 +240,29 @@ class RedisTransport:
     @property
     def audience(self) -> bool:
         """Whether another engine listens. Workers do not: they hear of nothing but cancels."""
-        return self._plane.audience
+        return self._plane.audience if self._hints is None else self._hints.others
 
     async def publish_control(self, message: ControlMessage) -> None:
         """Tell every instance on this transport but the sender."""
         if message.kind == "cancel" and message.run_id is not None:
             self._say(self._cancels, encode(message))
-        await self._plane.publish_control(message)
+        if self._hints is None:
+            await self._plane.publish_control(message)
+            return
+        try:
+            self._say(self._control, encode(message))
+        except PayloadError as error:
+            log.warning("a control message of kind %s cannot be said; dropped: %s", message.kind, error)
 
     def on_control(self, incarnation: str, handler: ControlHandler) -> Callable[[], None]:
-        """Hear what others say, and `LOOK_EVERYWHERE` after a gap; not on an end that only serves. Returns the way to stop."""
+        """Hear what others say, and `LOOK_EVERYWHERE` after a gap; on an end that only serves: cancels. Returns the way to
+        stop."""
         return self._plane.on_control(incarnation, handler)
 
     # -- what both ends need
 
     async def _open_hints(self) -> None:
-        hints = RedisChannel(self._url, name=self._cancels)
+        hints = RedisChannel(self._url, name=self._cancels, counted=self._control)
         hints.on(self._cancels, self._heard_cancel)
         try:
             await hints.start()
@@ -271,10 +279,14 @@ class RedisTransport:
     def _heard_cancel(self, data: bytes | None) -> None:
         """Somebody wants bodies cancelled: those of one task, or of a whole run."""
         try:
-            self._bench.hear(decode_control(data or b""))
+            message = decode_control(data or b"")
         except PayloadError as error:
             if data is not None:
                 log.debug("something that is no control message was heard: %s", error)
+            return
+        if self._hints is not None:
+            self._plane.pass_on(message)
+        self._bench.hear(message)
 
     def _heard_beat(self, data: bytes | None) -> None:
         if data is None or self._on_heartbeat is None:

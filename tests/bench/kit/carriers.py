@@ -143,17 +143,170 @@ def db(url: str) -> Transport:
     return DbTransport(url)
 
 
+TABLES = "CREATE TABLE IF NOT EXISTS raw_{} (id bigserial PRIMARY KEY, k text, d text, claimed_at timestamptz)"
+CLAIM = (
+    "UPDATE raw_{0} SET claimed_at = clock_timestamp() WHERE id IN"
+    " (SELECT id FROM raw_{0} WHERE claimed_at IS NULL ORDER BY id LIMIT 100 FOR UPDATE SKIP LOCKED) RETURNING id, k, d"
+)
+
+
+class Rows:
+    """psycopg: one connection that writes and claims, one that hears; what is to be written meanwhile is one statement."""
+
+    def __init__(self, connection: Any, table: str) -> None:
+        self._connection, self._table = connection, table
+        self._new = asyncio.Event()
+        self._new.set()
+
+    @classmethod
+    async def open(cls, url: str, table: str) -> Rows:
+        from psycopg import AsyncConnection
+
+        connection = await AsyncConnection.connect(url, autocommit=True)
+        await connection.execute("SELECT pg_advisory_lock(1)")
+        await connection.execute(TABLES.format("tasks") + ";" + TABLES.format("results"))
+        await connection.execute("SELECT pg_advisory_unlock(1)")
+        rows = cls(connection, table)
+        hearing = await AsyncConnection.connect(url, autocommit=True)
+        await hearing.execute(f"LISTEN raw_{table}")  # type: ignore[arg-type]
+        rows._hearing = asyncio.create_task(rows._hear(hearing))
+        return rows
+
+    async def _hear(self, connection: Any) -> None:
+        async for _ in connection.notifies():
+            self._new.set()
+
+    async def run(self, query: str, values: Any = None) -> list[Any]:
+        cursor = await self._connection.execute(query, values)
+        return await cursor.fetchall() if cursor.description else []
+
+    async def claim(self) -> list[Any]:
+        """The next ones, at most 100, waiting for the first."""
+        while True:
+            self._new.clear()
+            if claimed := await self.run(CLAIM.format(self._table)):
+                if len(claimed) == 100:
+                    self._new.set()
+                return claimed
+            await self._new.wait()
+
+
+async def db_worker(url: str) -> None:
+    """A batch is claimed in one statement; its results are written, its tasks deleted and its client told in another."""
+    tasks = await Rows.open(url, "tasks")
+    answer = (
+        "WITH given AS (SELECT * FROM unnest(%b::bigint[], %b::text[], %b::text[]) AS rows (id, k, d)),"
+        " done AS (DELETE FROM raw_tasks USING given WHERE raw_tasks.id = given.id),"
+        " told AS (INSERT INTO raw_results (k, d) SELECT k, d FROM given) SELECT pg_notify('raw_results', '')"
+    )
+    while True:
+        await tasks.run(answer, list(map(list, zip(*await tasks.claim(), strict=True))))
+
+
+async def db_client(url: str) -> ROUND:
+    """What is sent while a statement is under way goes in the next; results are claimed in batches and deleted in batches."""
+    results, sending = await Rows.open(url, "results"), await Rows.open(url, "nothing")
+    waiting: dict[str, asyncio.Future[bytes]] = {}
+    outgoing: list[tuple[str, str]] = []
+    wake = asyncio.Event()
+    number = 0
+
+    async def send() -> None:
+        while True:
+            await wake.wait()
+            wake.clear()
+            batch, outgoing[:] = list(outgoing), []
+            await sending.run(
+                "WITH sent AS (INSERT INTO raw_tasks (k, d) SELECT * FROM unnest(%b::text[], %b::text[]))"
+                " SELECT pg_notify('raw_tasks', '')",
+                list(map(list, zip(*batch, strict=True))),
+            )
+
+    async def read() -> None:
+        while True:
+            claimed = await results.claim()
+            for _, key, data in claimed:
+                waiting.pop(key).set_result(data.encode())
+            await results.run("DELETE FROM raw_results WHERE id = ANY(%b)", [[id for id, _, _ in claimed]])
+
+    kept = [asyncio.create_task(send()), asyncio.create_task(read())]
+
+    async def once(data: bytes) -> bytes:
+        nonlocal number
+        number += 1
+        key = str(number)
+        future = waiting[key] = asyncio.get_running_loop().create_future()
+        outgoing.append((key, data.decode()))
+        wake.set()
+        return await future
+
+    once.kept = kept  # type: ignore[attr-defined]
+    return once
+
+
 def rabbitmq(url: str) -> Transport:
     from durable.transports.rabbitmq import RabbitMqTransport
 
     return RabbitMqTransport(url)
 
 
+async def rabbitmq_queue(url: str, name: str) -> tuple[Any, Any]:
+    """aio-pika: a channel with confirms and a prefetch of 100, a queue that is replicated and kept."""
+    from aio_pika import connect_robust
+
+    channel = await (await connect_robust(url)).channel(publisher_confirms=True)
+    await channel.set_qos(prefetch_count=100)
+    queue = await channel.declare_queue(name, durable=True, arguments={"x-queue-type": "quorum"})
+    return channel, queue
+
+
+async def rabbitmq_worker(url: str) -> None:
+    """aio-pika: a task is acknowledged once its answer is confirmed."""
+    from aio_pika import DeliveryMode, Message
+
+    channel, tasks = await rabbitmq_queue(url, "raw-tasks")
+
+    async def work(message: Any) -> None:
+        answer = Message(message.body, correlation_id=message.correlation_id, delivery_mode=DeliveryMode.PERSISTENT)
+        await channel.default_exchange.publish(answer, "raw-results")
+        await message.ack()
+
+    await tasks.consume(work)
+    await asyncio.Event().wait()
+
+
+async def rabbitmq_client(url: str) -> ROUND:
+    """aio-pika: a job is sent once it is confirmed, an answer acknowledged once it was taken."""
+    from aio_pika import DeliveryMode, Message
+
+    channel, _ = await rabbitmq_queue(url, "raw-tasks")
+    _, results = await rabbitmq_queue(url, "raw-results")
+    waiting: dict[str, asyncio.Future[bytes]] = {}
+    number = 0
+
+    async def take(message: Any) -> None:
+        waiting.pop(message.correlation_id).set_result(message.body)
+        await message.ack()
+
+    await results.consume(take)
+
+    async def once(data: bytes) -> bytes:
+        nonlocal number
+        number += 1
+        key = str(number)
+        future = waiting[key] = asyncio.get_running_loop().create_future()
+        job = Message(data, correlation_id=key, delivery_mode=DeliveryMode.PERSISTENT)
+        await channel.default_exchange.publish(job, "raw-tasks")
+        return await future
+
+    return once
+
+
 CARRIERS = {
     "lane": Carrier("redis", lane, lane_worker, lane_client),
     "bullmq": Carrier("redis", bullmq, bullmq_worker, bullmq_client),
-    "db": Carrier("postgres", db),
-    "rabbitmq": Carrier("rabbitmq", rabbitmq),
+    "db": Carrier("postgres", db, db_worker, db_client),
+    "rabbitmq": Carrier("rabbitmq", rabbitmq, rabbitmq_worker, rabbitmq_client),
     "emitter": Carrier(None, lambda url: EventEmitterTransport()),
 }
 
@@ -175,4 +328,5 @@ async def rounds(once: Callable[[], Awaitable[Any]], lone: int, seconds: float, 
             done += 1
 
     await asyncio.gather(*(loop() for _ in range(at_once)))
-    return {"ms": took, "rate": done / (time.perf_counter() - begun)}
+    rate = done / (time.perf_counter() - begun)
+    return {"ms": took, "rate": rate, "rounds": at_once + lone + done}
