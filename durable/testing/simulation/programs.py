@@ -7,12 +7,14 @@ the journal alone.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
 from durable.core.ctx import Context
 from durable.core.definition import durable_step, workflow
 from durable.core.errors import StepFailed, WaitTimeout
+from durable.core.hosted import remote_workflow
 from durable.core.retry import RetryPolicy
 from durable.testing import programs
 from durable.testing.simulation.witness import body, witness_time
@@ -45,12 +47,42 @@ async def deadline_program(ctx: Context, ops: list[Op]) -> list[Any]:
     return await _Interpreter(ctx).sequence(ops)
 
 
+@workflow(name="sim.hosted", version="1")
+async def hosted_program(ctx: Context, ops: list[Op]) -> list[Any]:
+    """The same, in a worker."""
+    return await _Interpreter(ctx).sequence(ops)
+
+
+@workflow(name="sim.hosted.deadline", version="1")
+async def hosted_deadline_program(ctx: Context, ops: list[Op]) -> list[Any]:
+    """The same, in a worker; the engine keeps the deadline."""
+    return await _Interpreter(ctx).sequence(ops)
+
+
+HOSTED: dict[str, str] = {"sim.program": "sim.hosted", "sim.deadline": "sim.hosted.deadline"}
+"""What a program is called when a worker hosts it."""
+CODE: list[Any] = [hosted_program, hosted_deadline_program, programs.run_program]
+"""What workers have the code of."""
 WORKFLOWS: dict[str, Any] = {
     "sim.program": program,
     "sim.deadline": deadline_program,
     programs.PROGRAM: programs.run_program,
 }
 STEPS: list[Any] = [remote, programs.work_remotely]
+
+
+def served(*, turn_timeout: float, step_timeout: float | None, programs_too: bool) -> dict[str, Any]:
+    """What engines serve, by name, where some of it is hosted by workers."""
+
+    def hosted(name: str, timeout: float | None = None) -> Any:
+        return remote_workflow(
+            name, timeout=timeout, turn_timeout=turn_timeout, step_retries=RETRY, step_timeout=step_timeout
+        )
+
+    found = {**WORKFLOWS, "sim.hosted": hosted("sim.hosted"), "sim.hosted.deadline": hosted("sim.hosted.deadline", 6.0)}
+    if programs_too:
+        found[programs.PROGRAM] = hosted(programs.PROGRAM)
+    return found
 
 
 BAD_CODE = (0.5, 4.0)
@@ -180,7 +212,9 @@ def _shown(one: Any) -> Any:
 class Plan:
     """One run of a seed: its program, and what clients do with it."""
 
-    def __init__(self, seed: int, number: int, *, span: float, lossy: bool, more: bool = False) -> None:
+    def __init__(
+        self, seed: int, number: int, *, span: float, lossy: bool, more: bool = False, hosts: bool = False, talks: bool = False
+    ) -> None:
         self.number = number
         draw = Random(f"program/{seed}/{number}")
         self._draw = draw
@@ -207,6 +241,18 @@ class Plan:
         self.input: Any = self.ops
         if more:
             self._more(Random(f"program, more/{seed}/{number}"))
+        if hosts:
+            self._host(Random(f"program, hosted/{seed}/{number}"))
+        if talks:
+            _talk(self.ops, Random(f"program, lines/{seed}/{number}"))
+
+    def _host(self, draw: Random) -> None:
+        """Perhaps itself, perhaps children of it."""
+        if draw.random() < 0.35:
+            self.workflow = HOSTED.get(self.workflow, self.workflow)
+        for op in _each(self.ops):
+            if "workflow" in op and draw.random() < 0.35:
+                op["workflow"] = HOSTED[op["workflow"]]
 
     def _more(self, draw: Random) -> None:
         self.watches = draw.random() < 0.2
@@ -319,6 +365,25 @@ class Plan:
             "joins": self._draw.random() < 0.6,
             "meanwhile": self._sequence(1, depth + 1),
         }
+
+
+def _each(op: Any) -> Iterator[Op]:
+    """Every op of a program."""
+    if isinstance(op, list):
+        for one in op:
+            yield from _each(one)
+    elif isinstance(op, dict):
+        if "op" in op:
+            yield op
+        for one in op.values():
+            yield from _each(one)
+
+
+def _talk(ops: list[Op], draw: Random) -> None:
+    """Let steps tell lines of themselves."""
+    for op in _each(ops):
+        if op["op"] in ("step", "remote") and draw.random() < 0.5:
+            op["plan"]["says"] = draw.choice((1, 3, 3, 12))
 
 
 def _waits_for_signal(op: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from durable.core.step import current_step
 from durable.testing.simulation.loop import SimLoop
@@ -27,6 +27,8 @@ class Body(Struct):
     """What it returns if it succeeds: nobody else's."""
     ended: float | None = None
     outcome: str = ""
+    said: list[str] = field(default_factory=list)
+    """The lines it told."""
 
 
 class Witness:
@@ -82,8 +84,14 @@ async def body(plan: dict[str, float], *, remote: bool) -> str:
     seen = _CURRENT[0].begin(remote=remote)
     try:
         takes = plan.get("takes", 0.0)
+        says = int(plan.get("says", 0))
+        for n in range(says):
+            seen.said.append(f"{seen.value} says {n}")
+            current_step().log(seen.said[-1])
+            if takes:
+                await asyncio.sleep(takes / (says + 1))
         if takes:
-            await asyncio.sleep(takes)
+            await asyncio.sleep(takes / (says + 1))
         if seen.attempt <= plan.get("fails", 0):
             seen.outcome = "failed"
             raise Planned(f"attempt {seen.attempt} fails as planned")
