@@ -248,10 +248,10 @@ class Plan:
 
     def _host(self, draw: Random) -> None:
         """Perhaps itself, perhaps children of it."""
-        if draw.random() < 0.35:
+        if draw.random() < 0.25:
             self.workflow = HOSTED.get(self.workflow, self.workflow)
         for op in _each(self.ops):
-            if "workflow" in op and draw.random() < 0.35:
+            if "workflow" in op and draw.random() < 0.25:
                 op["workflow"] = HOSTED[op["workflow"]]
 
     def _more(self, draw: Random) -> None:
