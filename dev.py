@@ -31,7 +31,7 @@ LOCK = ROOT / "requirements.lock"
 OLDEST = (3, 11)
 
 SIMULATION_SECONDS = 150
-CHAOS_SECONDS = 180
+CHAOS_SECONDS = 90
 """What `test` spends on suites that could go on for ever; `test --all` sets no bound."""
 
 

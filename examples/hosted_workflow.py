@@ -6,11 +6,8 @@ Here both ends are in one process; another transport, or another language, chang
 
 import asyncio
 
-from durable import Context, Durable, durable_step, remote_workflow, workflow
-from durable.core.clock import SystemClock
-from durable.core.registry import Registry
+from durable import Context, Durable, Worker, durable_step, remote_workflow, workflow
 from durable.transports.event_emitter import EventEmitterTransport
-from durable.worker.turns import TurnHandler, turn_groups
 
 
 def weigh(parcel: str) -> int:
@@ -35,19 +32,13 @@ async def main() -> None:
     transport = EventEmitterTransport()
     app = Durable("sqlite:///.durable/examples.db", transport=transport)
     app.register(print_label, remote_workflow("parcels.send"))  # the engine's end: a name, no code
-    hosted = Registry([send])  # the worker's
-    turns, worker = TurnHandler(hosted, SystemClock()), transport.peer()
-    await worker.serve(turn_groups(hosted), turns)
-    async with app:
-        await worker.start()
+    async with app, Worker(workflows=[send], transport=transport.peer()):
         run = await app.start("parcels.send", "books")
         await run.signal("picked up", "ann")
         print("result:", await run.result(timeout=30))
         async for entry in run.watch():
             if entry.kind in ("step", "remote") and entry.status == "completed":
                 print(f"  {entry.key}")  # turns are entries like any other
-        await worker.close()
-    turns.close()
 
 
 if __name__ == "__main__":

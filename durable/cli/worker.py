@@ -172,9 +172,11 @@ def _concurrency(text: str) -> Concurrency:
 
 def _greet(worker: Worker, urls: Mapping[str, str], as_json: bool) -> None:
     steps = [step.name for step in worker.registry.steps() if not step.needs_instance]
+    hosted = list(dict.fromkeys(flow.name for flow in worker.workflows.workflows() if flow.hosting is None))
     if as_json:
         members = {name: one.capabilities.name for name, one in worker.transports.items()}
-        show_json({"kind": "started", "worker": worker.id, "steps": steps, "transports": members}, indent=None)
+        line = {"kind": "started", "worker": worker.id, "steps": steps, "workflows": hosted, "transports": members}
+        show_json(line, indent=None)
         return
     from durable import __version__
 
@@ -183,7 +185,9 @@ def _greet(worker: Worker, urls: Mapping[str, str], as_json: bool) -> None:
         for name, one in worker.transports.items()
     )
     click.echo(f"Durable {__version__}, worker {worker.id[:8]}, over {over}.")
-    click.echo(f"Steps served: {safe(', '.join(steps))}. Waiting at: {safe(', '.join(worker.groups))}.")
+    hosts = f" Workflows hosted: {safe(', '.join(hosted))}." if hosted else ""
+    served = safe(", ".join(steps)) or "none"
+    click.echo(f"Steps served: {served}.{hosts} Waiting at: {safe(', '.join(worker.groups))}.")
     for name, one in worker.transports.items():
         if not one.capabilities.shared:
             click.echo(

@@ -271,6 +271,7 @@ class _Turn:
         self._new_from = 0
         """Ordinals from here on have been given out in this turn: the engine does not know of them yet."""
         self._at = 0
+        self._began = clock.monotonic()
         self._entries = itertools.count(1)
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._done: dict[int, RecordStep] = {}
@@ -278,6 +279,12 @@ class _Turn:
         self._finished: asyncio.Queue[RecordStep] = asyncio.Queue()
         self._patches: list[str] = []
         self._logs: list[StepEvent] = []
+
+    def _now(self) -> int:
+        """Epoch ms, by the engine's clock where it tells it: another clock, minutes off, would have timers ring early."""
+        if not self._machine.timed:
+            return self._clock.now() // 1_000
+        return (self._task.at or 0) + int((self._clock.monotonic() - self._began) * 1_000)
 
     async def take(self) -> WorkflowDecision:
         """The decision. Raises what breaks the rules of replay."""
@@ -429,7 +436,7 @@ class _Turn:
             self._patches.append(item.id)
         elif isinstance(item, WriteLog):
             fields = None if item.fields is None else Raw(item.fields)
-            at = self._clock.now() // 1_000
+            at = self._now()
             self._logs.append(StepEvent(at=at, level=item.level, message=item.message, data=fields))  # type: ignore[arg-type]
         elif isinstance(item, Abandon):
             body = self._under_way.pop(item.command.key, None)
@@ -453,7 +460,7 @@ class _Turn:
 
     async def _run(self, command: RunStep) -> None:
         """Every attempt of one step, here and now."""
-        began = self._clock.now() // 1_000
+        began = self._now()
         events: list[StepEvent] = []
         policy = command.options.retry
         for attempt in itertools.count(1):
@@ -481,7 +488,7 @@ class _Turn:
         run_id = self._task.run_id
 
         def write(level: str, message: str, fields: dict[str, Any], progress: bool) -> None:
-            at = self._clock.now() // 1_000
+            at = self._now()
             events.append(StepEvent(at=at, level=level, message=message, data=fields or None))  # type: ignore[arg-type]
 
         scope = StepScope(run_id, step_id(run_id, command.ordinal), command.key, command.name, attempt, write)
@@ -507,7 +514,7 @@ class _Turn:
                 output=output,
                 error=None if error is None else decode_error(encode_error(error)),
                 started_at=began,
-                finished_at=self._clock.now() // 1_000,
+                finished_at=self._now(),
                 events=events or None,
             )
         )

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 import msgspec
 import pytest
 
-from durable import Context, RetryPolicy, StepFailed, StepTimeout, current_step, durable_step, workflow
+from durable import Context, RetryPolicy, RunCancelled, StepFailed, StepTimeout, current_step, durable_step, workflow
 from durable.core.errors import DefinitionError, ErrorData, MessageRefused, PayloadError, RunNotFound
-from durable.protocol.messages import StepResult
+from durable.protocol.messages import RemoteTask, StepResult, Task
 from durable.protocol.states import Activity, Status
 from durable.protocol.trace import trace_id
 from durable.transports.event_emitter import EventEmitterTransport
@@ -582,3 +582,85 @@ async def test_an_engine_may_leave_its_steps_to_workers(world: World) -> None:
     handle = await app.start(shop, 1)
     await broker.answer(await broker.sent(), 41)
     assert await handle.result(5) == 41
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_B17_an_answer_that_is_faster_than_the_mark_of_its_dispatch_counts(world: World, cold: bool) -> None:
+    """(S8) The worker answers before the transport has even said that it took the task: the answer finds who waits for it."""
+    broker = Broker()
+    end = broker.end()
+    dispatch = end.dispatch
+
+    async def answer_first(task: Task) -> None:
+        assert isinstance(task, RemoteTask)
+        answering = asyncio.create_task(broker.answer(task, "early"))
+        await asyncio.sleep(0.02)
+        await dispatch(task)
+        await answering
+
+    end.dispatch = answer_first  # type: ignore[method-assign]
+    app = await world.engine(far, transport=end, cold=cold, poll_every=0.05)
+    handle = await app.start(far)
+    assert await handle.result(5) == "early"
+    assert (await world.statuses(handle.id, "remote")).count("completed") == 1
+    await world.sound(handle.id)
+
+
+async def test_B29_a_body_that_outlives_its_timeout_is_told_and_counts_no_more(world: World) -> None:
+    """The step times out while its body runs: that body's worker is told, a second one is begun, and one answer is applied,
+    whichever comes first after that."""
+    broker = Broker()
+
+    @workflow(name="timed")
+    async def timed(ctx: Context) -> object:
+        result = await ctx.remote("far", timeout=0.15, retries=QUICK)
+        await ctx.wait_for_signal("go")
+        return result
+
+    app = await world.engine(timed, transport=broker.end())
+    handle = await app.start(timed)
+    first = await broker.sent()
+    second = await broker.sent(2)
+    assert broker.cancelled == [first.step_id]
+    await asyncio.gather(broker.answer(first, "old"), broker.answer(second, "new"))
+    await handle.signal("go")
+    assert await handle.result(5) == "new"
+    statuses = await world.statuses(handle.id, "remote")
+    assert statuses.count("completed") == 1
+    await world.sound(handle.id)
+
+
+async def test_A11_answers_that_nobody_waits_for_are_taken_and_change_nothing(world: World) -> None:
+    """For a run there never was, one that has finished or was cancelled, a step never asked for, another attempt: each is
+    acknowledged, so that it does not come again, and no run changes by it."""
+    broker = Broker()
+
+    @workflow(name="waits-on")
+    async def waits_on(ctx: Context) -> object:
+        return await ctx.remote("far")
+
+    app = await world.engine(far, waits_on, transport=broker.end())
+    done = await app.start(far)
+    task = await broker.sent()
+    await broker.answer(task, "done")
+    assert await done.result(5) == "done"
+    given_up = await app.start(waits_on)
+    dropped = await broker.sent(2)
+    await given_up.cancel()
+    with pytest.raises(RunCancelled):
+        await given_up.result(5)
+    open_run = await app.start(waits_on)
+    awaited = await broker.sent(3)
+    before = {handle.id: (await world.record(handle.id)).status for handle in (done, given_up)}
+
+    unknown = msgspec.structs.replace(task, run_id="never", step_id="never:0")
+    other_step = msgspec.structs.replace(awaited, seq=7, step_id=f"{open_run.id}:7")
+    other_attempt = msgspec.structs.replace(awaited, attempt=9)
+    for stray in (unknown, task, dropped, other_step, other_attempt):
+        await broker.answer(stray, "stray")
+
+    assert {handle.id: (await world.record(handle.id)).status for handle in (done, given_up)} == before
+    assert await done.result(5) == "done"
+    await broker.answer(awaited, "mine")
+    assert await open_run.result(5) == "mine"
+    await world.sound(done.id, given_up.id, open_run.id)

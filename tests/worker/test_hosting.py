@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from durable.core.errors import DefinitionError
 from durable.testing.facts import eventually
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.worker.worker import Done, Worker
+
+ROOT = Path(__file__).parents[2]
 
 
 @durable_step("double")
@@ -88,3 +93,64 @@ async def test_a_node_of_role_worker_hosts_when_it_is_told_to(tmp_path: Path) ->
     async with hosting, app:
         assert hosting.worker.groups == ["double", "calc"]
         assert await app.start_and_wait("calc", 4, timeout=20) == 9
+
+
+async def test_hosted_runs_on_postgres(postgres_url: str) -> None:
+    """Turns and their decisions are journal entries like others: on Postgres too, in memory or out of it."""
+
+    @workflow("parent")
+    async def parent(ctx: Context, n: int) -> list[Any]:
+        local = await ctx.step("local", int, n)
+        await ctx.sleep(0.02)
+        return [local, await ctx.child("calc", n), await ctx.wait_for_signal("go")]
+
+    transport = EventEmitterTransport()
+    for cold in (False, True):
+        app = Durable(postgres_url, transport=transport.end(), cold=cold)
+        app.register(double, remote_workflow("parent"), remote_workflow("calc"))
+        async with app, Worker(workflows=[parent, calc], transport=transport.peer()):
+            runs = [await app.start("parent", n) for n in range(10)]
+            for run in runs:
+                await run.signal("go", "yes")
+            assert [await run.result(20) for run in runs] == [[n, 2 * n + 1, "yes"] for n in range(10)]
+
+
+APP = """
+from durable import Durable
+
+app = Durable("memory://")
+
+
+@app.workflow("alone")
+async def alone(ctx, n: int):
+    return await ctx.step("local", int, n) + 1
+"""
+
+
+async def test_durable_worker_hosts_workflows_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """`durable worker app.py --workflows` says what it hosts, runs turns for an engine elsewhere, and is drained by SIGTERM."""
+    (tmp_path / "alone.py").write_text(APP)
+    url = f"sqlite:///{tmp_path / 'tasks.db'}"
+    app = Durable("memory://", transport=url)
+    app.register(remote_workflow("alone"))
+    async with app:
+        command = [
+            sys.executable,
+            "-m",
+            "durable",
+            "worker",
+            str(tmp_path / "alone.py"),
+            "--workflows",
+            "--transport",
+            url,
+        ]
+        worker = await asyncio.create_subprocess_exec(
+            *command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert await app.start_and_wait("alone", 4, timeout=30) == 5
+        finally:
+            worker.send_signal(signal.SIGTERM)
+            said, _ = await worker.communicate()
+    assert worker.returncode == 0
+    assert "Steps served: none. Workflows hosted: alone. Waiting at: alone." in said.decode()

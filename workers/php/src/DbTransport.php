@@ -263,7 +263,7 @@ final class DbTransport implements Transport
     private function run(string $sql, array $values): array
     {
         // On Postgres in one go, with nothing prepared, which a pooler between might not know of.
-        $options = $this->postgres ? [\PDO::PGSQL_ATTR_DISABLE_PREPARES => true] : [];
+        $options = $this->postgres ? [self::unprepared() => true] : [];
         $statement = $this->connection()->prepare($sql, $options);
         foreach ($values as $index => $value) {
             $kind = match (true) {
@@ -391,6 +391,16 @@ final class DbTransport implements Transport
             $this->forget($error);
             throw $error;
         }
+    }
+
+    /** PHP 8.4 has another name for it, and 8.5 complains of the old one. */
+    private static function unprepared(): int
+    {
+        $name = class_exists('Pdo\Pgsql', false) ? 'Pdo\Pgsql::ATTR_DISABLE_PREPARES' : 'PDO::PGSQL_ATTR_DISABLE_PREPARES';
+        $value = constant($name);
+        assert(is_int($value));
+
+        return $value;
     }
 
     private static function quoted(string $name): string

@@ -9,6 +9,7 @@ final class Failure
 {
     private const MESSAGE_MAX = 4_000;
     private const STACK_MAX = 8_000;
+    private const LEVELS = 90;
 
     /**
      * What was thrown. Whatever it is, it becomes an answer.
@@ -51,7 +52,7 @@ final class Failure
     public static function kept(mixed $value): mixed
     {
         try {
-            return Json::decode(str_replace('\u0000', '\ufffd', Json::encode($value)));
+            return Json::decode(str_replace('\u0000', '\ufffd', Json::encode($value, self::LEVELS)));
         } catch (\Throwable) {
             return get_debug_type($value);
         }

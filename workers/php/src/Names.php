@@ -66,6 +66,18 @@ final class Names
         );
     }
 
+    /**
+     * What a queue may be called in SQS, in the order to look: the plain name first, unless it reads as that of another queue.
+     *
+     * @return list<string>
+     */
+    public static function sqsNames(string $name): array
+    {
+        $spelled = self::sqs($name);
+
+        return $spelled === $name || preg_match(self::MISLEADING, $name) === 1 ? [$spelled] : [$name, $spelled];
+    }
+
     private static function said(?string $word): bool
     {
         return $word !== null && $word !== '' && $word !== 'default';

@@ -26,10 +26,14 @@ final class SqsTransport implements Transport
     private const LOST = ['ReceiptHandleIsInvalid', 'MessageNotInflight', 'AWS.SimpleQueueService.MessageNotInflight',
         'InvalidParameterValue'];
     private const REASON_MAX = 500;
+    /** Seconds until an absent queue is looked for again: an engine may make it with its first task. */
+    private const ABSENT_FOR = 1.0;
 
     private readonly string $prefix;
     /** @var array<string, string> URLs by name */
     private array $found = [];
+    /** @var array<string, float> when to look again for those that are absent, by name */
+    private array $absent = [];
     /** @var list<string> */
     private array $tokens = [];
     private int $next = 0;
@@ -105,7 +109,21 @@ final class SqsTransport implements Transport
     private function receive(string $token, int $wait, \Closure $stopping): ?SqsDelivery
     {
         $name = Names::tasks($this->prefix, $token);
-        $url = $this->queueUrls[$token] ?? $this->url($name);
+        if (($this->absent[$name] ?? 0) > microtime(true)) {
+            usleep($wait > 0 ? 200_000 : 0);
+
+            return null;
+        }
+        try {
+            $url = $this->queueUrls[$token] ?? $this->url($name);
+        } catch (QueueAbsent $error) {
+            if (!isset($this->absent[$name])) {
+                ($this->log)('warn', $error->getMessage());
+            }
+            $this->absent[$name] = microtime(true) + self::ABSENT_FOR;
+
+            return null;
+        }
         $received = $this->client->receiveMessage([
             'QueueUrl' => $url,
             'MaxNumberOfMessages' => 1,
@@ -242,20 +260,21 @@ final class SqsTransport implements Transport
         if (isset($this->found[$name])) {
             return $this->found[$name];
         }
-        $spelled = Names::sqs($name) . ($this->fifo ? '.fifo' : '');
-        try {
-            $url = $this->client->getQueueUrl(['QueueName' => $spelled])->getQueueUrl();
-        } catch (\Throwable $error) {
-            if (!self::says($error, self::ABSENT)) {
-                throw $error;
+        $spelled = array_map(fn (string $each): string => $each . ($this->fifo ? '.fifo' : ''), Names::sqsNames($name));
+        foreach ($spelled as $each) {
+            try {
+                $url = $this->client->getQueueUrl(['QueueName' => $each])->getQueueUrl();
+                if ($url !== null) {
+                    return $this->found[$name] = $url;
+                }
+            } catch (\Throwable $error) {
+                if (!self::says($error, self::ABSENT)) {
+                    throw $error;
+                }
             }
-            $url = null;
         }
-        if ($url === null) {
-            throw new QueueAbsent("SQS has no queue $spelled: create it, give its URL, or check region and endpoint");
-        }
-
-        return $this->found[$name] = $url;
+        $names = implode(' or ', $spelled);
+        throw new QueueAbsent("SQS has no queue $names: create it, give its URL, or check region and endpoint");
     }
 
     /** @param list<string> $codes */

@@ -253,7 +253,7 @@ final class Worker
 
     private function pause(int $failures, bool $untilStopping = true): void
     {
-        $seconds = min(self::PAUSE_MAX, self::PAUSE_FIRST * 2 ** min($failures, 10)) * (0.5 + lcg_value() / 2);
+        $seconds = min(self::PAUSE_MAX, self::PAUSE_FIRST * 2 ** min($failures, 10)) * random_int(50, 100) / 100;
         for ($until = microtime(true) + $seconds; microtime(true) < $until && !($untilStopping && $this->stopping);) {
             usleep(50_000);
         }

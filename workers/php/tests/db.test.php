@@ -67,10 +67,8 @@ foreach ([false, true] as $more) {
         same(true, $one->keep());
         $one->answer(Answer::completed($task, ['n' => 1.0], 5, []));
         same(false, $one->keep());
-        same(['completed', '{"n":1.0}', 5, null], array_values(array_intersect_key(
-            rows($pdo, 'results')[0],
-            ['status' => 0, 'output' => 0, 'started_at' => 0, 'error' => 0],
-        )), 'the result');
+        $result = rows($pdo, 'results')[0];
+        same(['completed', '{"n":1.0}', 5, null], [$result['status'], $result['output'], $result['started_at'], $result['error']]);
         $two->giveBack();
         same(['r:1', 'r:2'], array_column(rows($pdo, 'tasks'), 'step_id'));
         same([null, null], array_column(rows($pdo, 'tasks'), 'claimed_by'));

@@ -89,6 +89,9 @@ test('names for SQS are spelled as everywhere', static function () use ($load): 
     foreach ($load('names.json')->sqs as $golden) {
         same($golden->sqs, Names::sqs($golden->name));
     }
+    same(['durable-results'], Names::sqsNames('durable-results'));
+    same(['a.b', 'a_x2E_b'], Names::sqsNames('a.b'));
+    same(['a_x5F_x2E_b'], Names::sqsNames('a_x2E_b'));
 });
 
 test('a prefix that no queue can bear is refused', static function (): void {
