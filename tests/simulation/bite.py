@@ -37,6 +37,7 @@ from durable.store.memory import MemoryStore  # noqa: E402
 from durable.store.records import Commit, CommitOutcome, RunRecord  # noqa: E402
 from durable.testing.simulation.checker import check  # noqa: E402
 from durable.testing.simulation.faults import Swarm  # noqa: E402
+from durable.testing.simulation.runner import quiet  # noqa: E402
 from durable.testing.simulation.world import World  # noqa: E402
 
 
@@ -227,6 +228,7 @@ def bite(name: str, *, seeds: int = 300, first: int = 0, seconds: float | None =
 
 def main(names: list[str]) -> int:
     unnoticed = 0
+    quiet()
     for name in names or list(REMOVALS):
         caught = bite(name)
         if caught is None:

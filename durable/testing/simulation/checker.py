@@ -462,7 +462,9 @@ def hosted_agrees(evidence: Evidence) -> Iterator[str]:
     ended = [
         (run_id, stored)
         for run_id, stored in evidence.runs.items()
-        if stored.run.status in (Status.COMPLETED, Status.FAILED) and _hosted(stored, evidence)
+        if stored.run.status in (Status.COMPLETED, Status.FAILED)
+        and _hosted(stored, evidence)
+        and not _may_block(evidence, stored.run.tags)  # of a bad deploy's code nothing is left
     ]
     if not ended:
         return

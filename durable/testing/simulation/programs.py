@@ -7,7 +7,7 @@ the journal alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
@@ -242,16 +242,17 @@ class Plan:
         if more:
             self._more(Random(f"program, more/{seed}/{number}"))
         if hosts:
-            self._host(Random(f"program, hosted/{seed}/{number}"))
+            chosen = Random(f"program, hosted/{seed}/{number}")
+            self.host(lambda: chosen.random() < 0.25)
         if talks:
             _talk(self.ops, Random(f"program, lines/{seed}/{number}"))
 
-    def _host(self, draw: Random) -> None:
-        """Perhaps itself, perhaps children of it."""
-        if draw.random() < 0.25:
+    def host(self, chosen: Callable[[], bool] = lambda: True) -> None:
+        """Have workers host it and its children, each if `chosen`."""
+        if chosen():
             self.workflow = HOSTED.get(self.workflow, self.workflow)
         for op in _each(self.ops):
-            if "workflow" in op and draw.random() < 0.25:
+            if "workflow" in op and chosen():
                 op["workflow"] = HOSTED[op["workflow"]]
 
     def _more(self, draw: Random) -> None:
