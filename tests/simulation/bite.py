@@ -39,6 +39,7 @@ from durable.testing.simulation.checker import check  # noqa: E402
 from durable.testing.simulation.faults import Swarm  # noqa: E402
 from durable.testing.simulation.runner import quiet  # noqa: E402
 from durable.testing.simulation.world import World  # noqa: E402
+from durable.worker import turns  # noqa: E402
 
 
 class WithoutEpoch(MemoryStore):
@@ -184,6 +185,13 @@ def lines_forgotten() -> Iterator[None]:
 
 
 @contextmanager
+def by_the_workers_clock() -> Iterator[None]:
+    """A worker tells its own wall clock's time, minutes off."""
+    with patch.object(turns._Turn, "_now", lambda self: self._clock.now() // 1_000):
+        yield
+
+
+@contextmanager
 def never_asked() -> Iterator[None]:
     """No transport is ever asked after what is out."""
     with patch.object(Dispatch, "look_after", lambda self: None), patch.object(Dispatch, "ask_at", lambda *_: None):
@@ -207,6 +215,7 @@ REMOVALS: dict[str, Removal] = {
     "decision": ("that a decision and what it recorded are one commit", MemoryStore, in_pieces),
     "lines": ("the index by which a line told live is known again", MemoryStore, lines_told_twice),
     "told": ("a new owner's look at the lines that are journaled", MemoryStore, lines_forgotten),
+    "clock": ("the engine's time in a worker's turn", MemoryStore, by_the_workers_clock),
     "asking": ("asking brokers after lost tasks", MemoryStore, never_asked),
     "order": ("delivery in journal order", MemoryStore, out_of_order),
 }

@@ -293,6 +293,15 @@ def a_decision_committed_apart_from_its_steps(evidence: Evidence) -> bool:
     return False
 
 
+@plant("slept_enough")
+def a_hosted_timer_that_rang_early(evidence: Evidence) -> bool:
+    for stored, _, entry in entries(evidence, "timer", "fired"):
+        if (stored.run.id, entry.ordinal) in evidence.sleeps:
+            evidence.sleeps[stored.run.id, entry.ordinal or 0] = 1_000.0
+            return True
+    return False
+
+
 @plant("hosted_agrees")
 def an_end_its_code_does_not_come_to(evidence: Evidence) -> bool:
     for stored, _, _ in turns(evidence):

@@ -138,7 +138,11 @@ class Broker:
 
     def _beat(self, job: _Job, worker: Worker) -> None:
         """In the worker's process: alive, and at it."""
-        if (job not in self.jobs and not job.forgotten) or job.worker is not worker or (job.work is not None and job.work.done()):
+        if (
+            (job not in self.jobs and not job.forgotten)
+            or job.worker is not worker
+            or (job.work is not None and job.work.done())
+        ):
             return
         job.leased_until = self.loop.time() + VISIBILITY
         task = job.task

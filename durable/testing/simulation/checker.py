@@ -22,7 +22,7 @@ from durable.core.hosted import PATIENT, TURNS
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.registry import Registry
 from durable.core.replay import Machine
-from durable.protocol.messages import RecordStep, WorkflowDecision, WorkflowTask, turn_id
+from durable.protocol.messages import RecordStep, Sleep, WorkflowDecision, WorkflowTask, turn_id
 from durable.protocol.states import TERMINAL, Status
 from durable.testing.programs import PROGRAM
 from durable.testing.simulation.programs import CODE, RETRY
@@ -256,9 +256,7 @@ def committed_once(evidence: Evidence) -> Iterator[str]:
 
 
 def _witnessed(stored: Stored, entry: Entry) -> bool:
-    return (
-        stored.run.workflow != PROGRAM and not (entry.name or "").startswith("side_effect") and not _is_turn(entry)
-    )
+    return stored.run.workflow != PROGRAM and not (entry.name or "").startswith("side_effect") and not _is_turn(entry)
 
 
 def _is_turn(entry: Entry) -> bool:
@@ -368,6 +366,8 @@ def behind_the_barrier(evidence: Evidence) -> Iterator[str]:
         causes, early = _relive(stored, evidence)
         yield from early
         sent: dict[tuple[str, int], int] = {}
+        hosted = _hosted(stored, evidence)
+        first = next((entry.seq for entry in stored.journal if _is_turn(entry)), 0)
         for entry in stored.journal:
             step = f"{run_id}:{entry.ordinal}"
             if entry.kind == REMOTE and entry.status == "dispatched":
@@ -376,6 +376,9 @@ def behind_the_barrier(evidence: Evidence) -> Iterator[str]:
                 sent[step, entry.attempt + 1] = entry.seq
         for body in bodies[run_id]:
             needed = max(causes.get(body.step_id, 0), sent.get((body.step_id, body.attempt), 0))
+            if hosted and not body.remote:
+                # In a turn, whose decision may have been lost; the next may count its operations otherwise.
+                needed = first
             if body.frontier < needed:
                 yield (
                     f"{run_id}: {body.step_id} attempt {body.attempt} began on {body.node} at {body.began:.4f} with "
@@ -455,6 +458,29 @@ def decided_once(evidence: Evidence) -> Iterator[str]:
                 if behind.seq - 1 in boundaries[run_id]:
                     yield f"{run_id}: entry {behind.seq} was committed after the decision {entry.seq} that it belongs to"
                     break
+
+
+def slept_enough(evidence: Evidence) -> Iterator[str]:
+    """S21: hosted code sleeps as long as it asked to, whatever its worker's clock says. It asked when it heard of something,
+    which came after the turn before was sent."""
+    for run_id, stored in evidence.runs.items():
+        if not _hosted(stored, evidence) or any(entry.status == "requeued" for entry in stored.journal):
+            continue
+        sent: dict[str, int] = {}
+        asked: dict[int, int] = {}
+        before = stored.journal[0].at
+        for entry in stored.journal:
+            if _is_turn(entry) and entry.status == "dispatched" and entry.key is not None:
+                sent.setdefault(entry.key, entry.at)
+            elif _is_turn(entry) and entry.status == "completed" and entry.key is not None:
+                for command in msgspec.json.decode(entry.payload or b"{}", type=WorkflowDecision).commands:
+                    if isinstance(command, Sleep):
+                        asked.setdefault(command.seq, before)
+                before = sent[entry.key]
+            elif entry.kind == TIMER and entry.ordinal in asked and (run_id, entry.ordinal) in evidence.sleeps:
+                seconds = evidence.sleeps[run_id, entry.ordinal]
+                if entry.at < asked[entry.ordinal] + int(seconds * SECOND) - 2_000:
+                    yield f"{run_id}: timer {entry.ordinal} of {seconds} s fired {(entry.at - asked[entry.ordinal]) / SECOND} s on"
 
 
 def hosted_agrees(evidence: Evidence) -> Iterator[str]:
@@ -687,6 +713,7 @@ CHECKS = (
     replays,
     behind_the_barrier,
     decided_once,
+    slept_enough,
     hosted_agrees,
     lines_once,
     signals_once,

@@ -61,7 +61,13 @@ LATER = frozenset({*ON_POOL, *FORGETS})
 """Kinds drawn apart, so that the others stay as they were."""
 
 
-NATIVE: dict[str, Any] = {"hosting": False, "hosts_programs": False, "turn_timeout": 3.0, "ask_every": 60.0, "talks": False}
+NATIVE: dict[str, Any] = {
+    "hosting": False,
+    "hosts_programs": False,
+    "turn_timeout": 3.0,
+    "ask_every": 60.0,
+    "talks": False,
+}
 """Of a swarm, for cases that were kept before there was more."""
 
 
@@ -171,7 +177,6 @@ class Swarm(Struct, frozen=True):
             ask_every=apart.choice((0.2, 1.0, 3.0)) if apart.random() < 0.5 else 60.0,
             talks=apart.random() < 0.6,
         )
-
 
     @property
     def native(self) -> bool:

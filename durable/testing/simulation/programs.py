@@ -17,7 +17,7 @@ from durable.core.errors import StepFailed, WaitTimeout
 from durable.core.hosted import remote_workflow
 from durable.core.retry import RetryPolicy
 from durable.testing import programs
-from durable.testing.simulation.witness import body, witness_time
+from durable.testing.simulation.witness import body, witness_sleep, witness_time
 
 Op = dict[str, Any]
 
@@ -123,12 +123,17 @@ class _Interpreter:
         return await self.ctx.side_effect(lambda: 7)
 
     async def op_sleep(self, op: Op) -> Any:
+        self._tell_sleep(op["seconds"])
         await self.ctx.sleep(op["seconds"])
         return "slept"
 
     async def op_nap(self, op: Op) -> Any:
+        self._tell_sleep(op["seconds"])
         await asyncio.sleep(op["seconds"])
         return "napped"
+
+    def _tell_sleep(self, seconds: float) -> None:
+        witness_sleep(self.ctx.run_id, getattr(self.ctx._machine.loop.ordinals, "next", None), seconds)
 
     async def op_signal(self, op: Op) -> Any:
         return await self.ctx.wait_for_signal(op["name"])
@@ -213,7 +218,15 @@ class Plan:
     """One run of a seed: its program, and what clients do with it."""
 
     def __init__(
-        self, seed: int, number: int, *, span: float, lossy: bool, more: bool = False, hosts: bool = False, talks: bool = False
+        self,
+        seed: int,
+        number: int,
+        *,
+        span: float,
+        lossy: bool,
+        more: bool = False,
+        hosts: bool = False,
+        talks: bool = False,
     ) -> None:
         self.number = number
         draw = Random(f"program/{seed}/{number}")

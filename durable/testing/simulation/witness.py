@@ -38,6 +38,8 @@ class Witness:
         self.loop = loop
         self.seqs = seqs
         self.bodies: list[Body] = []
+        self.sleeps: dict[tuple[str, int], float] = {}
+        """Seconds that hosted code asked to sleep for, by run and ordinal."""
 
     def begin(self, *, remote: bool) -> Body:
         """In a step body: it runs."""
@@ -69,6 +71,12 @@ def install(witness: Witness | None) -> None:
 def witness_time() -> float | None:
     """Now, in a simulation."""
     return _CURRENT[0].loop.time() if _CURRENT else None
+
+
+def witness_sleep(run_id: str, ordinal: int | None, seconds: float) -> None:
+    """Hosted code is about to sleep, as its operation of that number."""
+    if _CURRENT and ordinal is not None:
+        _CURRENT[0].sleeps[run_id, ordinal] = seconds
 
 
 class Planned(Exception):

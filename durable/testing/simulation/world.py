@@ -102,6 +102,8 @@ class Evidence(Struct):
     """Why the simulation could not go on, if so."""
     healed_at: float = 0.0
     ended_at: float = 0.0
+    sleeps: dict[tuple[str, int], float] = {}
+    """How long hosted code asked to sleep, by run and ordinal."""
     workflows: Mapping[str, Any] = field(default_factory=lambda: WORKFLOWS)
     """What ran, by name: the rules replay it."""
 
@@ -218,7 +220,13 @@ class World:
             turn_timeout=swarm.turn_timeout, step_timeout=8.0 if lossy else None, programs_too=swarm.hosts_programs
         )
         span = 0.8 * swarm.safety
-        drawn = {"span": span, "lossy": lossy, "more": swarm.more, "hosts": swarm.hosting, "talks": swarm.talks}
+        drawn: dict[str, Any] = {
+            "span": span,
+            "lossy": lossy,
+            "more": swarm.more,
+            "hosts": swarm.hosting,
+            "talks": swarm.talks,
+        }
         self.plans = plans or {n: Plan(swarm.seed, n, **drawn) for n in swarm.runs}
         self._open_plans = len(self.plans)
         self._closed: set[int] = set()
@@ -771,6 +779,7 @@ class World:
             stuck=stuck,
             healed_at=self.healed_at,
             ended_at=self.loop.time(),
+            sleeps=self.witness.sleeps,
             workflows=self.workflows,
         )
         commands.update(self.broker.counts + self.spare.counts)
