@@ -295,11 +295,11 @@ def a_decision_committed_apart_from_its_steps(evidence: Evidence) -> bool:
 
 @plant("slept_enough")
 def a_hosted_timer_that_rang_early(evidence: Evidence) -> bool:
-    for stored, _, entry in entries(evidence, "timer", "fired"):
-        if (stored.run.id, entry.ordinal) in evidence.sleeps:
-            evidence.sleeps[stored.run.id, entry.ordinal or 0] = 1_000.0
-            return True
-    return False
+    slept = {stored.run.id for stored, _, entry in turns(evidence) if b'"kind":"sleep"' in (entry.payload or b"")}
+    for run_id, ordinal in evidence.sleeps:
+        if run_id in slept:
+            evidence.sleeps[run_id, ordinal] = 1_000.0
+    return bool(slept)
 
 
 @plant("hosted_agrees")

@@ -132,13 +132,17 @@ class _Interpreter:
         await asyncio.sleep(op["seconds"])
         return "napped"
 
-    def _tell_sleep(self, seconds: float) -> None:
-        witness_sleep(self.ctx.run_id, getattr(self.ctx._machine.loop.ordinals, "next", None), seconds)
+    def _tell_sleep(self, seconds: float, further: int = 0) -> None:
+        """In a worker: the operation after the next `further` ones is a timer."""
+        ordinal = getattr(self.ctx._machine.loop.ordinals, "next", None)
+        witness_sleep(self.ctx.run_id, None if ordinal is None else ordinal + further, seconds)
 
     async def op_signal(self, op: Op) -> Any:
         return await self.ctx.wait_for_signal(op["name"])
 
     async def op_signal_or_not(self, op: Op) -> Any:
+        self._tell_sleep(op["timeout"], 0)
+        self._tell_sleep(op["timeout"], 1)
         try:
             return await self.ctx.wait_for_signal(op["name"], timeout=op["timeout"])
         except WaitTimeout:
@@ -174,6 +178,7 @@ class _Interpreter:
 
     async def op_within(self, op: Op) -> Any:
         try:
+            self._tell_sleep(op["seconds"])
             async with asyncio.timeout(op["seconds"]):
                 return await self.sequence(op["ops"])
         except TimeoutError:

@@ -74,9 +74,11 @@ def witness_time() -> float | None:
 
 
 def witness_sleep(run_id: str, ordinal: int | None, seconds: float) -> None:
-    """Hosted code is about to sleep, as its operation of that number."""
+    """Hosted code is about to sleep, as its operation of that number. The shortest counts: a turn that was lost may have
+    numbered its operations otherwise."""
     if _CURRENT and ordinal is not None:
-        _CURRENT[0].sleeps[run_id, ordinal] = seconds
+        sleeps = _CURRENT[0].sleeps
+        sleeps[run_id, ordinal] = min(seconds, sleeps.get((run_id, ordinal), seconds))
 
 
 class Planned(Exception):
