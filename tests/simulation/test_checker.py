@@ -295,11 +295,12 @@ def a_decision_committed_apart_from_its_steps(evidence: Evidence) -> bool:
 
 @plant("slept_enough")
 def a_hosted_timer_that_rang_early(evidence: Evidence) -> bool:
-    slept = {stored.run.id for stored, _, entry in turns(evidence) if b'"kind":"sleep"' in (entry.payload or b"")}
-    for run_id, ordinal in evidence.sleeps:
-        if run_id in slept:
-            evidence.sleeps[run_id, ordinal] = 1_000.0
-    return bool(slept)
+    for stored, _, entry in turns(evidence):
+        for command in msgspec.json.decode(entry.payload or b"{}")["commands"]:
+            if command["kind"] == "sleep" and (stored.run.id, command["seq"]) in evidence.sleeps:
+                evidence.sleeps[stored.run.id, command["seq"]] = 1_000.0
+                return True
+    return False
 
 
 @plant("hosted_agrees")

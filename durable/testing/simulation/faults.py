@@ -173,7 +173,7 @@ class Swarm(Struct, frozen=True):
             retention=rule.choice((0.3, 2.0, 8.0)) if rule.random() < 0.15 else None,
             hosting=apart.random() < 0.5,
             hosts_programs=apart.random() < 0.15,
-            turn_timeout=apart.choice((1.0, 3.0, 8.0)),
+            turn_timeout=apart.choice((2.5, 4.0, 8.0)),  # more than two beats
             ask_every=apart.choice((0.2, 1.0, 3.0)) if apart.random() < 0.5 else 60.0,
             talks=apart.random() < 0.6,
         )
