@@ -374,9 +374,19 @@ class Host:
 
 
 def log_line(event: StepEvent) -> bytes:
-    """An event of a worker's as the payload of a log entry."""
+    """An event of a worker's as the payload of a log entry: with which part of the step it tells of, where it says so."""
     fields = Raw(b"{}") if event.data is None else Raw(_encode(event.data))
-    return _encode({"level": event.level, "message": payload.clean(event.message), "fields": fields})
+    said = {"level": event.level, "message": payload.clean(event.message), "fields": fields}
+    about = {
+        "id": event.sub_id,
+        "name": event.name,
+        "group": event.group,
+        "status": event.status,
+        "phase": event.phase,
+        "process": event.process,
+    }
+    part = {name: payload.clean(value) for name, value in about.items() if value is not None}
+    return _encode(said | {"part": part} if part else said)
 
 
 def _name_of(command: TurnCommand) -> str:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from durable.core.errors import DurableError
+from durable.core.hosted import log_line
 from durable.core.journal import LOG, REMOTE, Entry
-from durable.core.payload import MAX_MESSAGE, clean, fingerprint
-from durable.engine.apply import log_payload
+from durable.core.payload import MAX_MESSAGE, fingerprint
 from durable.engine.residents import Arrival, Line, Resident
 from durable.engine.resume import told_of
 from durable.engine.signals import Mail
@@ -56,11 +56,9 @@ class _LiveLine(msgspec.Struct, rename="camel"):
 
 def line_of(event: StepEvent) -> Line:
     """A worker's line as the journal has it."""
-    text = clean(event.message)
-    fields = None if event.data is None else msgspec.json.encode(event.data)
-    index = event.index
-    mark = index if index is not None and 0 <= index < MAX_EVENTS * 2 else (event.at, text)
-    return Line(mark, log_payload(event.level, text, fields))
+    payload, index = log_line(event), event.index
+    mark = index if index is not None and 0 <= index < MAX_EVENTS * 2 else (event.at, fingerprint(payload))
+    return Line(mark, payload)
 
 
 class Hearing:

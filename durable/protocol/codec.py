@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -99,7 +98,7 @@ def decode_answer(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> Answer:
 
 def decode_turn(data: bytes) -> WorkflowTask:
     """A turn has a history, so it may be as large as any message. Raises PayloadError."""
-    return _decode(data, WorkflowTask, MAX_MESSAGE, partial(_without_input, WorkflowTask))
+    return _decode(data, WorkflowTask, MAX_MESSAGE, lenient.turn)
 
 
 class _Turn(Struct, rename="camel"):
@@ -147,7 +146,7 @@ def _shape(data: bytes) -> _Shape:
 
 def decode_task(data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> RemoteTask:
     """Raises PayloadError."""
-    task = _decode(data, RemoteTask, limit, partial(_without_input, RemoteTask))
+    task = _decode(data, RemoteTask, limit, _without_input)
     if len(bytes(task.input)) > limit:
         payload.check(bytes(task.input), what=f"the input of {task.name}", limit=limit)
     _check_address(task.run_id, task.seq, task.step_id)
@@ -200,13 +199,13 @@ def _read(data: bytes, kind: type[M], what: str, otherwise: Callable[[bytes], M]
     return message
 
 
-def _without_input(kind: type[M], data: bytes) -> M:
+def _without_input(data: bytes) -> RemoteTask:
     """Some makes leave an input that is undefined out."""
-    said = payload.decode(data, dict[str, Raw], what=f"a {kind.__name__}")
+    said = payload.decode(data, dict[str, Raw], what="a RemoteTask")
     if "input" in said:
         raise PayloadError("It is not the input that is missing.")
-    message: M = payload.decode(msgspec.json.encode(said | {"input": None}), kind, what=f"a {kind.__name__}")
-    return message
+    task: RemoteTask = payload.decode(msgspec.json.encode(said | {"input": None}), RemoteTask, what="a RemoteTask")
+    return task
 
 
 def _address(data: bytes) -> _Address:

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from durable.core.errors import ErrorData, PayloadError
-from durable.protocol.messages import StepEvent, StepResult, TurnCommand, WorkflowDecision
+from durable.protocol.messages import StepEvent, StepResult, TurnCommand, WorkflowDecision, WorkflowTask
 
 _NULL = Raw(b"null")
 _SAFE = 2**53
@@ -103,6 +103,27 @@ def decision(data: bytes) -> WorkflowDecision:
         patches=said.patches,
         logs=events(said.logs),
     )
+
+
+def turn(data: bytes) -> WorkflowTask:
+    """A turn of an engine that leaves out what is undefined (an input, a signal's payload), or hands on a step's error as the
+    worker wrote it. Everything else must be right."""
+    said = _read(data, dict[str, Raw])
+    said.setdefault("input", _NULL)
+    if "history" in said:
+        said["history"] = _encoded([_mended(item) for item in _read(said["history"], list[dict[str, Raw]])])
+    if "pendingSignals" in said:
+        signals = _read(said["pendingSignals"], list[dict[str, Raw]] | None)
+        said["pendingSignals"] = _encoded(signals and [{"payload": _NULL, **signal} for signal in signals])
+    return _read(_encoded(said), WorkflowTask)  # type: ignore[no-any-return]
+
+
+def _mended(item: dict[str, Raw]) -> dict[str, Raw]:
+    return {**item, "error": _encoded(error(_read(item["error"], Any)))} if "error" in item else item
+
+
+def _encoded(value: Any) -> Raw:
+    return Raw(msgspec.json.encode(value))
 
 
 def _command(said: _Command) -> TurnCommand:

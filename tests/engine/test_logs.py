@@ -6,6 +6,8 @@ import msgspec
 
 from durable import Context, RetryPolicy, current_step, durable_step, workflow
 from durable.core.errors import ErrorData
+from durable.core.hosted import log_line
+from durable.engine.lines import line_of
 from durable.engine.residents import Line
 from durable.engine.resume import arrival_of, report_of
 from durable.protocol.messages import StepEvent, StepResult
@@ -145,6 +147,21 @@ async def test_R6_a_remote_steps_lines_reach_the_journal(world: World) -> None:
     handle = await app.start(told)
     await handle.result(5)
     assert await lines(world, handle.id) == [("tell", "working")]
+
+
+def test_a_line_of_a_part_of_a_step_says_which() -> None:
+    """What a worker tells of a sub-process (its id, name, outcome) is journaled with the line, cleaned."""
+    event = StepEvent(at=1, level="error", message="no", data=1, sub_id="s", name="p\0", status="failed", phase="check")
+    for written in (line_of(event).payload, log_line(event)):
+        assert msgspec.json.decode(written) == {
+            "level": "error",
+            "message": "no",
+            "fields": 1,
+            "part": {"id": "s", "name": "p\\u0000", "status": "failed", "phase": "check"},
+        }
+    other = msgspec.structs.replace(event, sub_id="t")
+    assert line_of(event).mark != line_of(other).mark, "two parts may say the same at the same moment"
+    assert "part" not in msgspec.json.decode(line_of(StepEvent(at=1, level="info", message="m")).payload)
 
 
 async def test_R6_lines_of_a_worker_reach_a_run_that_has_left_memory(world: World) -> None:

@@ -11,12 +11,18 @@ from msgspec import Raw
 from durable.core.errors import ErrorData, PayloadError, PayloadText, PayloadTooLarge
 from durable.protocol import codec
 from durable.protocol.messages import (
+    AwaitSignal,
+    Call,
     ControlMessage,
     Heartbeat,
+    RecordStep,
     RemoteTask,
+    Sleep,
+    StartChildRun,
     StepEvent,
     StepResult,
     WorkflowDecision,
+    WorkflowTask,
     routing_token,
     sanitize,
     step_id,
@@ -237,3 +243,90 @@ def test_a_task_whose_input_was_left_out_is_read_as_null() -> None:
     assert bytes(codec.decode_task(json.dumps(task).encode()).input) == b"null"
     with pytest.raises(PayloadError):
         codec.decode_task(json.dumps(task | {"attempt": "1"}).encode())
+
+
+def test_a_turn_of_another_engine_is_read() -> None:
+    """One that leaves out an input and a signal's payload that are undefined, and hands on an error whose code is null."""
+    said = {
+        "taskId": "r:wf:1",
+        "runId": "r",
+        "workflow": "w",
+        "workflowVersion": "1",
+        "history": [
+            {"seq": 0, "kind": "call", "name": None, "error": {"message": "m", "code": None, "retryable": False}},
+            {"seq": 1, "kind": "step", "output": "@", "error": None},
+        ],
+        "pendingSignals": [{"seq": 2, "signal": "go"}],
+        "group": "w",
+        "attempt": 1,
+    }
+    turn = codec.decode_any_task(json.dumps(said).replace('"@"', "12345678901234567890.10").encode())
+    assert isinstance(turn, WorkflowTask)
+    assert bytes(turn.input) == b"null"
+    first, second = turn.history
+    assert first.error == ErrorData("m", retryable=False)
+    assert isinstance(second.output, Raw)
+    assert bytes(second.output) == b"12345678901234567890.10"
+    assert turn.pending_signals is not None
+    assert bytes(turn.pending_signals[0].payload) == b"null"
+    for wrong in ({"history": [{"seq": "0", "kind": "call"}]}, {"workflowVersion": 1}, {"pendingSignals": 1}):
+        with pytest.raises(PayloadError):
+            codec.decode_any_task(json.dumps(said | wrong).encode())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"startedAt": 1.7e12},
+        {"startedAt": "soon"},
+        {"startedAt": 1e300},
+        {"attempt": 1.0},
+        {"attempt": [], "token": {}},
+        {"events": {"a": 1}},
+        {"error": "none"},
+    ],
+    ids=str,
+)
+def test_work_is_not_lost_to_how_it_is_told(fields: dict[str, Any]) -> None:
+    """Optional fields that make no sense: the output counts, to the digit."""
+    data = _result(output="@", **fields).replace(b'"@"', b"12345678901234567890.10")
+    result = codec.decode_result(data)
+    assert (result.status, result.seq, _output(result)) == ("completed", 2, b"12345678901234567890.10")
+    assert (result.started_at, result.attempt) == (
+        1_700_000_000_000 if fields.get("startedAt") == 1.7e12 else None,
+        1 if fields.get("attempt") == 1.0 else None,
+    )
+    codec.encode(result)
+
+
+def test_a_decision_of_another_worker_is_read() -> None:
+    """Null where others leave out, times with fractions, errors without a code; what a command must say it must say."""
+    said = {
+        "taskId": "r:wf:1",
+        "runId": "r",
+        "status": "continue",
+        "error": None,
+        "commands": [
+            {"kind": "call", "seq": 0, "name": "a", "group": None, "input": 1, "parallelGroup": None},
+            {"kind": "recordStep", "seq": 1, "name": "b", "startedAt": 1.5, "error": {"message": "m", "code": None}},
+            {"kind": "recordStep", "seq": 2, "name": "c", "error": None, "events": [{"level": "odd", "message": "x"}]},
+            {"kind": "sleep", "seq": 3, "ms": 10.7},
+            {"kind": "waitSignal", "seq": 4, "signal": "go"},
+            {"kind": "startChild", "seq": 5, "workflow": "w"},
+        ],
+    }
+    decision = codec.decode_decision(json.dumps(said).encode())
+    assert (decision.status, decision.error) == ("continue", None)
+    call, failed, done, sleep, wait, child = decision.commands
+    assert isinstance(call, Call)
+    assert (call.group, bytes(call.input)) == ("", b"1")
+    assert isinstance(failed, RecordStep)
+    assert (failed.started_at, failed.error) == (1, ErrorData("m"))
+    assert isinstance(done, RecordStep)
+    assert (isinstance(done.output, Raw), done.events) == (True, [StepEvent(at=0, level="info", message="x")])
+    assert (sleep, wait) == (Sleep(seq=3, ms=10), AwaitSignal(seq=4, signal="go"))
+    assert isinstance(child, StartChildRun)
+    for wrong in ({"kind": "call", "seq": 1.5, "name": "a"}, {"kind": "recordStep", "seq": 1}):
+        refused = codec.decode_decision(json.dumps({**said, "commands": [wrong]}).encode())
+        assert refused.error is not None
+        assert refused.error.code == "bad_decision"

@@ -1008,12 +1008,13 @@ async def test_a_worker_says_that_it_is_alive(house: House) -> None:
 
 
 async def test_the_signs_of_others_are_read(house: House) -> None:
-    """Beats of other kinds of workers are read in any of their forms."""
+    """Beats of other kinds of workers are read in any of their forms; a key that is no beat spoils nobody's."""
     engine, _ = await house.engine()
     base = f"{house.prefix}-worker-heartbeat"
     await house.redis.set(f"{base}:a:node-1", "1752710460")
     await house.redis.set(f"{base}:b@eu:ts:2", '{"ts":1752710460000,"status":"up"}')
     await house.redis.set(f"{base}:c:x", "nonsense")
+    await house.redis.sadd(f"{base}:d:x", "a key of another kind")
     found = {worker.group: worker for worker in await engine.workers()}
     assert found["a"].beat.ts == 1752710460000
     assert found["c"].beat.ts == 0

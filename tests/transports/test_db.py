@@ -286,7 +286,59 @@ async def test_what_strangers_write_never_stops_the_loop(url: str) -> None:
         await eventually(
             lambda: len(put_away(url, TASKS, left)) == 2 and len(put_away(url, RESULTS, [])) == 1, "they were put away"
         )
-        assert all(key.startswith("refused:") and claimed is None for key, claimed in left[-2:])
+        assert all(key.startswith("refused:") for key, _ in left[-2:])
+        assert stranger.claim() is None, "another language's worker leaves it alone too"
+
+
+async def test_a_foreign_engine_is_served(url: str) -> None:
+    """Rows with the documented columns only, in tables that allow more than ours (no attempt, no input, another word for
+    status), are worked on, answered in the documented columns, and gone."""
+    if url.startswith("sqlite:"):
+        sqlite3.connect(url.removeprefix("sqlite:///")).close()
+    for statement in FOREIGN:
+        sql(url, statement.replace("attempt integer NOT NULL", "attempt integer"))
+    insert = f"INSERT INTO {TASKS} (step_id, run_id, seq, name, grp, input, attempt, status, created_at) VALUES"
+    now = int(time.time() * 1000)
+    sql(url, f"{insert} ('a:0', 'a', 0, '{ECHO}', '{ECHO}', NULL, NULL, 'queued', {now})")
+    sql(url, f"{insert} ('b:3', 'b', 3, '{ECHO}', '{ECHO}', '{{\"n\": 1}}', 2, 'waiting', {now})")
+    sql(url, f"{insert} ('c:1', 'c', 1, '{ECHO}', '{ECHO}', '[', NULL, 'waiting', {now})")
+    worker = DbTransport(url, poll=0.1)
+    await worker.serve([ECHO], echo)
+    await worker.start()
+    found: list[tuple[Any, ...]] = []
+
+    def answered() -> bool:
+        found[:] = sql(url, f"SELECT step_id, run_id, seq, status, output FROM {RESULTS} ORDER BY step_id")
+        return len(found) == 3 and not sql(
+            url, f"SELECT 1 FROM {TASKS} WHERE grp = ? AND claimed_at < ?", [ECHO, now * 2]
+        )
+
+    try:
+        await eventually(answered)
+    finally:
+        await worker.close()
+    assert found[:2] == [("a:0", "a", 0, "completed", "null"), ("b:3", "b", 3, "completed", '{"n": 1}')]
+    assert found[2][3] == "failed"
+    started = sql(url, f"SELECT created_at FROM {RESULTS}")
+    assert all(now - 60_000 < at < now + 60_000 for (at,) in started), "epoch ms"
+
+
+async def test_a_foreign_result_is_taken_as_it_is_meant(url: str) -> None:
+    """An error that is a bare text, one whose code is null, an output that SQLite has as bytes: taken, not put away."""
+    async with ends(url) as (_, results):
+        worker = ForeignWorker(url)
+        worker.finish({"step_id": "bare:0", "run_id": "bare", "seq": 0}, "failed", error="no paper")
+        null = '{"message": "declined", "code": null, "retryable": false}'
+        worker.finish({"step_id": "null:0", "run_id": "null", "seq": 0}, "failed", error=null)
+        output: Any = b'{"n": 1}' if url.startswith("sqlite:") else '{"n": 1}'
+        worker.finish({"step_id": "bytes:0", "run_id": "bytes", "seq": 0}, output=output)
+        await eventually(lambda: {"bare:0", "null:0", "bytes:0"} <= set(results))
+        bare, null_code = results["bare:0"].error, results["null:0"].error
+        assert bare
+        assert null_code
+        assert (bare.message, bare.retryable) == ("no paper", True)
+        assert (null_code.message, null_code.code, null_code.retryable) == ("declined", "error", False)
+        assert output_of(results["bytes:0"]) == b'{"n": 1}'
 
 
 async def test_columns_of_the_wrong_kind_stop_nobody(tmp_path: Path) -> None:

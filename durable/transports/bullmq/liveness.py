@@ -132,9 +132,8 @@ async def alive(link: Link, prefix: str) -> list[WorkerAlive]:
     workers = []
     for key in sorted(set(found)):
         group, _, instance = key.removeprefix(head).rpartition(":")
-        beat, descriptor = await asyncio.gather(
-            link.ask("GET", key), link.ask("GET", names.worker_descriptor(prefix, group, instance))
-        )
+        # MGET: a key of another kind, which anybody may leave there, is nothing, and spoils nobody's list.
+        beat, descriptor = await link.ask("MGET", key, names.worker_descriptor(prefix, group, instance))
         if beat is not None and group:
             said = read_descriptor(descriptor)
             workers.append(WorkerAlive(group=group, instance=instance, beat=read_beat(beat), descriptor=said))

@@ -28,7 +28,7 @@ from durable.transports.db.rows import (
     Seen,
     TaskRow,
 )
-from durable.transports.db.tables import CANCELS, DOCUMENTED, OURS, RESULTS, TASKS, WAITING_INDEX, Away, News
+from durable.transports.db.tables import CANCELS, DOCUMENTED, NEVER, OURS, RESULTS, TASKS, WAITING_INDEX, Away, News
 
 Row: TypeAlias = tuple[Any, ...]
 Connection: TypeAlias = "psycopg.AsyncConnection[Any]"
@@ -298,7 +298,7 @@ RETURNING given.id, given.claim, cancelled_at IS NOT NULL"""
         self.touch = f"UPDATE {t} SET claimed_at = {_NOW} WHERE step_id = %s AND claimed_at IS NOT NULL"
         self.finish = f"""
 WITH given AS (SELECT * FROM unnest({_arrays(result_names)}) AS rows ({", ".join(result_names)})),
-done AS (DELETE FROM {t} AS task USING given WHERE task.step_id = given.step_id AND task.attempt = given.attempt)
+done AS (DELETE FROM {t} AS task USING given WHERE task.step_id = given.step_id AND coalesce(task.attempt, 1) = given.attempt)
 INSERT INTO {r} AS there ({", ".join(result_names)}, created_at) SELECT *, {_NOW} FROM given
 ON CONFLICT (step_id) DO UPDATE SET {_overwriting(result_names)}, created_at = excluded.created_at,
   claimed_by = NULL, claimed_at = NULL, refused = NULL
@@ -307,7 +307,7 @@ WHERE there.attempt < excluded.attempt OR (there.attempt IS NULL AND there.claim
         self.give_back = f"""
 UPDATE {t} SET claimed_by = NULL, claimed_at = NULL, deliveries = deliveries - 1 FROM {pairs}
 WHERE step_id = given.id AND claimed_by = given.claim"""
-        refuse = "SET step_id = %s, refused = %s, claimed_by = NULL, claimed_at = NULL WHERE step_id = %s AND claimed_by = %s"
+        refuse = f"SET step_id = %s, refused = %s, claimed_by = NULL, claimed_at = {NEVER} WHERE step_id = %s AND claimed_by = %s"
         self.refuse_task = f"UPDATE {t} {refuse}"
         self.refuse_result = f"UPDATE {r} {refuse}"
         self.cancel = f"""

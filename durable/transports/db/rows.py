@@ -36,7 +36,7 @@ class TaskRow(NamedTuple):
     name: str
     grp: str
     input: str | None
-    attempt: int
+    attempt: int | None
     status: str = WAITING
     priority: int | None = None
     token: str | None = None
@@ -117,7 +117,7 @@ def task_of(row: TaskRow, limit: int) -> Task:
     if row.kind == TURN:
         return decode_turn((row.extra or "").encode())
     task = bare_task(row)
-    given = (row.input if row.input is not None else "null").encode()
+    given = b"null" if row.input is None else _bytes(row.input)
     payload.check(given, what=f"the input of {row.name}", limit=limit)
     extra = payload.decode((row.extra or "{}").encode(), _StepExtra, what="the column extra")
     task = structs.replace(
@@ -127,10 +127,11 @@ def task_of(row: TaskRow, limit: int) -> Task:
 
 
 def bare_task(row: TaskRow) -> RemoteTask:
-    """A step's task as far as its small columns go: enough to answer it."""
+    """A step's task as far as its small columns go: enough to answer it. An engine that counts no attempts means the first."""
+    attempt = 1 if row.attempt is None else row.attempt
     return RemoteTask(
         run_id=row.run_id, seq=row.seq, step_id=row.step_id, name=row.name, group=row.grp, input=Raw(b"null"),
-        attempt=row.attempt, priority=row.priority, token=row.token,
+        attempt=attempt, priority=row.priority, token=row.token,
     )  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def bare_turn(row: TaskRow) -> WorkflowTask:
     """The same for a turn."""
     return WorkflowTask(
         task_id=row.step_id, run_id=row.run_id, workflow=row.name, workflow_version="", input=Raw(b"null"), history=[],
-        group=row.grp, attempt=row.attempt,
+        group=row.grp, attempt=row.attempt or 1,
     )  # fmt: skip
 
 
@@ -170,10 +171,11 @@ def answer_of(row: ResultRow, limit: int) -> Answer:
     try:
         if row.output is not None:
             # By itself: stitched in as it is, half a text could say more than an output.
-            payload.check(row.output.encode(), what=f"the output of {row.step_id}", limit=limit)
-            fields["output"] = Raw(row.output.encode())
+            output = _bytes(row.output)
+            payload.check(output, what=f"the output of {row.step_id}", limit=limit)
+            fields["output"] = Raw(output)
         if row.error is not None:
-            fields["error"] = msgspec.json.decode(row.error.encode())
+            fields["error"] = _error(_bytes(row.error))
         if row.extra is not None:
             fields["events"] = msgspec.json.decode(row.extra.encode())["events"]
     except (PayloadError, msgspec.MsgspecError, UnicodeError, RecursionError, LookupError, TypeError) as error:
@@ -182,3 +184,16 @@ def answer_of(row: ResultRow, limit: int) -> Answer:
         fields |= {"status": "failed", "error": refused}
         fields.pop("output", None)
     return decode_result(msgspec.json.encode(fields), limit=limit)
+
+
+def _bytes(column: str | bytes) -> bytes:
+    """SQLite gives back what was put in, and some put in bytes."""
+    return column if isinstance(column, bytes) else column.encode()
+
+
+def _error(column: bytes) -> Any:
+    """Some write the bare message: then that is the error."""
+    try:
+        return msgspec.json.decode(column)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return column.decode("utf-8", "replace")

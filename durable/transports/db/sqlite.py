@@ -27,7 +27,7 @@ from durable.transports.db.rows import (
     Seen,
     TaskRow,
 )
-from durable.transports.db.tables import DOCUMENTED, OURS, RESULTS, TASKS, WAITING_INDEX, Away, News
+from durable.transports.db.tables import DOCUMENTED, NEVER, OURS, RESULTS, TASKS, WAITING_INDEX, Away, News
 
 T = TypeVar("T")
 
@@ -228,7 +228,7 @@ WHERE attempt < excluded.attempt OR (attempt IS NULL AND claimed_at IS NOT NULL)
             now = _now()
             cx.executemany(insert, [(*row, now) for row in rows])
             cx.executemany(
-                f"DELETE FROM {self._tasks} WHERE step_id = ? AND attempt = ?",
+                f"DELETE FROM {self._tasks} WHERE step_id = ? AND coalesce(attempt, 1) = ?",
                 [(row.step_id, row.attempt) for row in rows],
             )
 
@@ -337,5 +337,5 @@ def _overwriting(names: Sequence[str]) -> str:
 
 
 def _refuse(table: str) -> str:
-    return f"""UPDATE {table} SET step_id = ?, refused = ?, claimed_by = NULL, claimed_at = NULL
+    return f"""UPDATE {table} SET step_id = ?, refused = ?, claimed_by = NULL, claimed_at = {NEVER}
 WHERE step_id = ? AND claimed_by = ?"""

@@ -67,6 +67,9 @@ WAITING_INDEX = "(grp, coalesce(priority, 0) DESC, created_at, step_id)"
 KEY_MAX = 191
 """Characters of what we write into key columns by ourselves: others make them varchar(191)."""
 
+NEVER = 2**53 - 1
+"""`claimed_at` of a row that was put away: those who know only the documented columns leave it alone too."""
+
 
 class Away(TransportError):
     """The database did not answer: whoever asked may ask again."""
