@@ -8,6 +8,7 @@ The product is never touched: a removal is a store or a method put in its place 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
@@ -25,15 +26,20 @@ if __name__ == "__main__":
 
 import msgspec  # noqa: E402
 
-from durable.engine import apply  # noqa: E402
+from durable.core.commands import Record, TakeTurn  # noqa: E402
+from durable.core.journal import STEP  # noqa: E402
+from durable.engine import apply, attempts, lines  # noqa: E402
 from durable.engine.dispatch import Dispatch  # noqa: E402
 from durable.engine.executor import Executor  # noqa: E402
+from durable.engine.residents import Arrival  # noqa: E402
 from durable.engine.steps import LocalSteps  # noqa: E402
 from durable.store.memory import MemoryStore  # noqa: E402
 from durable.store.records import Commit, CommitOutcome, RunRecord  # noqa: E402
 from durable.testing.simulation.checker import check  # noqa: E402
 from durable.testing.simulation.faults import Swarm  # noqa: E402
+from durable.testing.simulation.runner import quiet  # noqa: E402
 from durable.testing.simulation.world import World  # noqa: E402
+from durable.worker import turns  # noqa: E402
 
 
 class WithoutEpoch(MemoryStore):
@@ -126,6 +132,73 @@ def out_of_order() -> Iterator[None]:
 
 
 @contextmanager
+def any_decision() -> Iterator[None]:
+    """A decision counts for whatever turn the run awaits, whichever it was made for."""
+
+    def instead(self: Any, run: Any, task: str) -> str | None:
+        return next((key for key, sent in run.sent.items() if isinstance(sent.command, TakeTurn)), None)
+
+    with patch.object(Dispatch, "turn_of", instead):
+        yield
+
+
+@contextmanager
+def in_pieces() -> Iterator[None]:
+    """A decision's recorded steps are journaled a moment after it."""
+    at_once = apply._record
+
+    def instead(executor: Any, run: Any, command: Record) -> None:
+        if command.failed:
+            return at_once(executor, run, command)
+        arrival = Arrival(
+            executor.clock.now(), STEP, "completed", key=command.key, attempt=1, payload=command.payload or b"null"
+        )
+        asyncio.get_running_loop().call_later(0.001, executor.arrive, run, arrival)
+        return None
+
+    with patch.dict(apply._APPLY, {Record: instead}):
+        yield
+
+
+@contextmanager
+def lines_told_twice() -> Iterator[None]:
+    """A result writes all of its lines, whatever was told live."""
+    write = attempts._write_lines
+
+    def instead(executor: Any, run: Any, key: str, arrival: Any) -> None:
+        run.told.pop(key, None)
+        write(executor, run, key, arrival)
+
+    with patch.object(attempts, "_write_lines", instead):
+        yield
+
+
+@contextmanager
+def lines_forgotten() -> Iterator[None]:
+    """A new owner does not look which lines are journaled."""
+
+    async def instead(*_: Any) -> dict[str, Any]:
+        return {}
+
+    with patch.object(lines, "told", instead):
+        yield
+
+
+@contextmanager
+def by_the_workers_clock() -> Iterator[None]:
+    """A worker tells its own wall clock's time, minutes off."""
+    with patch.object(turns._Turn, "_now", lambda self: self._clock.now() // 1_000):
+        yield
+
+
+@contextmanager
+def never_asked() -> Iterator[None]:
+    """No transport is ever asked after what is out."""
+    with patch.object(Dispatch, "look_after", lambda self: None), patch.object(Dispatch, "ask_at", lambda *_: None):
+        yield
+
+
+@contextmanager
 def nothing() -> Iterator[None]:
     yield
 
@@ -138,6 +211,12 @@ REMOVALS: dict[str, Removal] = {
     "inbox": ("the inbox counter looked at when a run suspends", WithoutCounter, nothing),
     "barrier": ("the barrier before side effects", MemoryStore, without_barrier),
     "family": ("the look at the family before a run is deleted", WithoutFamily, nothing),
+    "task_id": ("that only the decision of the awaited task counts", MemoryStore, any_decision),
+    "decision": ("that a decision and what it recorded are one commit", MemoryStore, in_pieces),
+    "lines": ("the index by which a line told live is known again", MemoryStore, lines_told_twice),
+    "told": ("a new owner's look at the lines that are journaled", MemoryStore, lines_forgotten),
+    "clock": ("the engine's time in a worker's turn", MemoryStore, by_the_workers_clock),
+    "asking": ("asking brokers after lost tasks", MemoryStore, never_asked),
     "order": ("delivery in journal order", MemoryStore, out_of_order),
 }
 
@@ -158,6 +237,7 @@ def bite(name: str, *, seeds: int = 300, first: int = 0, seconds: float | None =
 
 def main(names: list[str]) -> int:
     unnoticed = 0
+    quiet()
     for name in names or list(REMOVALS):
         caught = bite(name)
         if caught is None:

@@ -191,7 +191,7 @@ def a_result_committed_twice(evidence: Evidence) -> bool:
 @plant("committed_once")
 def a_result_nobody_returned(evidence: Evidence) -> bool:
     for stored, index, entry in entries(evidence, "step", "completed"):
-        if entry.name != "side_effect":
+        if not (entry.name or "").startswith("side_effect"):
             stored.journal[index] = change(entry, payload=b'"invented"')
             return True
     return False
@@ -266,6 +266,87 @@ def a_body_before_its_cause_was_committed(evidence: Evidence) -> bool:
 def a_timer_that_fires_early(evidence: Evidence) -> bool:
     for stored, index, entry in entries(evidence, "timer", "fired"):
         stored.journal[index] = change(entry, at=stored.journal[0].at)
+        return True
+    return False
+
+
+def turns(evidence: Evidence) -> Iterator[tuple[Stored, int, Entry]]:
+    for stored, index, entry in entries(evidence, "remote", "completed"):
+        if entry.name == "turn":
+            yield stored, index, entry
+
+
+@plant("decided_once")
+def a_decision_of_another_turn(evidence: Evidence) -> bool:
+    for stored, index, entry in turns(evidence):
+        stored.journal[index] = change(entry, attempt=entry.attempt + 1)
+        return True
+    return False
+
+
+@plant("decided_once")
+def a_decision_committed_apart_from_its_steps(evidence: Evidence) -> bool:
+    for stored, index, entry in turns(evidence):
+        if stored.journal[index + 1].kind in ("step", "log") and b"recordStep" in (entry.payload or b""):
+            evidence.log.append(Wrote(1.0, "e0.1", "commit", stored.run.id, seq=entry.seq, status="done"))
+            return True
+    return False
+
+
+@plant("slept_enough")
+def a_hosted_timer_that_rang_early(evidence: Evidence) -> bool:
+    for stored, _, entry in turns(evidence):
+        for command in msgspec.json.decode(entry.payload or b"{}")["commands"]:
+            if command["kind"] == "sleep" and (stored.run.id, command["seq"]) in evidence.sleeps:
+                evidence.sleeps[stored.run.id, command["seq"]] = 1_000.0
+                return True
+    return False
+
+
+@plant("hosted_agrees")
+def an_end_its_code_does_not_come_to(evidence: Evidence) -> bool:
+    for stored, _, _ in turns(evidence):
+        if stored.run.status is Status.COMPLETED:
+            stored.run.output = b'["something else"]'
+            return True
+    return False
+
+
+def lines_of(evidence: Evidence) -> Iterator[tuple[Stored, int, Entry]]:
+    for stored, index, entry in entries(evidence, "log", "written"):
+        ends = ("remote", "completed", entry.key, entry.attempt)
+        if entry.attempt and any((e.kind, e.status, e.key, e.attempt) == ends for e in stored.journal[index:]):
+            yield stored, index, entry
+
+
+@plant("lines_once")
+def a_line_told_twice(evidence: Evidence) -> bool:
+    for stored, index, entry in lines_of(evidence):
+        stored.journal.insert(index + 1, entry)
+        return True
+    return False
+
+
+@plant("lines_once")
+def a_line_that_is_lost(evidence: Evidence) -> bool:
+    for stored, index, _ in lines_of(evidence):
+        del stored.journal[index]
+        return True
+    return False
+
+
+@plant("lines_once")
+def a_line_nobody_said(evidence: Evidence) -> bool:
+    for stored, index, entry in lines_of(evidence):
+        stored.journal[index] = change(entry, payload=b'{"message":"hear, hear"}')
+        return True
+    return False
+
+
+@plant("lines_once")
+def a_line_behind_the_end_of_its_attempt(evidence: Evidence) -> bool:
+    for stored, _, entry in lines_of(evidence):
+        stored.journal.append(change(entry, ordinal=(entry.ordinal or 0) + 100))
         return True
     return False
 

@@ -7,13 +7,14 @@ and results to engines; what is not acknowledged within `VISIBILITY` comes again
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from random import Random
 from typing import Any
 
 from durable.control_plane.interface import ControlHandler
 from durable.core.errors import TransportError
-from durable.protocol.messages import Answer, ControlMessage, Heartbeat, Task
+from durable.protocol.messages import Answer, ControlMessage, Heartbeat, Task, WorkflowDecision
 from durable.testing.simulation.faults import Faults, Tripwire
 from durable.testing.simulation.loop import Node, SimLoop, SimTask
 from durable.transports.interface import Capabilities, Concurrency, HeartbeatHandler, ResultHandler, TaskHandler
@@ -30,7 +31,8 @@ class _Job:
         self.worker: Worker | None = None
         self.work: SimTask[None] | None = None
         self.leased_until = 0.0
-        self.cancelled = False
+        self.forgotten = False
+        """The broker knows nothing of it any more; a worker may be at it all the same."""
 
 
 class Worker:
@@ -54,6 +56,10 @@ class Broker:
         self.jobs: list[_Job] = []
         self.results: list[Answer] = []
         self.acknowledged = 0
+        self.counts: Counter[str] = Counter()
+        self.decided: set[str] = set()
+        """Task ids of the decisions that engines acknowledged."""
+        self._accepted: set[tuple[str, int]] = set()
         self._random = Random(f"broker/{seed}")
 
     def end(self, node: Node) -> SimTransport:
@@ -67,6 +73,9 @@ class Broker:
         for job in self.jobs:
             if job.task.id == task.id and job.task.attempt == task.attempt:
                 return  # the same again is harmless
+        if (task.id, task.attempt) in self._accepted:
+            self.counts["broker sent again"] += 1
+        self._accepted.add((task.id, task.attempt))
         copies = 2 if self.faults.hits("task_doubled", 5) else 1
         for _ in range(copies):
             delay = self.faults.delay(0.1, 4.0) if self.faults.hits("task_delayed", 5) else self.faults.latency()
@@ -99,7 +108,7 @@ class Broker:
         self.loop.post(self.loop.world, self.faults.latency(), self._replied, job, worker, result)
 
     def _replied(self, job: _Job, worker: Worker, result: Answer) -> None:
-        if job not in self.jobs:
+        if job not in self.jobs and not job.forgotten:
             return
         when = self.tripwire.touch(worker.node, "reply") if not worker.node.dead else None
         if when == "before":
@@ -120,13 +129,24 @@ class Broker:
         if job in self.jobs:
             self.jobs.remove(job)
 
+    def forget(self) -> None:
+        """Everything: tasks, and results nobody has acknowledged."""
+        for job in self.jobs:
+            job.forgotten = True
+        self.jobs.clear()
+        self.results.clear()
+
     def _beat(self, job: _Job, worker: Worker) -> None:
         """In the worker's process: alive, and at it."""
-        if job not in self.jobs or job.worker is not worker or (job.work is not None and job.work.done()):
+        if (
+            (job not in self.jobs and not job.forgotten)
+            or job.worker is not worker
+            or (job.work is not None and job.work.done())
+        ):
             return
         job.leased_until = self.loop.time() + VISIBILITY
         task = job.task
-        self.beat(Heartbeat(run_id=task.run_id, seq=task.seq, step_id=task.id, group=task.group))
+        self.beat(Heartbeat(run_id=task.run_id, seq=max(task.seq, 0), step_id=task.id, group=task.group))
         self.loop.post(worker.node, BEAT_EVERY, self._beat, job, worker)
 
     def beat(self, heartbeat: Heartbeat) -> None:
@@ -162,11 +182,15 @@ class Broker:
         try:
             await end.handler(result)
         except Exception:
+            if isinstance(result, WorkflowDecision):
+                self.counts["hosted decision refused"] += 1
             return  # not taken: it comes again
         self.loop.post(self.loop.world, self.faults.latency(), self._acknowledged, end, result)
 
     def _acknowledged(self, end: SimTransport, result: Answer) -> None:
         when = self.tripwire.touch(end.node, "ack") if not end.node.dead else None
+        if when != "before" and isinstance(result, WorkflowDecision):
+            self.decided.add(result.task_id)
         if when != "before" and result in self.results:
             self.results.remove(result)
             self.acknowledged += 1
@@ -239,8 +263,20 @@ class SimTransport:
                     self.broker.loop.post(job.worker.node, self.broker.faults.latency(), job.work.cancel)
 
     async def holding(self, task_ids: Sequence[str]) -> Collection[str]:
-        held = [job.task.id for job in self.broker.jobs] + [result.id for result in self.broker.results]
-        return [task_id for task_id in task_ids if task_id in held]
+        """Asked and answered over the wire; at once in cases that were kept before that was so."""
+        broker = self.broker
+        far = not broker.faults.swarm.native
+        if far:
+            await asyncio.sleep(broker.faults.latency())
+        held = {job.task.id for job in broker.jobs} | {result.id for result in broker.results}
+        found = [task_id for task_id in task_ids if task_id in held]
+        broker.counts["broker asked"] += len(task_ids)
+        broker.counts["broker missed"] += len(task_ids) - len(found)
+        if not broker.holds:
+            broker.counts["asked in vain"] += 1
+        if far:
+            await asyncio.sleep(broker.faults.latency())
+        return found
 
     def on_result(self, handler: ResultHandler) -> None:
         self.handler = handler

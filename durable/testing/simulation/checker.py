@@ -6,6 +6,7 @@ in the specification (S1 to S43) that a check stands for, where there is one.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -13,16 +14,20 @@ from typing import Any
 
 import msgspec
 
-from durable.core.clock import SECOND
-from durable.core.commands import Cancelled, Command, Completed, Failed
+from durable.core.clock import SECOND, SystemClock
+from durable.core.commands import Cancelled, Command, Completed, Failed, Record, TakeTurn
 from durable.core.definition import workflow_of
 from durable.core.errors import DeterminismError
+from durable.core.hosted import PATIENT, TURNS
 from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
+from durable.core.registry import Registry
 from durable.core.replay import Machine
+from durable.protocol.messages import RecordStep, Sleep, WorkflowDecision, WorkflowTask, turn_id
 from durable.protocol.states import TERMINAL, Status
 from durable.testing.programs import PROGRAM
-from durable.testing.simulation.programs import HOSTED, RETRY
+from durable.testing.simulation.programs import CODE, RETRY
 from durable.testing.simulation.world import EPOCH, Evidence, Stored
+from durable.worker.turns import TurnHandler
 
 ENDS = frozenset(status.value for status in TERMINAL)
 
@@ -220,7 +225,10 @@ def committed_once(evidence: Evidence) -> Iterator[str]:
     returned = {
         (body.run_id, body.step_id, body.attempt, body.value) for body in evidence.bodies if body.outcome == "completed"
     }
+    # A hosted step is tried again in the worker's turn, and the wire says nothing of its attempts.
+    in_turns = {(body.run_id, body.step_id, body.value) for body in evidence.bodies if body.outcome == "completed"}
     for run_id, stored in evidence.runs.items():
+        hosted = _hosted(stored, evidence)
         results: Counter[tuple[str, str | None]] = Counter()
         ends = 0
         for entry in stored.journal:
@@ -237,13 +245,26 @@ def committed_once(evidence: Evidence) -> Iterator[str]:
                     yield f"{run_id}: {entry.kind} {entry.key} has two results"
             if entry.kind in (STEP, REMOTE) and entry.status == "completed" and _witnessed(stored, entry):
                 value = msgspec.json.decode(entry.payload or b"null")
-                seen = (run_id, f"{run_id}:{entry.ordinal}", entry.attempt, value)
-                if seen not in returned:
+                step = f"{run_id}:{entry.ordinal}"
+                known = (
+                    (run_id, step, value) in in_turns
+                    if hosted and entry.kind == STEP
+                    else (run_id, step, entry.attempt, value) in returned
+                )
+                if not known:
                     yield f"{run_id}: {entry.kind} {entry.key} attempt {entry.attempt} has a result nobody returned: {value!r}"
 
 
 def _witnessed(stored: Stored, entry: Entry) -> bool:
-    return stored.run.workflow not in (PROGRAM, HOSTED) and entry.name != "side_effect"
+    return stored.run.workflow != PROGRAM and not (entry.name or "").startswith("side_effect") and not _is_turn(entry)
+
+
+def _is_turn(entry: Entry) -> bool:
+    return entry.kind == REMOTE and entry.ordinal is not None and entry.ordinal >= TURNS
+
+
+def _hosted(stored: Stored, evidence: Evidence) -> bool:
+    return workflow_of(evidence.workflows[stored.run.workflow]).hosting is not None
 
 
 def retried_by_policy(evidence: Evidence) -> Iterator[str]:
@@ -259,8 +280,6 @@ def retried_by_policy(evidence: Evidence) -> Iterator[str]:
                 spent = dict(latest)
                 attempts = dict(spent)
                 due.clear()
-            if entry.name == "turn":
-                continue  # asked for as often as it takes
             if entry.kind not in (STEP, REMOTE) or entry.key is None or entry.status == "late":
                 continue
             if entry.kind == REMOTE and entry.attempt:
@@ -272,7 +291,8 @@ def retried_by_policy(evidence: Evidence) -> Iterator[str]:
                 attempts[entry.key] = entry.attempt
                 next_at = msgspec.json.decode(entry.payload or b"{}")["next_at"]
                 due[f"{run_id}:{entry.ordinal}", entry.attempt + 1] = (next_at - EPOCH) / SECOND
-            if entry.attempt > spent.get(entry.key, 0) + RETRY.max_attempts:
+            most = PATIENT.max_attempts if _is_turn(entry) else RETRY.max_attempts
+            if entry.attempt > spent.get(entry.key, 0) + most:
                 yield f"{run_id}: {entry.key} came to attempt {entry.attempt} of {RETRY.max_attempts}"
         if any(entry.kind == RUN and entry.status == "requeued" for entry in stored.journal):
             continue
@@ -346,6 +366,8 @@ def behind_the_barrier(evidence: Evidence) -> Iterator[str]:
         causes, early = _relive(stored, evidence)
         yield from early
         sent: dict[tuple[str, int], int] = {}
+        hosted = _hosted(stored, evidence)
+        first = next((entry.seq for entry in stored.journal if _is_turn(entry)), 0)
         for entry in stored.journal:
             step = f"{run_id}:{entry.ordinal}"
             if entry.kind == REMOTE and entry.status == "dispatched":
@@ -354,6 +376,9 @@ def behind_the_barrier(evidence: Evidence) -> Iterator[str]:
                 sent[step, entry.attempt + 1] = entry.seq
         for body in bodies[run_id]:
             needed = max(causes.get(body.step_id, 0), sent.get((body.step_id, body.attempt), 0))
+            if hosted and not body.remote:
+                # In a turn, whose decision may have been lost; the next may count its operations otherwise.
+                needed = first
             if body.frontier < needed:
                 yield (
                     f"{run_id}: {body.step_id} attempt {body.attempt} began on {body.node} at {body.began:.4f} with "
@@ -377,7 +402,7 @@ def _relive(stored: Stored, evidence: Evidence) -> tuple[dict[str, int], list[st
                 if timer is None or timer.ordinal != entry.ordinal or timer.deadline > entry.at:
                     early.append(f"{run_id}: timer {entry.ordinal} fired at {entry.at}; next was {timer}")
             for command in machine.deliver(entry):
-                if isinstance(command, Command):
+                if isinstance(command, Command) and not isinstance(command, Record):
                     causes[f"{run_id}:{command.ordinal}"] = entry.seq
     except DeterminismError:
         pass  # `replays` tells of it
@@ -395,6 +420,175 @@ def _machine(stored: Stored, evidence: Evidence) -> Machine:
 
 def _message(error: bytes | None) -> Any:
     return None if error is None else msgspec.json.decode(error).get("message")
+
+
+# ------------------------------------------------------------------ hosted
+
+
+def decided_once(evidence: Evidence) -> Iterator[str]:
+    """A turn has one decision, that of the very task which was awaited; and it is one commit with the steps it recorded."""
+    boundaries: dict[str, set[int]] = defaultdict(set)
+    for line in evidence.log:
+        if line.what == "commit" and line.status == "done" and not line.last:
+            boundaries[line.run_id].add(line.seq)
+    for run_id, stored in evidence.runs.items():
+        if not _hosted(stored, evidence):
+            continue
+        decided: set[str] = set()
+        recorded: set[int] = set()
+        for index, entry in enumerate(stored.journal):
+            if entry.kind == RUN and entry.status == "requeued":
+                recorded.clear()  # what failed is asked for again
+            if not _is_turn(entry) or entry.status != "completed":
+                continue
+            decision = msgspec.json.decode(entry.payload or b"{}", type=WorkflowDecision)
+            awaited = turn_id(run_id, (entry.ordinal or 0) - TURNS, entry.attempt)
+            if decision.task_id != awaited:
+                yield f"{run_id}: {entry.key} attempt {entry.attempt} awaited {awaited}, and took {decision.task_id}"
+            if decision.task_id in decided:
+                yield f"{run_id}: {decision.task_id} was decided twice"
+            decided.add(decision.task_id)
+            new = {c.seq for c in decision.commands if isinstance(c, RecordStep)} - recorded
+            recorded |= new
+            for behind in stored.journal[index + 1 :]:
+                if not new or (behind.kind == RUN and behind.status != "started"):
+                    break  # its end: a decision that makes no sense records nothing
+                if behind.kind == STEP:
+                    new.discard(behind.ordinal or 0)
+                if behind.seq - 1 in boundaries[run_id]:
+                    yield f"{run_id}: entry {behind.seq} was committed after the decision {entry.seq} that it belongs to"
+                    break
+
+
+def slept_enough(evidence: Evidence) -> Iterator[str]:
+    """S21: hosted code sleeps as long as it asked to, whatever its worker's clock says. It asked when it heard of something,
+    which came after the turn before was sent. (That no timer fires before it is due is `behind_the_barrier`'s.)"""
+    for run_id, stored in evidence.runs.items():
+        if not _hosted(stored, evidence) or any(entry.status == "requeued" for entry in stored.journal):
+            continue
+        sent: dict[str, int] = {}
+        before = stored.journal[0].at
+        for entry in stored.journal:
+            if not _is_turn(entry) or entry.key is None:
+                continue
+            if entry.status == "dispatched":
+                sent.setdefault(entry.key, entry.at)
+            elif entry.status == "completed":
+                for command in msgspec.json.decode(entry.payload or b"{}", type=WorkflowDecision).commands:
+                    seconds = evidence.sleeps.get((run_id, command.seq))
+                    if isinstance(command, Sleep) and seconds is not None:
+                        lasts = (entry.at - before) / SECOND + command.ms / 1_000
+                        if lasts < seconds - 0.002:
+                            yield f"{run_id}: sleep {command.seq} of {seconds} s is over after {lasts} s"
+                before = sent[entry.key]
+
+
+def hosted_agrees(evidence: Evidence) -> Iterator[str]:
+    """The workflow's code, given all that the journal says came to pass, ends as the run did."""
+    ended = [
+        (run_id, stored)
+        for run_id, stored in evidence.runs.items()
+        if stored.run.status in (Status.COMPLETED, Status.FAILED)
+        and _hosted(stored, evidence)
+        and not _may_block(evidence, stored.run.tags)  # of a bad deploy's code nothing is left
+    ]
+    if not ended:
+        return
+    handler = TurnHandler(Registry(CODE), SystemClock(), threads=0)
+    loop = asyncio.new_event_loop()
+    try:
+        for run_id, stored in ended:
+            if any(entry.kind == RUN and entry.status in ("requeued", "timed_out") for entry in stored.journal):
+                continue
+            task = _last_turn(stored, evidence)
+            if task is None:
+                continue
+            decision = loop.run_until_complete(handler(task))
+            assert isinstance(decision, WorkflowDecision)
+            output = bytes(decision.output) if isinstance(decision.output, msgspec.Raw) else b"null"
+            error = None if decision.error is None else decision.error.message
+            if decision.status != stored.run.status.value:
+                yield f"{run_id} is {stored.run.status.value}, and its code comes to {decision.status} {error or ''}"
+            elif decision.status == "completed" and output != stored.run.output:
+                yield f"{run_id} has output {stored.run.output!r}, and its code returns {output!r}"
+            elif decision.status == "failed" and error != _message(stored.run.error):
+                yield f"{run_id} failed with {stored.run.error!r}, and its code with {error!r}"
+    finally:
+        loop.close()
+
+
+def _last_turn(stored: Stored, evidence: Evidence) -> WorkflowTask | None:
+    """A turn with all that the worker had been told of when it ended the run."""
+    machine, run = _machine(stored, evidence), stored.run
+    turn: TakeTurn | None = None
+    try:
+        for entry in stored.journal:
+            if not entry.delivers or machine.outcome is not None:
+                continue
+            for command in machine.deliver(entry):
+                if isinstance(command, TakeTurn):
+                    turn = command
+    except DeterminismError:
+        return None  # `replays` tells of it
+    finally:
+        machine.drop()
+    if turn is None:
+        return None
+    return WorkflowTask(
+        task_id="last",
+        run_id=run.id,
+        workflow=run.workflow,
+        workflow_version=run.version,
+        input=msgspec.Raw(run.input),
+        history=sorted(turn.history, key=lambda item: item.seq),
+        group="",
+        attempt=1,
+        at=turn.started_at // 1_000,
+        started_at=turn.started_at // 1_000,
+        seen=turn.seen,
+        patches=list(turn.patches) or None,
+        logs=turn.logs or None,
+    )
+
+
+def lines_once(evidence: Evidence) -> Iterator[str]:
+    """Each line of an attempt that counted is journaled once, under its index, and none behind the attempt's end."""
+    said: dict[tuple[str, int], list[list[str]]] = defaultdict(list)
+    for body in evidence.bodies:
+        if body.remote:
+            said[body.step_id, body.attempt].append(body.said)
+    for run_id, stored in evidence.runs.items():
+        lines: dict[tuple[str, int], dict[int, str]] = defaultdict(dict)
+        over: set[tuple[str, int]] = set()
+        for entry in stored.journal:
+            if entry.kind == RUN and entry.status == "requeued":
+                lines.clear()
+            if entry.key is None:
+                continue
+            attempt = entry.key, entry.attempt
+            if entry.kind == LOG and entry.attempt:
+                index, text = entry.ordinal or 0, msgspec.json.decode(entry.payload or b"{}")["message"]
+                if index in lines[attempt]:
+                    yield f"{run_id}: line {index} of {attempt} is there twice"
+                if attempt in over:
+                    yield f"{run_id}: line {index} of {attempt} came behind its end"
+                lines[attempt][index] = text
+            elif entry.kind == REMOTE and entry.status in ("completed", "failed", "retrying") and not _is_turn(entry):
+                bodies = said[f"{run_id}:{entry.ordinal}", entry.attempt]
+                told = lines[attempt]
+                if any(text not in {b[i] for b in bodies if i < len(b)} for i, text in told.items()):
+                    yield f"{run_id}: {attempt} has lines that nobody said: {told}"
+                if not _by_body(entry):
+                    continue  # the late answer may still bring them
+                over.add(attempt)
+                count = max((len(body) for body in bodies), default=0)
+                if sorted(told) != list(range(count)):
+                    yield f"{run_id}: of {count} lines of {attempt}, {sorted(told)} are there"
+
+
+def _by_body(entry: Entry) -> bool:
+    """Whether the attempt ended as its body did: otherwise its lines may be lost with it."""
+    return entry.status == "completed" or b"s planned" in (entry.payload or b"")
 
 
 # ------------------------------------------------------------------ messages
@@ -518,6 +712,10 @@ CHECKS = (
     retried_by_policy,
     replays,
     behind_the_barrier,
+    decided_once,
+    slept_enough,
+    hosted_agrees,
+    lines_once,
     signals_once,
     cancels_count,
     families,

@@ -117,6 +117,7 @@ MODES: dict[str, dict[str, Any]] = {
     "cold": {"cold": True},
     "local": {"shared": False},
     "sqlite": {"store": "sqlite"},
+    "hosted": {"hosting": True},
 }
 """Worlds a scenario is run in: what differs from the first."""
 
@@ -157,6 +158,8 @@ def course(
     wire = Tripwire()
     wire.at = dict(crashes)
     plan = SCENARIOS[scenario]()
+    if swarm(mode).hosting:
+        plan.host()
     world = World(swarm(mode), plans={0: plan}, tripwire=wire, trace=trace)
     report = world.run()
     return Course(wire.names, len(wire.tripped), check(report.evidence))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 from msgspec import Struct
 
@@ -38,6 +39,8 @@ ON_BROKER = {
 }
 ON_POOL = {"task_hung": "a dispatch was never answered, and may have arrived"}
 """Only where there is another transport."""
+FORGETS = {"broker_forgets": "a broker dropped everything it held"}
+"""Only where somebody finds out: a broker that can be asked, or steps with a timeout."""
 MOVES = {
     "crash": "an engine vanished",
     "crash_before": "an engine vanished just before a durable effect",
@@ -53,7 +56,19 @@ MOVES = {
 LOSSES = frozenset({"task_lost", "result_lost"})
 """Only where every remote step has a timeout: otherwise nobody could ever know."""
 
-KINDS: dict[str, str] = {**ON_STORE, **LOST_REPLIES, **ON_BEAT, **ON_HINTS, **ON_BROKER, **MOVES, **ON_POOL}
+KINDS: dict[str, str] = {**ON_STORE, **LOST_REPLIES, **ON_BEAT, **ON_HINTS, **ON_BROKER, **MOVES, **ON_POOL, **FORGETS}
+LATER = frozenset({*ON_POOL, *FORGETS})
+"""Kinds drawn apart, so that the others stay as they were."""
+
+
+NATIVE: dict[str, Any] = {
+    "hosting": False,
+    "hosts_programs": False,
+    "turn_timeout": 3.0,
+    "ask_every": 60.0,
+    "talks": False,
+}
+"""Of a swarm, for cases that were kept before there was more."""
 
 
 class Swarm(Struct, frozen=True):
@@ -98,8 +113,15 @@ class Swarm(Struct, frozen=True):
     """The first engine does not serve every workflow."""
     retention: float | None = None
     """Seconds after which finished runs are deleted; None: never."""
-    hosts: bool = False
-    """Also random programs whose code lives in the workers, asked for turn by turn."""
+    hosting: bool = False
+    """Some programs are hosted by workers, turn by turn."""
+    hosts_programs: bool = False
+    """So are all of durable/testing/programs.py."""
+    turn_timeout: float = 3.0
+    ask_every: float = 60.0
+    """After so many seconds brokers are asked after a task."""
+    talks: bool = False
+    """Steps tell lines, and workers tell them live."""
 
     @classmethod
     def draw(cls, seed: int) -> Swarm:
@@ -107,15 +129,18 @@ class Swarm(Struct, frozen=True):
         after = Random(f"swarm, more/{seed}")
         draw = Random(f"swarm/{seed}")
         some = draw.choice((0.3, 0.6, 1.0))
-        kinds = frozenset(kind for kind in KINDS if kind not in ON_POOL and draw.random() < some)
+        kinds = frozenset(kind for kind in KINDS if kind not in LATER and draw.random() < some)
         pool = Random(f"swarm, pool/{seed}")
         rule = Random(f"swarm, rule/{seed}")
+        apart = Random(f"swarm, hosting/{seed}")
         pooled = pool.random() < 0.5
         if pooled and pool.random() < some:
             kinds |= ON_POOL.keys()
         engines_moves = ["crash", "crash_before", "crash_after", "pause", "partition", "restart"]
         if not kinds.intersection(engines_moves):
             kinds |= {draw.choice(engines_moves)}
+        if apart.random() < some:
+            kinds |= FORGETS.keys()
         lease = draw.choice((1.0, 2.0, 3.0, 5.0, 10.0, 30.0))
         return cls(
             seed=seed,
@@ -146,7 +171,22 @@ class Swarm(Struct, frozen=True):
             door=after.random() < 0.2,
             partial=after.random() < 0.2,
             retention=rule.choice((0.3, 2.0, 8.0)) if rule.random() < 0.15 else None,
+            hosting=apart.random() < 0.5,
+            hosts_programs=apart.random() < 0.15,
+            turn_timeout=apart.choice((2.5, 4.0, 8.0)),  # more than two beats
+            ask_every=apart.choice((0.2, 1.0, 3.0)) if apart.random() < 0.5 else 60.0,
+            talks=apart.random() < 0.6,
         )
+
+    @property
+    def native(self) -> bool:
+        """Nothing of what workers host and tell, nor of brokers that are asked."""
+        return all(getattr(self, name) == value for name, value in NATIVE.items())
+
+    @property
+    def asks(self) -> bool:
+        """A task that a broker has lost is found out soon, with no timeout of its own."""
+        return self.shared and self.holds and self.ask_every < 10.0
 
 
 class Faults:

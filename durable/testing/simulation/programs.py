@@ -7,6 +7,7 @@ the journal alone.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
@@ -16,7 +17,7 @@ from durable.core.errors import StepFailed, WaitTimeout
 from durable.core.hosted import remote_workflow
 from durable.core.retry import RetryPolicy
 from durable.testing import programs
-from durable.testing.simulation.witness import body, witness_time
+from durable.testing.simulation.witness import body, witness_sleep, witness_time
 
 Op = dict[str, Any]
 
@@ -46,25 +47,42 @@ async def deadline_program(ctx: Context, ops: list[Op]) -> list[Any]:
     return await _Interpreter(ctx).sequence(ops)
 
 
-HOSTED = "sim.hosted"
+@workflow(name="sim.hosted", version="1")
+async def hosted_program(ctx: Context, ops: list[Op]) -> list[Any]:
+    """The same, in a worker."""
+    return await _Interpreter(ctx).sequence(ops)
 
 
-@workflow(name=HOSTED)
-async def hosted_program(ctx: Context, input: dict[str, Any]) -> list[str]:
-    """A random program whose code lives in the workers."""
-    return await programs.run_program(ctx, input)
+@workflow(name="sim.hosted.deadline", version="1")
+async def hosted_deadline_program(ctx: Context, ops: list[Op]) -> list[Any]:
+    """The same, in a worker; the engine keeps the deadline."""
+    return await _Interpreter(ctx).sequence(ops)
 
 
+HOSTED: dict[str, str] = {"sim.program": "sim.hosted", "sim.deadline": "sim.hosted.deadline"}
+"""What a program is called when a worker hosts it."""
+CODE: list[Any] = [hosted_program, hosted_deadline_program, programs.run_program]
+"""What workers have the code of."""
 WORKFLOWS: dict[str, Any] = {
     "sim.program": program,
     "sim.deadline": deadline_program,
     programs.PROGRAM: programs.run_program,
-    HOSTED: remote_workflow(
-        HOSTED, turn_timeout=3.0, retries=RetryPolicy(max_attempts=100_000, max_delay=2.0), step_timeout=60
-    ),
 }
-IN_WORKERS: list[Any] = [hosted_program]
 STEPS: list[Any] = [remote, programs.work_remotely]
+
+
+def served(*, turn_timeout: float, step_timeout: float | None, programs_too: bool) -> dict[str, Any]:
+    """What engines serve, by name, where some of it is hosted by workers."""
+
+    def hosted(name: str, timeout: float | None = None) -> Any:
+        return remote_workflow(
+            name, timeout=timeout, turn_timeout=turn_timeout, step_retries=RETRY, step_timeout=step_timeout
+        )
+
+    found = {**WORKFLOWS, "sim.hosted": hosted("sim.hosted"), "sim.hosted.deadline": hosted("sim.hosted.deadline", 6.0)}
+    if programs_too:
+        found[programs.PROGRAM] = hosted(programs.PROGRAM)
+    return found
 
 
 BAD_CODE = (0.5, 4.0)
@@ -105,17 +123,26 @@ class _Interpreter:
         return await self.ctx.side_effect(lambda: 7)
 
     async def op_sleep(self, op: Op) -> Any:
+        self._tell_sleep(op["seconds"])
         await self.ctx.sleep(op["seconds"])
         return "slept"
 
     async def op_nap(self, op: Op) -> Any:
+        self._tell_sleep(op["seconds"])
         await asyncio.sleep(op["seconds"])
         return "napped"
+
+    def _tell_sleep(self, seconds: float, further: int = 0) -> None:
+        """In a worker: the operation after the next `further` ones is a timer."""
+        ordinal = getattr(self.ctx._machine.loop.ordinals, "next", None)
+        witness_sleep(self.ctx.run_id, None if ordinal is None else ordinal + further, seconds)
 
     async def op_signal(self, op: Op) -> Any:
         return await self.ctx.wait_for_signal(op["name"])
 
     async def op_signal_or_not(self, op: Op) -> Any:
+        self._tell_sleep(op["timeout"], 0)
+        self._tell_sleep(op["timeout"], 1)
         try:
             return await self.ctx.wait_for_signal(op["name"], timeout=op["timeout"])
         except WaitTimeout:
@@ -151,6 +178,7 @@ class _Interpreter:
 
     async def op_within(self, op: Op) -> Any:
         try:
+            self._tell_sleep(op["seconds"])
             async with asyncio.timeout(op["seconds"]):
                 return await self.sequence(op["ops"])
         except TimeoutError:
@@ -195,7 +223,15 @@ class Plan:
     """One run of a seed: its program, and what clients do with it."""
 
     def __init__(
-        self, seed: int, number: int, *, span: float, lossy: bool, more: bool = False, hosts: bool = False
+        self,
+        seed: int,
+        number: int,
+        *,
+        span: float,
+        lossy: bool,
+        more: bool = False,
+        hosts: bool = False,
+        talks: bool = False,
     ) -> None:
         self.number = number
         draw = Random(f"program/{seed}/{number}")
@@ -223,8 +259,19 @@ class Plan:
         self.input: Any = self.ops
         if more:
             self._more(Random(f"program, more/{seed}/{number}"))
-        if hosts and (chosen := Random(f"program, hosts/{seed}/{number}")).random() < 0.5:
-            self._random_program(HOSTED, chosen)
+        if hosts:
+            chosen = Random(f"program, hosted/{seed}/{number}")
+            self.host(lambda: chosen.random() < 0.25)
+        if talks:
+            _talk(self.ops, Random(f"program, lines/{seed}/{number}"))
+
+    def host(self, chosen: Callable[[], bool] = lambda: True) -> None:
+        """Have workers host it and its children, each if `chosen`."""
+        if chosen():
+            self.workflow = HOSTED.get(self.workflow, self.workflow)
+        for op in _each(self.ops):
+            if "workflow" in op and chosen():
+                op["workflow"] = HOSTED[op["workflow"]]
 
     def _more(self, draw: Random) -> None:
         self.watches = draw.random() < 0.2
@@ -232,12 +279,9 @@ class Plan:
         if draw.random() < 0.2:
             self.ops.append({"op": "dice"})
         if draw.random() < 0.25:
-            self._random_program(programs.PROGRAM, draw)
-
-    def _random_program(self, workflow: str, draw: Random) -> None:
-        made = programs.generate(draw.randrange(1_000_000), max_nodes=16)
-        self.workflow, self.input, self.ops, self.signals = workflow, made, [], []
-        self.extra = list(programs.SIGNALS)
+            made = programs.generate(draw.randrange(1_000_000), max_nodes=16)
+            self.workflow, self.input, self.ops, self.signals = programs.PROGRAM, made, [], []
+            self.extra = list(programs.SIGNALS)
 
     @classmethod
     def fixed(cls, ops: list[Op], *, workflow: str = "sim.program", **fields: Any) -> Plan:
@@ -340,6 +384,25 @@ class Plan:
             "joins": self._draw.random() < 0.6,
             "meanwhile": self._sequence(1, depth + 1),
         }
+
+
+def _each(op: Any) -> Iterator[Op]:
+    """Every op of a program."""
+    if isinstance(op, list):
+        for one in op:
+            yield from _each(one)
+    elif isinstance(op, dict):
+        if "op" in op:
+            yield op
+        for one in op.values():
+            yield from _each(one)
+
+
+def _talk(ops: list[Op], draw: Random) -> None:
+    """Let steps tell lines of themselves."""
+    for op in _each(ops):
+        if op["op"] in ("step", "remote") and draw.random() < 0.5:
+            op["plan"]["says"] = draw.choice((1, 3, 3, 12))
 
 
 def _waits_for_signal(op: Any) -> bool:

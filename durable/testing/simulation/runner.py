@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from durable.testing.simulation.checker import check
-from durable.testing.simulation.faults import KINDS, Swarm
+from durable.testing.simulation.faults import FORGETS, KINDS, NATIVE, Swarm
 from durable.testing.simulation.world import Report, World
 
 TWICE = 100
@@ -34,6 +34,9 @@ MUST = frozenset(
         "remote cancelled", "remote late",
         "child started", "child completed", "child failed", "child cancelled",
         "timer fired", "signal received", "patched marked", "log written",
+        "hosted turn", "hosted turn again", "hosted decision", "hosted decision passed over", "hosted decision refused",
+        "hosted completed", "hosted failed", "hosted cancelled", "line live", "line with result",
+        "broker asked", "broker missed", "broker sent again",
     }
 )  # fmt: skip
 """What journals must show over many seeds: a zero means that something is not tested at all."""
@@ -50,6 +53,8 @@ class Case(msgspec.Struct, omit_defaults=True):
     store: str | None = None
     plain: bool = False
     """Without what was added later: drawn as it was when the case was kept."""
+    native: bool = False
+    """Without hosted programs, lines and brokers that forget: what was added after `plain`, and is off with it."""
     why: str = ""
 
     def swarm(self) -> Swarm:
@@ -60,6 +65,8 @@ class Case(msgspec.Struct, omit_defaults=True):
                 changes[name] = value
         if self.kinds is not None:
             changes["kinds"] = frozenset(self.kinds)
+        if self.plain or self.native:
+            changes = {**NATIVE, "kinds": drawn.kinds - FORGETS.keys(), **changes}
         if self.plain:
             changes = {"store": "memory", "more": False, "door": False, "partial": False, "retention": None, **changes}
         return msgspec.structs.replace(drawn, **changes)
@@ -74,6 +81,7 @@ class Case(msgspec.Struct, omit_defaults=True):
             swarm.engines,
             swarm.store,
             not swarm.more,
+            swarm.native,
             why,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from durable.core.step import current_step
 from durable.testing.simulation.loop import SimLoop
@@ -27,6 +27,8 @@ class Body(Struct):
     """What it returns if it succeeds: nobody else's."""
     ended: float | None = None
     outcome: str = ""
+    said: list[str] = field(default_factory=list)
+    """The lines it told."""
 
 
 class Witness:
@@ -36,6 +38,8 @@ class Witness:
         self.loop = loop
         self.seqs = seqs
         self.bodies: list[Body] = []
+        self.sleeps: dict[tuple[str, int], float] = {}
+        """Seconds that hosted code asked to sleep for, by run and ordinal."""
 
     def begin(self, *, remote: bool) -> Body:
         """In a step body: it runs."""
@@ -69,6 +73,14 @@ def witness_time() -> float | None:
     return _CURRENT[0].loop.time() if _CURRENT else None
 
 
+def witness_sleep(run_id: str, ordinal: int | None, seconds: float) -> None:
+    """Hosted code is about to sleep, as its operation of that number. The shortest counts: a turn that was lost may have
+    numbered its operations otherwise."""
+    if _CURRENT and ordinal is not None:
+        sleeps = _CURRENT[0].sleeps
+        sleeps[run_id, ordinal] = min(seconds, sleeps.get((run_id, ordinal), seconds))
+
+
 class Planned(Exception):
     """A failure that the program asked for."""
 
@@ -82,8 +94,14 @@ async def body(plan: dict[str, float], *, remote: bool) -> str:
     seen = _CURRENT[0].begin(remote=remote)
     try:
         takes = plan.get("takes", 0.0)
+        says = int(plan.get("says", 0))
+        for n in range(says):
+            seen.said.append(f"{seen.value} says {n}")
+            current_step().log(seen.said[-1])
+            if takes:
+                await asyncio.sleep(takes / (says + 1))
         if takes:
-            await asyncio.sleep(takes)
+            await asyncio.sleep(takes / (says + 1))
         if seen.attempt <= plan.get("fails", 0):
             seen.outcome = "failed"
             raise Planned(f"attempt {seen.attempt} fails as planned")

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct, field
 
 from durable.core.clock import SECOND, Clock
+from durable.core.definition import workflow_of
 from durable.core.errors import (
     DurableError,
     IdempotencyConflict,
@@ -25,12 +26,14 @@ from durable.core.errors import (
     RunNotFound,
     StoreUnavailable,
 )
+from durable.core.hosted import TURNS
 from durable.core.ids import SeededIds
+from durable.core.journal import LOG, REMOTE, Entry
 from durable.core.registry import Registry
 from durable.core.retention import retention_of
 from durable.engine.deps import Deps, Settings
 from durable.engine.engine import WorkflowEngine
-from durable.protocol.messages import Answer, RemoteTask, Task
+from durable.protocol.messages import Answer, ControlMessage, RemoteTask, Task
 from durable.protocol.states import REOPENABLE, TERMINAL, Activity
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
@@ -38,16 +41,17 @@ from durable.store.records import RunRecord
 from durable.store.sqlite import SqliteStore
 from durable.testing.simulation import witness as witnesses
 from durable.testing.simulation.broker import Broker, Bus, Worker
-from durable.testing.simulation.faults import LOSSES, MOVES, Faults, Swarm, Tripwire
+from durable.testing.simulation.faults import FORGETS, LOSSES, MOVES, Faults, Swarm, Tripwire
 from durable.testing.simulation.loop import Deadlock, Livelock, Node, SimLoop
-from durable.testing.simulation.programs import HOSTED, IN_WORKERS, STEPS, WORKFLOWS, Plan, bad_code
+from durable.testing.simulation.programs import CODE, STEPS, WORKFLOWS, Plan, bad_code, served
 from durable.testing.simulation.server import StoreServer, at_once
 from durable.testing.simulation.witness import Body, Witness
 from durable.transports.event_emitter import EventEmitterTransport
-from durable.transports.interface import TaskHandler, Transport
+from durable.transports.interface import Transport
 from durable.transports.pool import TransportPool
 from durable.worker.handler import StepHandler, groups_of
-from durable.worker.turns import TurnHandler
+from durable.worker.lines import Teller
+from durable.worker.turns import TurnHandler, turn_groups
 
 EPOCH = 1_700_000_000 * SECOND
 """When the store's clock begins, µs."""
@@ -98,6 +102,8 @@ class Evidence(Struct):
     """Why the simulation could not go on, if so."""
     healed_at: float = 0.0
     ended_at: float = 0.0
+    sleeps: dict[tuple[str, int], float] = {}
+    """How long hosted code asked to sleep, by run and ordinal."""
     workflows: Mapping[str, Any] = field(default_factory=lambda: WORKFLOWS)
     """What ran, by name: the rules replay it."""
 
@@ -208,11 +214,20 @@ class World:
         self._nodes = [self.loop.world, self.clients]
         self._random = Random(f"world/{swarm.seed}")
         self._grave: list[object] = []
-        lossy = bool(swarm.kinds & LOSSES) and swarm.shared
+        lossy = bool(swarm.kinds & LOSSES) and swarm.shared and not swarm.asks
+        self._forgets = bool(swarm.kinds & FORGETS.keys()) and (swarm.asks or lossy)
+        self.workflows = served(
+            turn_timeout=swarm.turn_timeout, step_timeout=8.0 if lossy else None, programs_too=swarm.hosts_programs
+        )
         span = 0.8 * swarm.safety
-        self.plans = plans or {
-            n: Plan(swarm.seed, n, span=span, lossy=lossy, more=swarm.more, hosts=swarm.hosts) for n in swarm.runs
+        drawn: dict[str, Any] = {
+            "span": span,
+            "lossy": lossy,
+            "more": swarm.more,
+            "hosts": swarm.hosting,
+            "talks": swarm.talks,
         }
+        self.plans = plans or {n: Plan(swarm.seed, n, **drawn) for n in swarm.runs}
         self._open_plans = len(self.plans)
         self._closed: set[int] = set()
         """Plans whose runs have ended for good: nobody will reopen them."""
@@ -284,6 +299,8 @@ class World:
             loop.spawn(self.clients, self._client(plan))
         for move in swarm.moves:
             loop.spawn(loop.world, self._move(move))
+        if self._forgets:
+            loop.spawn(loop.world, self._forgetting())
         await asyncio.sleep(swarm.safety)
         self._heal()
         deadline = loop.time() + PATIENCE + 10 * swarm.lease
@@ -352,8 +369,9 @@ class World:
             threads=False,
             retention=retention_of(swarm.retention),
             retention_every=1.0,
+            ask_every=swarm.ask_every,
         )
-        serves = [workflow for name, workflow in WORKFLOWS.items() if slot or not swarm.partial or name in CORE]
+        serves = [workflow for name, workflow in self.workflows.items() if slot or not swarm.partial or name in CORE]
         registry = Registry([*serves, *STEPS])
         engine = self._engines(
             Deps(
@@ -380,7 +398,9 @@ class World:
             except StoreUnavailable:
                 await asyncio.sleep(0.1)
         if not self.swarm.shared:
-            await transport.serve([*groups_of(registry), HOSTED], _handler(registry, clock))
+            code = Registry(CODE)
+            await transport.serve(groups_of(registry), self._steps(process.node, registry, clock))
+            await transport.serve(turn_groups(code), TurnHandler(code, clock, threads=0))
         process.ready = True
 
     def _boot_worker(self, slot: int) -> None:
@@ -389,10 +409,25 @@ class World:
         self._nodes.append(node)
         draw = Random(f"node/{self.swarm.seed}/{node.name}")
         clock = NodeClock(self.loop, draw.uniform(-600, 600), 1.0)
-        worker = Worker(node, _handler(Registry(STEPS), clock))
+        step = self._steps(node, Registry(STEPS), clock)
+        turn = TurnHandler(Registry(CODE), clock, threads=0)
+
+        async def take(task: Task) -> Answer:
+            return await (step if isinstance(task, RemoteTask) else turn)(task)
+
+        worker = Worker(node, take)
         self.broker.workers.append(worker)
         self.spare.workers.append(worker)
         self.worker_slots[slot] = node
+
+    def _steps(self, node: Node, registry: Registry, clock: NodeClock) -> StepHandler:
+        """A worker's handler, which tells lines live over the control plane."""
+        plane = self.bus.plane(node)
+
+        async def tell(event: dict[str, Any]) -> None:
+            await plane.publish_control(ControlMessage(sender=f"worker {node.name}", kind="event", event=event))
+
+        return StepHandler(registry, clock, threads=0, teller=Teller(tell, lambda: plane.audience))
 
     async def _supervise(self) -> None:
         """Processes that are gone come back, as somebody new."""
@@ -430,6 +465,16 @@ class World:
         if living:
             await getattr(self, "_move_" + kind)(draw.choice(living), draw)
             loop.node = loop.world
+
+    async def _forgetting(self) -> None:
+        """Now and then a broker forgets everything."""
+        draw = Random(f"forgetting/{self.swarm.seed}")
+        while True:
+            await asyncio.sleep(draw.uniform(0.5, 1.0) * self.swarm.safety / 3)
+            if self.faults.healed:
+                return
+            self._happened("broker_forgets", self.loop.world)
+            (self.spare if self.swarm.pooled and draw.random() < 0.3 else self.broker).forget()
 
     def _happened(self, kind: str, node: Node) -> None:
         self.faults.tally[kind] += 1
@@ -559,7 +604,7 @@ class World:
 
         async def act(engine: WorkflowEngine) -> str:
             handle = await engine.start_run(
-                WORKFLOWS[plan.workflow],
+                self.workflows[plan.workflow],
                 plan.input,
                 key=plan.key,
                 at=at,
@@ -734,7 +779,13 @@ class World:
             stuck=stuck,
             healed_at=self.healed_at,
             ended_at=self.loop.time(),
+            sleeps=self.witness.sleeps,
+            workflows=self.workflows,
         )
+        commands.update(self.broker.counts + self.spare.counts)
+        if commands.pop("asked in vain", 0):
+            self.complaints.append("a broker that cannot tell what it holds was asked")
+        _count_hosted(evidence, self.broker.decided | self.spare.decided, commands)
         return Report(self.swarm.seed, evidence, self.faults.tally, commands, self.loop.steps, self._digest.hexdigest())
 
 
@@ -775,6 +826,30 @@ def _leftovers(base: Store, runs: dict[str, Stored]) -> list[str]:
     return found
 
 
+def _count_hosted(evidence: Evidence, decided: set[str], commands: Counter[str]) -> None:
+    """Turns, decisions and lines: how much of each there was."""
+    for stored in evidence.runs.values():
+        hosted = workflow_of(evidence.workflows[stored.run.workflow]).hosting is not None
+        if hosted:
+            commands[f"hosted {stored.run.status.value}"] += 1
+        lines: list[Entry] = []
+        for entry in stored.journal:
+            if entry.kind == LOG and entry.key is not None and entry.attempt:
+                lines.append(entry)
+            elif entry.kind == REMOTE and (entry.ordinal or 0) >= TURNS:
+                if entry.status == "dispatched":
+                    commands["hosted turn" if entry.attempt == 1 else "hosted turn again"] += 1
+                elif entry.status == "completed":
+                    commands["hosted decision"] += 1
+                    decided.discard(msgspec.json.decode(entry.payload or b"{}")["taskId"])
+            elif entry.kind == REMOTE and entry.status in ("completed", "failed", "retrying"):
+                late = sum(one.at == entry.at for one in lines if (one.key, one.attempt) == (entry.key, entry.attempt))
+                commands["line with result"] += late
+        commands["line live"] += len(lines)
+    commands["line live"] -= commands["line with result"]
+    commands["hosted decision passed over"] += len(decided)
+
+
 def _count_ops(op: Any, commands: Counter[str]) -> None:
     if isinstance(op, dict):
         if "op" in op:
@@ -789,13 +864,3 @@ def _count_ops(op: Any, commands: Counter[str]) -> None:
 def _give(reply: asyncio.Future[tuple[str, Any]], answer: tuple[str, Any]) -> None:
     if not reply.done():
         reply.set_result(answer)
-
-
-def _handler(registry: Registry, clock: Clock) -> TaskHandler:
-    """What a process that works does with a task: a step's, or a turn's of a workflow it hosts."""
-    steps, turns = StepHandler(registry, clock, threads=0), TurnHandler(Registry(IN_WORKERS), clock, threads=0)
-
-    async def handle(task: Task) -> Answer:
-        return await (steps if isinstance(task, RemoteTask) else turns)(task)
-
-    return handle
