@@ -184,7 +184,8 @@ class RedisLink:
             except Exception as error:
                 with contextlib.suppress(Exception):
                     await connection.disconnect(nowait=True)
-                raise TransportError(f"Redis cannot be reached: {error or type(error).__name__}") from None
+                why = str(error).rstrip(".") or type(error).__name__
+                raise TransportError(f"Redis cannot be reached: {why}. Check the URL, and that it is up.") from None
             writer, connection._reader, connection._writer = connection._writer, None, None
             self._wire = _Wire(writer, writer.transport)
             if self._prepare:
