@@ -291,7 +291,10 @@ def _value(text: str, annotation: Any, name: str) -> Any:
         try:
             return float(text)
         except ValueError:
-            return seconds(text)
+            try:
+                return seconds(text)
+            except DefinitionError as error:
+                raise DefinitionError(f"The option {name}: {error}") from None
     if int in kinds and str not in kinds:
         try:
             return int(text)

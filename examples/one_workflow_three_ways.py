@@ -46,6 +46,8 @@ async def main() -> None:
         async with Durable(transport=bullmq(), role="worker", steps=[thumbnail]):
             await show("Python over BullMQ", app)
         script = TYPESCRIPT / "examples" / "thumbnail.js"
+        if not script.is_file():
+            raise FileNotFoundError(f"There is no {script}.")
         worker = await asyncio.create_subprocess_exec(NODE, str(script), env=os.environ | {"REDIS_URL": URL})
         await show("TypeScript over BullMQ", app)
         worker.terminate()

@@ -71,7 +71,7 @@ def test_what_the_url_says_wins() -> None:
         ("here://h?url=1", "no option 'url'"),
         ("here://h?count=many", "count is a whole number, not 'many'"),
         ("here://h?signed=maybe", "signed is true or false, not 'maybe'"),
-        ("here://h?lease=soon", "'soon' is not a duration"),
+        ("here://h?lease=soon", "option lease: 'soon' is not a duration"),
         ("here:h", "No transport is known for 'here:h'"),
         ("elsewhere://u:secret@h", "No transport is known for 'elsewhere…'"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -19,8 +21,6 @@ from durable.cli.output import Exit, Problem
 from durable.cli.text import safe
 
 if TYPE_CHECKING:
-    import asyncio
-
     from durable.app import Durable
     from durable.module.application import Application
 
@@ -55,8 +55,10 @@ def logs_to_stderr() -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    # It tells of every connection and every attempt while a server is away; the engine tells it once.
-    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
+    # They tell of every connection and every attempt while a server is away; the engine tells it once.
+    for name in ("psycopg.pool", "aiormq.connection"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("aiobotocore.credentials").setLevel(logging.WARNING)  # where it found some is no news
     for handler in logging.getLogger().handlers:
         handler.addFilter(_not_twice())
 
@@ -196,10 +198,17 @@ def _broken(target: str, error: BaseException) -> Problem:
     """The author's module does not import: say where, in its own words."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     ours = Path(__file__).parents[1]
-    theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(ours)] or frames
+    asyncios = Path(asyncio.__file__).parent
+    theirs = [
+        frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in (ours, asyncios))
+    ] or frames
     place = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
     if isinstance(error, SyntaxError) and error.filename:
         place = f" at {error.filename}:{error.lineno}"
+    if isinstance(error, RuntimeError) and str(error).startswith("asyncio.run() cannot be called"):
+        place += '. It starts something of its own when imported: put that under `if __name__ == "__main__":`'
+        # What was to be run is thrown away with the traceback; that it was never awaited is no news.
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     return Problem(
         f"{safe(target)} cannot be imported: {type(error).__name__}: {safe(error)}{safe(place)}", code="no_app"
     )

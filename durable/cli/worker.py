@@ -140,7 +140,9 @@ async def _worker(target: str, options: dict[str, Any], as_json: bool) -> None:
                 _greet(durable.worker, options.get("transports", {}), as_json)
                 await stopping.wait()
                 counts = durable.worker.counts
-    if not as_json:
+    if as_json:
+        show_json({"kind": "stopped", "tasks": counts}, indent=None)
+    else:
         told = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in sorted(counts.items()))
         click.echo(f"Stopped. Tasks: {told or 'none'}. What was given back runs elsewhere.")
 

@@ -282,7 +282,10 @@ class TransportPool:
         now = asyncio.get_running_loop().time()
         if member.error is None:
             member.cool = self.cool_down
-            log.warning("transport %s is sick, others go first for %g s: %s", member.id, member.cool, error)
+            if len(self._members) > 1:
+                log.warning("transport %s is sick, others go first for %g s: %s", member.id, member.cool, error)
+            elif not member.closed:  # else `start` raises it, and that says it all
+                log.warning("transport %s is sick: %s", member.id, error)
         elif probe or member.closed:
             member.cool = min(member.cool * 2, self.cool_down_max)
         else:

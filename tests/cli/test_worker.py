@@ -79,6 +79,27 @@ def test_B55_a_transport_that_is_not_there_ends_it_with_a_sentence() -> None:
     assert "Traceback" not in result.output
 
 
+def test_a_file_that_starts_itself_when_imported_is_told_how_not_to(tmp_path: Path) -> None:
+    """The sentence names the guard, and no warning of Python's own follows it."""
+    (tmp_path / "eager.py").write_text(
+        "import asyncio\nfrom durable import Durable\napp = Durable()\n"
+        "async def main() -> None:\n    pass\nasyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "from durable.cli.main import main; main()", "worker", "eager.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert 'if __name__ == "__main__":' in done.stderr
+    assert "eager.py:6" in done.stderr
+    assert "never awaited" not in done.stderr
+
+
 def test_an_app_without_steps_is_said(tmp_path: Path) -> None:
     """Nothing to serve is an error, and not a process that idles."""
     (tmp_path / "bare.py").write_text("from durable import Durable\napp = Durable()\n")

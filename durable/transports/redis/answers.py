@@ -167,7 +167,8 @@ class Answers:
                     self._look.set()
             except Exception as error:
                 if pause == RETRY_MIN or not isinstance(error, TransportError):
-                    log.warning("answers cannot be heard: %r", error)
+                    said = str(error) if isinstance(error, TransportError) else repr(error)
+                    log.warning("answers cannot be heard: %s", said)
                 pause = min(pause * 2, RETRY_MAX)
                 await asyncio.sleep(pause)
 

@@ -117,7 +117,8 @@ class Tasks:
                 # The groups may be what is missing: of another server, or of this one emptied.
                 grouped = False
                 known = isinstance(error, TransportError) and (pause > PAUSE_MIN or "NOGROUP" in str(error))
-                log.log(logging.DEBUG if known else logging.WARNING, "tasks cannot be taken: %r", error)
+                said = str(error) if isinstance(error, TransportError) else repr(error)
+                log.log(logging.DEBUG if known else logging.WARNING, "tasks cannot be taken: %s", said)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, PAUSE_MAX)
 
