@@ -200,9 +200,7 @@ def _broken(target: str, error: BaseException) -> Problem:
     ours = Path(__file__).parents[1]
     asyncios = Path(asyncio.__file__).parent
     theirs = [
-        frame
-        for frame in frames
-        if not any(Path(frame.filename).is_relative_to(folder) for folder in (ours, asyncios))
+        frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in (ours, asyncios))
     ] or frames
     place = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
     if isinstance(error, SyntaxError) and error.filename:
