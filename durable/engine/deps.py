@@ -51,6 +51,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     long as it has been out. What no longer is there, after a FLUSHALL for instance, is sent again."""
     dispatch_timeout: float = 5.0
     """How long one transport may take to accept a task, before the next is tried."""
+    dispatch_patience: float = 60.0
+    """How long a task is offered again and again while no transport takes it, before its attempt counts as failed. A broker
+    that is away for a moment uses up nobody's retries."""
     cool_down: float = 1.0
     """How long others go before a transport that failed; twice as long each time that it fails again."""
     reconcile: float = 86_400.0
@@ -86,6 +89,7 @@ DURATIONS = frozenset(
         "drain_timeout",
         "ask_every",
         "dispatch_timeout",
+        "dispatch_patience",
         "cool_down",
         "reconcile",
         "retention_every",

@@ -14,7 +14,7 @@ import msgspec
 
 from durable.core.clock import SECOND
 from durable.core.commands import SendTask, TakeTurn
-from durable.core.errors import StepTimeout, TransportError
+from durable.core.errors import StepTimeout, TransportError, UnknownTransport
 from durable.core.journal import REMOTE, Entry
 from durable.core.payload import describe, encode_error
 from durable.engine.apply import DispatchNote, PublishNote, RetryNote
@@ -32,6 +32,9 @@ ASK_SECONDS_MIN = 0.1
 ASK_SECONDS_MAX = 30.0
 OUT_MAX = 10_000
 """Tasks of runs that left memory which are remembered."""
+OFFER_SECONDS_MIN = 0.1
+OFFER_SECONDS_MAX = 2.0
+"""Between two offers of a task that no transport takes."""
 ASK_MAX = 1_000
 """Tasks a transport is asked after at once."""
 
@@ -230,7 +233,9 @@ class Dispatch:
         waiting = run.sent.get(command.key)
         now = self._executor.clock.now
         try:
-            transport = await self._executor.deps.transport.send(task, avoid=None if waiting is None else waiting.avoid)
+            transport = await self._offer(run, command, task, None if waiting is None else waiting.avoid)
+            if transport is None:
+                return
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and _cancelled():
                 raise
@@ -245,6 +250,32 @@ class Dispatch:
             payload = msgspec.json.encode(PublishNote(transport))
             arrival = Arrival(now(), REMOTE, "published", key=command.key, attempt=attempt, payload=payload)
         self._executor.arrive(run, arrival)
+
+    async def _offer(self, run: Resident, command: SendTask, task: Task, avoid: str | None) -> str | None:
+        """Who took it. While nobody does it is offered again, for `dispatch_patience` seconds: a broker that is away for a moment
+        uses up no retries. None: nobody waits for it any more, or its turn comes when the lease is renewed."""
+        executor = self._executor
+        pool = executor.deps.transport
+        until = executor.clock.monotonic() + executor.settings.dispatch_patience
+        delay = OFFER_SECONDS_MIN
+        while True:
+            try:
+                return await pool.send(task, avoid=avoid)
+            except UnknownTransport:
+                raise
+            except TransportError as error:
+                if executor.clock.monotonic() + delay > until or not pool.fits(task):
+                    raise
+                if delay == OFFER_SECONDS_MIN:
+                    log.debug("task %s is offered again until somebody takes it: %s", task.id, error)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, OFFER_SECONDS_MAX)
+            sent = run.sent.get(command.key)
+            if run.dropped or sent is None or sent.attempt != task.attempt or executor.draining:
+                return None
+            if not executor.lease.safe():
+                self._held.append(partial(self._publish, run, command, task.attempt))
+                return None
 
     def _task(self, run: Resident, command: SendTask, attempt: int) -> Task:
         name, options = task_id(run, command, attempt), command.options

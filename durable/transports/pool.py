@@ -236,6 +236,10 @@ class TransportPool:
             causes[member.id] = error
         raise self._failure(f"No transport took task {task.id}", causes)
 
+    def fits(self, task: Task) -> bool:
+        """Whether any member carries a task of this size: then whoever refuses it now may take it later."""
+        return not all(_too_large(task, member.transport) for member in self._members)
+
     def _order(self, pinned: str | None, avoid: str | None = None) -> Iterator[_Member]:
         """Looked up as the dispatch goes on, since members fall sick and recover meanwhile."""
         members = self._members

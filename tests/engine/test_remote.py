@@ -320,6 +320,52 @@ async def test_a_transport_that_refuses_is_a_failed_attempt(world: World) -> Non
     assert await handle.result(5) == "went"
 
 
+async def test_a_broker_that_is_away_for_a_moment_uses_up_no_retries(world: World) -> None:
+    """A task that no transport takes is offered again: it is one attempt, however often it was refused."""
+    broker = Broker()
+    broker.refusing = "restarting"
+
+    @workflow(name="once")
+    async def once(ctx: Context) -> object:
+        return await ctx.remote("far", retries=ONCE)
+
+    app = await world.engine(once, transport=broker.end(), dispatch_patience=30)
+    handle = await app.start(once)
+    await world.until_journal(handle.id, lambda lines: "remote far dispatched" in lines)
+    await asyncio.sleep(0.3)
+    broker.refusing = None
+    await broker.answer(await broker.sent(), "done")
+    assert await handle.result(10) == "done"
+    assert await world.statuses(handle.id, "remote") == ["dispatched", "published", "completed"]
+    await world.sound(handle.id)
+
+
+async def test_patience_with_a_broker_has_an_end_and_is_not_wasted_on_what_will_never_fit(world: World) -> None:
+    """After `dispatch_patience` the attempt has failed, with the cause; a task too large for every transport fails at once; a
+    run that is cancelled meanwhile waits no longer."""
+    broker = Broker()
+    broker.refusing = "gone"
+
+    @workflow(name="fails")
+    async def fails(ctx: Context, size: int) -> str:
+        try:
+            await ctx.remote("far", "x" * size, retries=ONCE)
+        except StepFailed as error:
+            return str(error)
+        return ""
+
+    app = await world.engine(fails, transport=broker.end(), dispatch_patience=0.5)
+    assert "gone" in await app.start_and_wait(fails, 1, timeout=10)
+    patient = await world.engine(fails, transport=EventEmitterTransport(max_message=1_000), dispatch_patience=60)
+    assert "bytes" in await patient.start_and_wait(fails, 5_000, timeout=10)
+    waiting = await world.engine(fails, transport=broker.end(), dispatch_patience=60)
+    handle = await waiting.start(fails, 1)
+    await world.until_journal(handle.id, lambda lines: "remote far dispatched" in lines)
+    await handle.cancel()
+    with pytest.raises(RunCancelled):
+        await handle.result(5)
+
+
 async def test_a_remote_result_of_the_wrong_type_is_an_error_in_the_workflow(world: World) -> None:
     """The annotation decides; a worker that answers otherwise gives a PayloadError at the await, live and replayed alike."""
     broker = Broker()

@@ -120,6 +120,7 @@ class World:
         settings.setdefault("lease", LEASE)
         settings.setdefault("cold", self.cold)
         settings.setdefault("poll_every", 0.5)
+        settings.setdefault("dispatch_patience", 0)
         line = Line(self._make_store())
         if "transports" not in settings:
             settings["transport"] = transport or EventEmitterTransport()

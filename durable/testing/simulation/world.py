@@ -370,6 +370,7 @@ class World:
             retention=retention_of(swarm.retention),
             retention_every=1.0,
             ask_every=swarm.ask_every,
+            dispatch_patience=1.0 if swarm.seed % 2 else 0.0,
         )
         serves = [workflow for name, workflow in self.workflows.items() if slot or not swarm.partial or name in CORE]
         registry = Registry([*serves, *STEPS])
