@@ -22,12 +22,15 @@ def stop_signals(draining: Callable[[], None], forced: Callable[[], None]) -> It
     plain: dict[int, object] = {}
 
     def stop() -> None:
+        # Whatever cannot be said, for instance because nobody reads the output any more, keeps nobody from stopping.
         if stopping.is_set():
-            forced()
-            sys.stdout.flush()
+            with suppress(Exception):
+                forced()
+                sys.stdout.flush()
             os._exit(INTERRUPTED)
-        draining()
         stopping.set()
+        with suppress(Exception):
+            draining()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
