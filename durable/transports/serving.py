@@ -16,6 +16,7 @@ from typing import Any
 
 from msgspec import Raw
 
+from durable.core.errors import PayloadError, TransportError
 from durable.protocol.codec import encode
 from durable.protocol.messages import (
     Answer,
@@ -212,12 +213,23 @@ class Workbench:
                 answer = await self._work(server, task)
             finally:
                 server.leave()
-            await done(answer)
+            await self._send(task, answer, done)
         except GivenBack:
             await self._give_back(task, back)
         except Exception as error:
             log.warning("task %s could not be answered and is given back: %r", task.id, error)
             await self._give_back(task, back)
+
+    async def _send(self, task: Task, answer: Answer | None, done: Callable[[Answer | None], Awaitable[None]]) -> None:
+        """What no wire carries is no better the next time: the task has failed, and is not given back."""
+        try:
+            await done(answer)
+        except (PayloadError, TransportError) as error:
+            why = error if isinstance(error, PayloadError) else error.__cause__
+            if not isinstance(why, PayloadError):
+                raise
+            log.warning("the answer of %s cannot be sent; it is answered as failed: %s", task.name, why)
+            await done(crashed(task, why))
 
     async def _give_back(self, task: Task, back: Callable[[], Awaitable[None]]) -> None:
         try:
