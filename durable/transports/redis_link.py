@@ -68,6 +68,9 @@ class _Wire(asyncio.Protocol):
 
     def ask(self, commands: Sequence[Command], seconds: float) -> asyncio.Future[list[Any]]:
         waiter: asyncio.Future[list[Any]] = self._loop.create_future()
+        if self.broken is not None:  # between its opening and this question: nobody would ever answer
+            _lose(waiter, self.broken)
+            return waiter
         deadline = self._loop.time() + seconds
         self._calls.append(_Call(len(commands), seconds, deadline, waiter))
         if not self._out:
@@ -107,10 +110,7 @@ class _Wire(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         for call in self._calls:
-            if not call.waiter.done():
-                lost = error if isinstance(error, TransportError) else f"The connection to Redis is lost: {error}"
-                call.waiter.set_exception(TransportError(str(lost)))
-                call.waiter.exception()  # whoever waited for it may have gone
+            _lose(call.waiter, error)
         self._calls.clear()
 
     def _ring(self) -> None:
@@ -123,6 +123,13 @@ class _Wire(asyncio.Protocol):
             self.fail(_silent(late.seconds))
         else:
             self._timer = self._loop.call_at(late.deadline, self._ring)
+
+
+def _lose(waiter: asyncio.Future[list[Any]], error: Exception) -> None:
+    if not waiter.done():
+        lost = error if isinstance(error, TransportError) else f"The connection to Redis is lost: {error}"
+        waiter.set_exception(TransportError(str(lost)))
+        waiter.exception()  # whoever waited for it may have gone
 
 
 def _silent(seconds: float) -> TransportError:

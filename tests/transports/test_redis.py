@@ -20,6 +20,7 @@ from durable.protocol.messages import Answer, ControlMessage, StepResult
 from durable.testing.facts import PATIENCE, eventually
 from durable.testing.suites.transport import ECHO, Gate, Results, answer, echo, output_of, task
 from durable.transports.redis import RedisTransport
+from durable.transports.redis_link import RedisLink, _Wire
 from durable.transports.redis_settings import check
 from tests.servers.redis import RedisServer
 from tests.servers.services import require
@@ -517,3 +518,24 @@ async def published(postgres_url: str, run_id: str, count: int) -> bool:
 async def waits(other: Redis) -> bool:
     streams = [key async for key in other.scan_iter("durable-lane-results-*")]
     return any([await other.xlen(stream) for stream in streams])
+
+
+async def test_a_link_cut_in_the_moment_it_was_opened_fails_its_first_question(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of a connection that broke between its opening and the question gets an error at once, never silence; the
+    next question opens another (B28)."""
+    link = RedisLink(redis_url, name="test")
+    ready = RedisLink._loaded
+
+    async def cut(self: RedisLink, wire: _Wire) -> None:
+        await ready(self, wire)
+        asyncio.get_running_loop().call_soon(wire.fail, ConnectionError("cut"))
+
+    monkeypatch.setattr(RedisLink, "_loaded", cut)
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(TransportError, match="lost"):
+            await link.one("PING")
+        monkeypatch.undo()
+        assert await link.one("PING") == b"PONG"
+    await link.close()
