@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from durable.core.journal import Entry
+from durable.store.admission import EventOutcome, EventQuery, EventRecord, LimitState, NewEvent
+from durable.store.items import Fire, FireOutcome, Item, ItemKey, ItemPage, ItemQuery, NewItem, PutOutcome
 from durable.store.records import (
     Beat,
     Claim,
@@ -31,6 +33,10 @@ from durable.store.records import (
     SendOutcome,
     StartOutcome,
 )
+
+
+AGEING_US = 60_000_000
+"""How long one step of priority is worth: a run waits at most so much longer for each step that others are above it."""
 
 
 class Capabilities(Struct, frozen=True):
@@ -92,7 +98,7 @@ class Store(Protocol):
         ...
 
     async def requeue(self, run_id: str, *, commit_id: str, entry: Entry, activity: str) -> RunRecord | None:
-        """Reopen a dead or failed run, or wake a blocked one: epoch + 1, `entry` at seq + 1 (its own seq is ignored),
+        """Reopen a dead or failed run, or wake a blocked or paused one: epoch + 1, `entry` at seq + 1 (its own seq is ignored),
         recovery_attempts 0, output and error cleared, due now, unowned. None: no such run, or not in such a state.
         The same commit_id again answers with the run as it is."""
         ...
@@ -113,7 +119,13 @@ class Store(Protocol):
         under such an owner. Writes `executing`, so that a crash from here on counts; `queued` for a run with recovery
         attempts, which waits for its turn alone; blocked runs stay blocked. Order: priority descending, then wake_at. An
         incarnation that is dead, expired or has never beaten claims nothing. Parked runs of a gone owner are merely freed,
-        under a new epoch."""
+        under a new epoch.
+
+        A run with a lane is taken only with all its slots, in this transaction, and if it is new, only as its throttles let
+        it; one that holds its slots still (its owner died) keeps them. Among due runs of a workflow's lanes the order is by
+        rank: wake_at of its first turn minus priority times AGEING_US, so that a higher priority goes first and nobody waits
+        for ever; within a lane those that have begun before go first; between lanes of equal priority the least served by
+        weight. A lane that is full is passed over, and holds up no other."""
         ...
 
     async def release(self, runs: Sequence[tuple[str, int]]) -> None:
@@ -157,6 +169,46 @@ class Store(Protocol):
         """Delete finished runs with everything that hangs on them: journal, inbox, keys. How many there were; fewer
         than `limit` means that no more may go now. A run stays while its parent or one of its children is active. Safe to
         call from many engines at once."""
+        ...
+
+    # -- events
+    async def publish(self, events: Sequence[NewEvent]) -> list[EventOutcome]:
+        """Accept events, each in full or not at all, with the runs they start: its own policies decide in the same
+        transaction. An id or dedupe_id that is there already changes nothing. In the order given. Raises PayloadTooLarge:
+        nothing of this call was stored."""
+        ...
+
+    async def events(self, query: EventQuery) -> list[EventRecord]:
+        """Accepted events."""
+        ...
+
+    async def settle_events(self, ids: Sequence[str]) -> None:
+        """The waiters of these events have been told."""
+        ...
+
+    async def limits(self, workspace: str, workflow: str | None = None) -> list[LimitState]:
+        """Every rule that has a run, or had one lately: how full it is."""
+        ...
+
+    # -- items
+    async def put_items(self, items: Sequence[NewItem]) -> list[PutOutcome]:
+        """Write items, each on its own. One transaction."""
+        ...
+
+    async def get_items(self, keys: Sequence[ItemKey]) -> list[Item | None]:
+        """In the order asked. None: there is none, or it has expired."""
+        ...
+
+    async def list_items(self, query: ItemQuery) -> ItemPage:
+        """One page of a kind."""
+        ...
+
+    async def delete_items(self, keys: Sequence[ItemKey]) -> int:
+        """How many there were."""
+        ...
+
+    async def fire(self, fires: Sequence[Fire]) -> list[FireOutcome]:
+        """Move schedules on, each on its own."""
         ...
 
     # -- hints

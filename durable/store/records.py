@@ -22,11 +22,34 @@ class Parent(Struct, frozen=True):
     ordinal: int
 
 
+class Rule(Struct, frozen=True):
+    """One limit that a run stands under. Runs with the same `key` share it, whatever engine they are on.
+
+    `slots`: at most `limit` runs hold one at any instant. `throttle`: at most `limit` runs begin within any `period_us`;
+    the others wait.
+    """
+
+    key: str
+    limit: int
+    kind: str = "slots"
+    period_us: int = 0
+
+
+class Lane(Struct, frozen=True):
+    """Where a run queues: runs of one workflow (and workspace) with the same `key` have the same rules. The newest run's
+    rules and weight count for all of its lane."""
+
+    key: str
+    rules: tuple[Rule, ...]
+    weight: float = 1.0
+    """Under saturation lanes of one workflow are served in proportion to their weights."""
+
+
 class NewRun(Struct, frozen=True, gc=False):
     """A run to be inserted. The id is the caller's, so a lost reply can be repeated.
 
     With `owner` the run is born claimed (epoch 1) with `entries` as its first journal rows; without, epoch 0, no
-    rows, due at `wake_at` (None: at once).
+    rows unless `entries` are given (a copied prefix: seq is then theirs), due at `wake_at` (None: at once).
     """
 
     id: str
@@ -42,8 +65,13 @@ class NewRun(Struct, frozen=True, gc=False):
     attributes: Mapping[str, str | int | float | bool] = {}
     parent: Parent | None = None
     owner: str | None = None
+    """Refused for a run with a lane: only a claim takes slots."""
     entries: tuple[Entry, ...] = ()
     wake_at: int | None = None
+    lane: Lane | None = None
+    """None: nothing limits it."""
+    meta: bytes | None = None
+    """JSON, an object: where the run comes from, for people (core/origin.py). No store looks into it."""
 
 
 class RunRecord(Struct, gc=False):
@@ -79,6 +107,10 @@ class RunRecord(Struct, gc=False):
     """When an engine first took it."""
     finished_at: int | None
     updated_at: int
+    lane: str | None = None
+    """The key of its lane. Such a run holds its slots from the claim to the commit that frees them (FreeSlots), suspends
+    or ends it; a release frees them too."""
+    meta: bytes | None = None
 
 
 class StartStatus(StrEnum):
@@ -107,6 +139,8 @@ class Message(Struct, frozen=True):
     child    outcome status    output or error; `key` and `ordinal` name the parent's command
     result   step status       output or error; `key`, `ordinal`, `attempt` name the command
     decision turn status       a hosted run's WorkflowDecision, or the error why there is none; `id` is the turn's task id
+    event    the event's       an EventFact; `id` is `event:<event id>`, so a run gets an event once
+    pause    ""                `{"by"}`
     report   step status       `{"lines", "result"}`: a result, and the payloads of the log lines that came with it
     line     ""                `{"mark", "line"}`: a log line told live; `key`, `ordinal`, `attempt` name the command
     """
@@ -161,12 +195,14 @@ class PutMessage(Struct, frozen=True):
 
 
 class OpenWaiter(Struct, frozen=True):
-    """Effect: this run waits for an event. `id` is the run's key of the wait."""
+    """Effect: this run waits for an event. `id` is the run's key of the wait; `match` and `probe` are core/match.py's."""
 
     id: str
     event: str
     match: bytes | None = None
     expires_at: int | None = None
+    probe: str = ""
+    """Only events that have this among their probes can match; empty: any may."""
 
 
 class CloseWaiter(Struct, frozen=True):
@@ -191,12 +227,29 @@ class AddFire(Struct, frozen=True):
 
 
 class FreeSlots(Struct, frozen=True):
-    """Effect: free the flow-control slots this run holds (all, or those of the given keys)."""
+    """Effect: free the flow-control slots this run holds (all, or those of the given keys). A run that suspends without
+    it keeps its slots."""
 
     keys: tuple[str, ...] | None = None
 
 
-Effect = StartRun | PutMessage | OpenWaiter | CloseWaiter | SetAttributes | AddFire | FreeSlots
+class PutItem(Struct, frozen=True):
+    """Effect: keep an item in this run's workspace, whatever version is there (store/items.py)."""
+
+    kind: str
+    id: str
+    data: bytes
+    expires_at: int | None = None
+
+
+class DropItem(Struct, frozen=True):
+    """Effect: this run's workspace has no such item any more."""
+
+    kind: str
+    id: str
+
+
+Effect = StartRun | PutMessage | OpenWaiter | CloseWaiter | SetAttributes | AddFire | FreeSlots | PutItem | DropItem
 
 
 class Commit(Struct, gc=False):
@@ -318,6 +371,18 @@ class RunQuery(Struct, frozen=True):
     tag: str | None = None
     idempotency_key: str | None = None
     parent: str | None = None
+    attributes: Mapping[str, str | int | float | bool] = {}
+    """Search attributes that must all be so, type and value."""
+    workflows: tuple[str, ...] | None = None
+    """Any of these."""
+    statuses: tuple[Status, ...] | None = None
+    since: int | None = None
+    """Created at or after, µs."""
+    until: int | None = None
+    """Created before, µs."""
+    text: str | None = None
+    """The run's id, workflow's name or idempotency key contains it, literally; small and capital letters alike."""
+    oldest_first: bool = False
     cursor: str | None = None
     limit: int = 50
 
