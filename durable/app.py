@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import datetime
 from typing import Any, TypeVar, overload
 
 import msgspec
 
 from durable.control_plane.interface import ControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
+from durable.core.cron import once
 from durable.core.ctx import Context, PlainWorkflowClass, WorkflowClass
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, durable_step, workflow, workflow_name
@@ -28,6 +30,7 @@ from durable.engine.dead_letter import listen
 from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.handle import RunHandle
+from durable.engine.schedules import Schedules
 from durable.engine.start import StartRequest
 from durable.opening import Transports, default_control_plane, open_pool, open_store
 from durable.store.interface import Store
@@ -375,6 +378,29 @@ class Durable:
         """Start a run and wait for what it returns."""
         handle = await self.start(workflow, input, **options)
         return await handle.result(timeout)
+
+    async def schedule(
+        self,
+        workflow: Any,
+        input: Any = None,
+        *,
+        at: datetime | None = None,
+        delay: Duration | None = None,
+        **options: Any,
+    ) -> RunHandle[Any]:
+        """Start a run once, at a moment or after a delay; it is durable when this returns. Options as for `start`. For what
+        comes again, `schedules.ensure`. Raises DefinitionError."""
+        if (at is None) == (delay is None):
+            raise DefinitionError("Give `schedule` a moment, at=…, or a delay=…; not both.")
+        if at is not None:
+            moment = once(at).at
+            return await self.engine.start_run(workflow, input, at=moment, **options)
+        return await self.start(workflow, input, delay=delay, **options)
+
+    @property
+    def schedules(self) -> Schedules:
+        """Runs that start by the clock: `ensure`, `pause`, `resume`, `get`, `list`, `update`, `remove`, `trigger`."""
+        return self.engine.schedules
 
     def run(self, run_id: str) -> RunHandle[Any]:
         """A handle to a run by id."""

@@ -21,6 +21,7 @@ DurableError
 ├── StepCancelled              step_cancelled: what `raise_if_cancelled` raises; in `error.code` also of a body that
 │                              cancelled itself, or that its worker has cancelled
 ├── WaitTimeout                wait_timeout: also a TimeoutError
+├── ScheduleNotFound           schedule_not_found
 ├── IdempotencyConflict        idempotency_conflict: same key, other input
 ├── NonRetryable               non_retryable: raise it in a step to end retries at once
 ├── RetryAfter                 retry_after: raise it in a step to say when to come back
@@ -104,6 +105,10 @@ class UnknownVersion(NotRegistered):
 
 class UnknownStep(NotRegistered):
     code = "unknown_step"
+
+
+class ScheduleNotFound(DurableError):
+    code = "schedule_not_found"
 
 
 class PayloadError(DurableError):

@@ -31,6 +31,7 @@ from durable.engine.results import Results
 from durable.engine.resume import Resume
 from durable.engine.retention import Pruner
 from durable.engine.scheduler import Scheduler
+from durable.engine.schedules import Schedules
 from durable.engine.signals import Mail
 from durable.engine.start import Starter, StartRequest
 from durable.engine.timeline import Timeline
@@ -67,6 +68,8 @@ class WorkflowEngine:
         self._scheduler = Scheduler(self._executor, self._recovery, self._resume)
         self._starter = Starter(self._executor, self._scheduler, self.definition)
         self._mail = Mail(deps, self._nudge)
+        self.schedules = Schedules(self._executor, self._starter, self._scheduler, self.cancel)
+        """Runs that start by the clock."""
         self._results = Results(self._executor, self._mail)
         self._hearing = Hearing(self._executor, self._mail)
         self._timeline = Timeline(deps, self._home)
@@ -142,6 +145,7 @@ class WorkflowEngine:
         if deps.settings.execute:
             self._scheduler.start()
             self._pruner.start()
+            self.schedules.start()
         collector.relax()
         self._running = True
 
@@ -173,6 +177,7 @@ class WorkflowEngine:
         executor = self._executor
         deadline = self._local.monotonic() + timeout
         await self._pruner.stop()
+        await self.schedules.stop()
         await self._starter.close()
         if self.deps.settings.execute:
             await self._scheduler.stop()

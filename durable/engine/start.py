@@ -139,7 +139,11 @@ class Starter:
         self.open, self._closed = False, True
         await self._group.close()
 
-    def _new(self, request: StartRequest) -> tuple[NewRun, WorkflowDefinition]:
+    def prepare(self, request: StartRequest) -> NewRun:
+        """The run as it would be inserted, nobody's yet. Raises NotRegistered, PayloadError."""
+        return self._new(request, hot=False)[0]
+
+    def _new(self, request: StartRequest, hot: bool = True) -> tuple[NewRun, WorkflowDefinition]:
         if not self.open:
             raise EngineStopped("This engine is stopping or has not been started; start runs on another.")
         definition = self._resolve(request.workflow, request.version, request.workspace)
@@ -154,7 +158,8 @@ class Starter:
         executor = self._executor
         now = executor.clock.now()
         hot = (
-            self.hot
+            hot
+            and self.hot
             and request.at is None
             and request.lane is None
             and self._executor.deps.catalog.ready(workspace, definition)
