@@ -1,0 +1,284 @@
+"""Runs that start by the clock: what comes due, over engines, crashes, gaps and unfinished runs before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from durable import Durable, workflow
+from durable.core.clock import SECOND
+from durable.core.cron import Recurrence, cron
+from durable.core.ctx import Context
+from durable.core.errors import DefinitionError, PayloadError, ScheduleNotFound, UnknownWorkflow
+from durable.core.origin import origin_of
+from durable.engine.schedules import Schedule, plan
+from durable.protocol.states import Status
+from durable.store.items import ItemQuery
+from durable.store.memory import MemoryStore
+from durable.store.records import RunQuery
+
+SECONDLY = "* * * * * *"
+HOUR = 3_600 * SECOND
+
+
+@workflow
+async def tick(ctx: Context, n: int = 0) -> int:
+    return n
+
+
+@workflow
+async def long(ctx: Context) -> None:
+    await ctx.wait_for_signal("go on")
+
+
+@asynccontextmanager
+async def apps(store: MemoryStore, count: int = 1, *workflows: Any, **settings: Any) -> AsyncIterator[list[Durable]]:
+    made = [Durable(store, workflows=workflows or [tick, long], poll_every=0.05, **settings) for _ in range(count)]
+    for app in made:
+        await app.open()
+    try:
+        yield made
+    finally:
+        for app in made:
+            await app.close(0.1)
+
+
+async def runs(app: Durable, workflow: str = "tick") -> list[Any]:
+    return (await app.find(RunQuery(workflow=workflow, limit=200))).runs
+
+
+def at(text: str) -> int:
+    return int(datetime.fromisoformat(text).timestamp()) * SECOND
+
+
+# -- what counts, as a function
+
+
+def schedule(**changes: Any) -> Schedule:
+    return Schedule(
+        **{"id": "s", "workflow": "tick", "when": cron("0 * * * *"), "next_at": at("2026-01-01T01:00:00Z")} | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "now", "moments", "skipped"),
+    [
+        ("last", "2026-01-01T00:30:00Z", [], 0),
+        ("last", "2026-01-01T01:00:00Z", ["2026-01-01T01:00:00Z"], 0),
+        ("skip", "2026-01-01T01:00:20Z", ["2026-01-01T01:00:00Z"], 0),
+        ("skip", "2026-01-01T04:10:00Z", [], 4),
+        ("skip", "2026-01-01T04:00:05Z", ["2026-01-01T04:00:00Z"], 3),
+        ("last", "2026-01-01T04:10:00Z", ["2026-01-01T04:00:00Z"], 3),
+        ("all", "2026-01-01T03:10:00Z", ["2026-01-01T01:00:00Z", "2026-01-01T02:00:00Z", "2026-01-01T03:00:00Z"], 0),
+    ],
+)
+def test_B31_what_was_missed_follows_the_policy(policy: str, now: str, moments: list[str], skipped: int) -> None:
+    """After a gap exactly what the catch-up policy says is started, and the rest is counted as skipped (B31, S22)."""
+    planned = plan(schedule(catchup=policy), at(now))
+    assert planned.moments == [at(moment) for moment in moments]
+    assert planned.skipped == skipped
+    assert planned.next_at is not None
+    assert planned.next_at > at(now)
+
+
+def test_all_is_bounded() -> None:
+    """`all` makes up the latest ones, as many as it may, and counts the others."""
+    planned = plan(schedule(catchup="all", catchup_max=3), at("2026-01-02T00:30:00Z"))
+    assert [moment // HOUR % 24 for moment in planned.moments] == [22, 23, 0]
+    assert planned.skipped == 21
+
+
+def test_a_year_of_missed_seconds_takes_no_time() -> None:
+    """A schedule by the second that nobody looked at for a year is planned without walking through the year."""
+    missed = schedule(when=cron(SECONDLY), catchup="last", next_at=at("2025-01-01T00:00:00Z"))
+    planned = plan(missed, at("2026-01-01T00:00:00Z"))
+    assert planned.moments == [at("2026-01-01T00:00:00Z")]
+    assert planned.skipped > 1_000
+
+
+def test_a_recurrence_that_ends_has_no_next() -> None:
+    """A single moment comes due once and leaves nothing behind."""
+    planned = plan(schedule(when=Recurrence(at=at("2026-01-01T01:00:00Z"))), at("2026-01-01T05:00:00Z"))
+    assert planned.moments == [at("2026-01-01T01:00:00Z")]
+    assert planned.next_at is None
+
+
+# -- on engines
+
+
+async def test_S22_an_occurrence_starts_one_run_over_many_engines() -> None:
+    """Four engines look at one schedule, and no occurrence starts two runs (S22, B30)."""
+    store = MemoryStore()
+    async with apps(store, 4) as made:
+        await made[0].schedules.ensure("beat", "tick", 7, cron=SECONDLY)
+
+        async def three() -> bool:
+            return len(await runs(made[1])) >= 3
+
+        for _ in range(400):
+            if await three():
+                break
+            await asyncio.sleep(0.02)
+        found = await runs(made[1])
+        assert len(found) >= 3
+        occurrences = [origin_of(run.meta).occurrence for run in found]
+        assert len(set(occurrences)) == len(occurrences)
+        assert all(occurrence is not None and occurrence % SECOND == 0 for occurrence in occurrences)
+        assert {origin_of(run.meta).schedule_id for run in found} == {"beat"}
+        assert {await made[0].run(run.id).result(10) for run in found} == {7}
+
+
+async def test_ensure_is_idempotent() -> None:
+    """The same schedule again changes nothing; another one in its place takes its next occurrence from now on."""
+    store = MemoryStore()
+    async with apps(store) as (app,):
+        first = await app.schedules.ensure("nightly", "tick", 1, cron="0 3 * * *", timezone="Europe/Berlin")
+        again = await app.schedules.ensure("nightly", tick, 1, cron="0 3 * * *", timezone="Europe/Berlin")
+        assert again == first
+        changed = await app.schedules.ensure("nightly", "tick", 1, cron="0 4 * * *", timezone="Europe/Berlin")
+        assert changed.next_at != first.next_at
+        assert [one.id for one in await app.schedules.list()] == ["nightly"]
+        hourly = await app.schedules.ensure("hourly", "tick", every="1h")
+        assert await app.schedules.ensure("hourly", "tick", every="1h") == hourly
+
+
+async def test_pause_resume_update_remove_and_trigger() -> None:
+    """A paused schedule has no next occurrence and a resumed one has; it can be changed, triggered by hand and removed."""
+    async with apps(MemoryStore()) as (app,):
+        made = app.schedules
+        begun = await made.ensure("s", "tick", 3, cron="0 0 1 1 *")
+        assert (await made.pause("s")).next_at is None
+        assert (await made.pause("s")).paused
+        assert (await made.resume("s")).next_at == begun.next_at
+        assert (await made.update("s", cron="0 0 2 1 *")).next_at == (begun.next_at or 0) + 24 * HOUR
+        assert (await made.update("s", input=4)).when == cron("0 0 2 1 *")
+        run = await made.trigger("s")
+        assert await app.run(run).result(10) == 4
+        assert origin_of((await app.get(run)).meta).trigger_kind == "manual"
+        await made.remove("s")
+        for ask in (made.get, made.pause, made.resume, made.remove, made.trigger):
+            with pytest.raises(ScheduleNotFound):
+                await ask("s")  # type: ignore[operator]
+
+
+async def test_what_makes_no_sense_is_refused() -> None:
+    """A schedule that could never start a run is refused when it is made, and nothing is stored."""
+    async with apps(MemoryStore()) as (app,):
+        made = app.schedules
+        with pytest.raises(DefinitionError, match="one of"):
+            await made.ensure("s", "tick")
+        with pytest.raises(DefinitionError, match="one of"):
+            await made.ensure("s", "tick", cron="0 0 * * *", every="1h")
+        with pytest.raises(DefinitionError, match="never comes true"):
+            await made.ensure("s", "tick", cron="0 0 30 2 *")
+        with pytest.raises(UnknownWorkflow):
+            await made.ensure("s", "tack", every="1h")
+        with pytest.raises(PayloadError):
+            await made.ensure("s", "tick", "no number", every="1h")
+        with pytest.raises(DefinitionError, match="catchup is one of"):
+            await made.ensure("s", "tick", every="1h", catchup="some")
+        with pytest.raises(DefinitionError, match="overlap is one of"):
+            await made.ensure("s", "tick", every="1h", overlap="maybe")
+        with pytest.raises(DefinitionError):
+            await made.ensure("s\x00", "tick", every="1h")
+        assert await made.list() == []
+
+
+async def test_overlap_skip_starts_none_while_one_is_unfinished() -> None:
+    """With `skip` there is one run until it ends, and what came due meanwhile is counted."""
+    async with apps(MemoryStore()) as (app,):
+        await app.schedules.ensure("s", "long", cron=SECONDLY, overlap="skip")
+        await seen(lambda: runs(app, "long"), lambda found: len(found) == 1)
+        await seen(lambda: app.schedules.get("s"), lambda one: one.skipped >= 1)
+        assert len(await runs(app, "long")) == 1
+
+
+async def test_overlap_cancel_asks_the_one_before_to_stop() -> None:
+    """With `cancel` the run before ends as cancelled when the next starts."""
+    async with apps(MemoryStore()) as (app,):
+        await app.schedules.ensure("s", "long", cron=SECONDLY, overlap="cancel")
+        await seen(lambda: runs(app, "long"), lambda found: any(run.status is Status.CANCELLED for run in found))
+        await app.schedules.pause("s")
+
+
+async def test_overlap_queue_runs_one_at_a_time() -> None:
+    """With `queue` every occurrence has its run, and only one of them begins before the one before has ended."""
+    async with apps(MemoryStore()) as (app,):
+        await app.schedules.ensure("s", "long", cron=SECONDLY, overlap="queue")
+        found = await seen(lambda: runs(app, "long"), lambda found: len(found) >= 2)
+        await app.schedules.pause("s")
+        # Waiting for a signal frees the slot, so they follow each other; none is lost.
+        for run in found:
+            await app.run(run.id).signal("go on")
+            await app.run(run.id).result(10)
+
+
+async def test_a_schedule_of_a_workflow_nobody_has_waits() -> None:
+    """An engine without the workflow leaves the schedule alone; one that has it fires it."""
+    store = MemoryStore()
+    async with apps(store) as (app,):
+        await app.schedules.ensure("s", "tick", at=datetime.now(UTC) + timedelta(seconds=0.2))
+    async with apps(store, 1, long) as (other,):
+        await asyncio.sleep(0.5)
+        assert await runs(other) == []
+        async with apps(store) as (app,):
+            await seen(lambda: runs(app), lambda found: len(found) == 1)
+            assert (await app.schedules.get("s")).next_at is None
+
+
+async def test_workspaces_have_their_own() -> None:
+    """The same schedule id in two workspaces is two schedules, and neither sees the other's."""
+    async with apps(MemoryStore()) as (app,):
+        from durable.core.registry import Registry
+
+        app.engine.deps.catalog.put("shop.dev", Registry([tick]))
+        await app.schedules.ensure("s", "tick", 1, every="1h")
+        await app.schedules.ensure("s", "tick", 2, every="1h", workspace="shop.dev")
+        run = await app.schedules.trigger("s", workspace="shop.dev")
+        assert await app.engine.result(run, 10, workspace="shop.dev") == 2
+        await app.schedules.remove("s")
+        assert [one.id for one in await app.schedules.list(workspace="shop.dev")] == ["s"]
+
+
+async def test_a_moment_or_a_delay_starts_one_run() -> None:
+    """`schedule` starts a run once, at a moment or after a delay, and answers with its handle."""
+    async with apps(MemoryStore()) as (app,):
+        late = await app.schedule(tick, 1, at=datetime.now(UTC) + timedelta(hours=1))
+        soon = await app.schedule(tick, 2, delay=0.05)
+        assert (await late.get()).activity == "scheduled"
+        assert await soon.result(10) == 2
+        with pytest.raises(DefinitionError, match="not both"):
+            await app.schedule(tick, 2)
+
+
+async def seen(look: Any, fact: Any) -> Any:
+    """What `look` gives once `fact` holds of it."""
+    last: list[Any] = [None]
+
+    async def watch() -> None:
+        while True:
+            last[0] = await look()
+            if fact(last[0]):
+                return
+            await asyncio.sleep(0.02)
+
+    await asyncio.wait_for(watch(), 15)
+    return last[0]
+
+
+async def test_a_schedule_that_cannot_be_read_harms_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """Garbage in one schedule's item is logged, and the others fire."""
+    from durable.store.items import NewItem
+
+    store = MemoryStore()
+    async with apps(store) as (app,):
+        await store.put_items([NewItem("default", "schedule", "a", b"garbage", due_at=1)])
+        await app.schedules.ensure("b", "tick", at=datetime.now(UTC) + timedelta(seconds=0.1))
+        await seen(lambda: runs(app), lambda found: len(found) == 1)
+        assert "cannot be read" in caplog.text
+        assert (await store.list_items(ItemQuery("schedule", due=True))).items
