@@ -295,7 +295,7 @@ class LaneTests(Tests):
         assert await ids_and_next(store, 1) == (["r0"], now + 10 * SECOND)
         await begin(store, new("soon", wake_at=now + SECOND))
         assert await ids_and_next(store) == ([], now + SECOND)
-        rules = (Rule("slot", 1), Rule("t", 1, "throttle", SECOND))
+        rules = (Rule("slot", 1), Rule("pace", 1, "throttle", SECOND))
         await begin(store, *(new(f"b{n}", workflow="both", lane=Lane("k", rules)) for n in range(2)))
         answer = await store.claim(ClaimRequest("a", (Route("both", "1"),), 9))
         assert ([one.run.id for one in answer.runs], answer.next_due_at) == (["b0"], None)
