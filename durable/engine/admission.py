@@ -4,7 +4,7 @@ event's own transaction. Keys are whole: workspace, workflow and version, rule, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -47,6 +47,7 @@ def trigger_of(
     run_id: str,
     workspace: str,
     origin: Origin,
+    tags: Sequence[str] = (),
 ) -> admission.Trigger:
     """What the store is asked for this workflow. `data` is the event's, as bytes; `at` in µs."""
     flow, base = definition.flow, _base(definition, workspace)
@@ -59,7 +60,7 @@ def trigger_of(
         input_hash=fingerprint(stored),
         workspace=workspace,
         priority=priority_of(flow, definition.priority, event),
-        tags=definition.tags,
+        tags=tuple(dict.fromkeys((*definition.tags, *tags))),
         lane=lane_of(definition, event, workspace),
         meta=meta_of(origin),
     )

@@ -134,7 +134,8 @@ class EventOutcome(Struct, frozen=True):
     event: EventRecord
     duplicate: bool
     waiters: tuple[Waiter, ...] = ()
-    """None of a duplicate. An event without waiters is stored as settled."""
+    """Of a duplicate only while it is not settled: whoever told of it may have died over it. An event without waiters is
+    stored as settled."""
 
 
 class EventQuery(Struct, frozen=True):
