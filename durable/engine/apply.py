@@ -169,7 +169,7 @@ def _record(executor: Executor, run: Resident, command: Record) -> None:
 
 def _start_child(executor: Executor, run: Resident, command: StartChild) -> None:
     try:
-        version = command.version or executor.deps.registry.latest(command.workflow).version
+        version = command.version or executor.deps.catalog.of(run.workspace).latest(command.workflow).version
     except NotRegistered as error:
         data = ErrorData(message=str(error), code=error.code, retryable=False)
         executor.arrive(
@@ -195,7 +195,7 @@ def _start_child(executor: Executor, run: Resident, command: StartChild) -> None
 
 def _lane(executor: Executor, run: Resident, command: StartChild, version: str) -> Lane | None:
     try:
-        definition = executor.deps.registry.workflow(command.workflow, version)
+        definition = executor.deps.catalog.of(run.workspace).workflow(command.workflow, version)
     except NotRegistered:
         return None  # another engine's to run, and nothing is known of its limits
     return admission.lane_of_input(definition, command.input, run.workspace)

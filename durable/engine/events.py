@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
 
 from durable.core.commands import SendEvent, WaitEvent
-from durable.core.definition import WorkflowDefinition
 from durable.core.errors import DurableError, EngineStopped, StoreError
 from durable.core.event import Fact, check_event_name, fact_of
 from durable.core.journal import EMIT
@@ -105,20 +104,16 @@ def _flags(one: Admission, duplicate: bool) -> dict[str, Any]:
 class Events:
     """Events of one engine."""
 
-    def __init__(
-        self, executor: Executor, mail: Mail, triggered: Callable[[str, str], Iterable[WorkflowDefinition]]
-    ) -> None:
-        """`triggered(workspace, event name)`: the workflows that have a trigger of that name."""
+    def __init__(self, executor: Executor, mail: Mail) -> None:
         self._executor = executor
         self._mail = mail
-        self._triggered = triggered
         deps = executor.deps
-        self._ids, self._store = deps.ids, deps.store
+        self._catalog, self._ids, self._store = deps.catalog, deps.ids, deps.store
         self._limit = deps.store.capabilities.max_payload - MARGIN
         most = deps.store.capabilities.max_batch
         # One call at a time: events of one publisher are accepted in its order.
         self._group: Group[NewEvent, EventOutcome] = Group(
-            "events", deps.store.publish, max_items=most, size=lambda event: len(event.data) * (1 + len(event.triggers))
+            "events", self._publish, max_items=most, size=lambda event: len(event.data) * (1 + len(event.triggers))
         )
         self._settling: Group[str, None] = Group("settled events", self._settle, max_items=most)
         self._looking: set[Resident] = set()
@@ -179,7 +174,7 @@ class Events:
                 origin=origin,
                 tags=one.tags,
             )
-            for definition in wanted(self._triggered(workspace, one.name), plain)
+            for definition in wanted(self._catalog.of(workspace).triggered(one.name), plain)
         ]
         said = {"app": one.app, "runner": one.runner, "session": one.session, "tags": list(one.tags), "runId": run_id}
         meta = {name: value for name, value in said.items() if value}
@@ -240,6 +235,9 @@ class Events:
         sent = await asyncio.gather(*(self._mail.send(_message(record, run_id, payload)) for run_id in sorted(runs)))
         self._settling.submit(record.id, lambda _: None)
         return sum(status in (SendStatus.ACCEPTED, SendStatus.DUPLICATE) for status in sent)
+
+    async def _publish(self, events: Sequence[NewEvent]) -> list[EventOutcome]:
+        return await self._store.publish(events)
 
     async def _settle(self, ids: Sequence[str]) -> list[None]:
         await self._store.settle_events(ids)

@@ -31,7 +31,7 @@ from durable.engine.residents import Resident
 from durable.engine.scheduler import Scheduler
 from durable.protocol.messages import StartRunRequest
 from durable.protocol.states import Activity
-from durable.store.records import Journal, NewRun, StartOutcome, StartStatus
+from durable.store.records import Journal, Lane, NewRun, StartOutcome, StartStatus
 
 RUN_ID_MAX = 200
 """Characters of a run id that another system has given."""
@@ -52,6 +52,12 @@ class StartRequest(Struct, kw_only=True):
     priority: int | None = None
     tags: Sequence[str] = ()
     attributes: Mapping[str, str | int | float | bool] = {}
+    workspace: str | None = None
+    """Default: the engine's own."""
+    meta: bytes | None = None
+    """Where it comes from (core/origin.py)."""
+    lane: Lane | None = None
+    """What limits it; such a run is never born claimed. Default: what its workflow says, of its input."""
     run_id: str | None = None
     """Where another system has named the run; a run of this id that is there already is the one. Default: a fresh id."""
 
@@ -138,8 +144,10 @@ class Starter:
     def _new(self, request: StartRequest) -> tuple[NewRun, WorkflowDefinition]:
         if not self.open:
             raise EngineStopped("This engine is stopping or has not been started; start runs on another.")
-        definition = self._resolve(request.workflow, request.version)
-        given = request.input if request.input is not None else self._executor.deps.registry.default_input(definition)
+        definition = self._resolve(request.workflow, request.version, request.workspace)
+        workspace = request.workspace or self._executor.settings.workspace
+        registry = self._executor.deps.catalog.of(workspace)
+        given = request.input if request.input is not None else registry.default_input(definition)
         if isinstance(given, Raw):
             data = definition.kept(bytes(given))
             definition.check_input(data)
@@ -147,11 +155,12 @@ class Starter:
             data = definition.encode_input(given)
         executor = self._executor
         now = executor.clock.now()
-        lane = lane_of_input(definition, data, executor.settings.workspace)
+        lane = request.lane or lane_of_input(definition, data, workspace)
         hot = (
             self.hot
             and lane is None  # only a claim takes slots
             and request.at is None
+            and self._executor.deps.catalog.ready(workspace, definition)
             and request.run_id is None  # it may be there, and somebody's
             and executor.lease.safe()
             and executor.running + len(self._scheduler.starting) < executor.settings.max_running
@@ -164,7 +173,7 @@ class Starter:
             workflow=definition.name,
             version=definition.version,
             input=data,
-            workspace=executor.settings.workspace,
+            workspace=workspace,
             input_hash=fingerprint(data),
             idempotency_key=request.key,
             priority=_priority(definition, data) if request.priority is None else request.priority,
@@ -174,6 +183,7 @@ class Starter:
             entries=(Entry(1, now, RUN, "started", name=definition.name, payload=STARTED),) if hot else (),
             wake_at=request.at,
             lane=lane,
+            meta=request.meta,
         )
         return new, definition
 
