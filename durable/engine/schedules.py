@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -19,9 +20,10 @@ from msgspec import Raw, Struct
 from durable.core import cron as recurrence
 from durable.core.clock import SECOND
 from durable.core.cron import Recurrence
-from durable.core.definition import check_name
+from durable.core.definition import WorkflowDefinition
 from durable.core.durations import Duration
 from durable.core.errors import DefinitionError, DurableError, NotRegistered, RunError, ScheduleNotFound, StoreError
+from durable.core.names import check_name
 from durable.core.origin import Origin, meta_of
 from durable.engine.executor import Executor
 from durable.engine.scheduler import Scheduler
@@ -33,11 +35,13 @@ from durable.store.records import Lane, Rule
 log = logging.getLogger("durable.schedules")
 
 KIND = "schedule"
-CATCHUP = ("last", "skip", "all")
+CRON = "$cron"
+"""The event that a workflow with a cron trigger gets; its schedules' ids begin so."""
+CATCH_UP = ("last", "skip", "all")
 OVERLAP = ("allow", "skip", "cancel", "queue")
 ON_TIME = 30 * SECOND
 """An occurrence that is found this late is not a missed one."""
-MAX_CATCHUP = 1_000
+MAX_CATCH_UP = 1_000
 LOOKED_AT = 10_000
 """Missed moments that are counted; beyond them "more than"."""
 PAGE = 500
@@ -52,14 +56,16 @@ class Schedule(Struct, frozen=True, omit_defaults=True):
     input: Raw = Raw(b"null")
     version: str | None = None
     """None: the latest there is at each occurrence."""
-    catchup: str = "last"
+    catch_up: str = "last"
     """What becomes of occurrences nobody was there for: `skip` none is made up, `last` the last one is, `all` are, up to
-    `catchup_max`, the latest ones."""
-    catchup_max: int = 100
+    `catch_up_max`, the latest ones."""
+    catch_up_max: int = 100
     overlap: str = "allow"
     """If the run before is unfinished: `allow` both, `skip` this one, `cancel` the one before, `queue` behind it."""
     priority: int | None = None
     tags: tuple[str, ...] = ()
+    triggers: bool = False
+    """It stands for a workflow's own cron trigger: each run gets the event `$cron`."""
     paused: bool = False
     next_at: int | None = None
     """None: paused, or never again."""
@@ -92,9 +98,9 @@ def plan(schedule: Schedule, now: int) -> Plan:
         passed.append(moment)
     if not passed:  # the recurrence has changed meanwhile, or its zone has
         passed = [first]
-    if schedule.catchup == "all":
-        chosen = passed[: schedule.catchup_max]
-    elif schedule.catchup == "last" or now - passed[0] <= ON_TIME:
+    if schedule.catch_up == "all":
+        chosen = passed[: schedule.catch_up_max]
+    elif schedule.catch_up == "last" or now - passed[0] <= ON_TIME:
         chosen = passed[:1]
     else:
         chosen = []
@@ -120,6 +126,11 @@ class Schedules:
         self._wake = asyncio.Event()
         self._next_due: int | None = None
         self._task: asyncio.Task[None] | None = None
+        self._follow = True
+        """Cron triggers of workflows may have changed."""
+        self._seen: dict[str, dict[str, Schedule]] = {}
+        """What they were by workspace, when their schedules were last seen to."""
+        executor.deps.catalog.on_change.append(self._changed)
         self._strange: set[tuple[str, str]] = set()
         """Schedules of workflows nobody here knows: said once."""
 
@@ -147,8 +158,8 @@ class Schedules:
         at: Any = None,
         timezone: str = "UTC",
         version: str | None = None,
-        catchup: str = "last",
-        catchup_max: int = 100,
+        catch_up: str = "last",
+        catch_up_max: int = 100,
         overlap: str = "allow",
         priority: int | None = None,
         tags: Sequence[str] = (),
@@ -166,14 +177,16 @@ class Schedules:
             when=_when(cron, every, at, timezone, self._executor.clock.now()),
             input=Raw(prepared.input),
             version=version,
-            catchup=_one_of(catchup, CATCHUP, "catchup"),
-            catchup_max=_count(catchup_max),
+            catch_up=_one_of(catch_up, CATCH_UP, "catch_up"),
+            catch_up_max=_count(catch_up_max),
             overlap=_one_of(overlap, OVERLAP, "overlap"),
             priority=priority,
             tags=tuple(tags),
             paused=paused,
         )
-        key = ItemKey(prepared.workspace, KIND, id)
+        return await self._see_to(ItemKey(prepared.workspace, KIND, id), meant)
+
+    async def _see_to(self, key: ItemKey, meant: Schedule) -> Schedule:
         while True:
             item = (await self._store.get_items([key]))[0]
             if item is not None and _declared(read(item)) == _declared(meant):
@@ -193,14 +206,14 @@ class Schedules:
         while True:
             query = ItemQuery(KIND, self._meant(workspace), after=after, limit=PAGE)
             items = (await self._store.list_items(query)).items
-            found += [read(item) for item in items]
+            found += [schedule for item in items if (schedule := _readable(item)) is not None]
             if len(items) < PAGE:
                 return found
             after = ItemKey(items[-1].workspace, KIND, items[-1].id)
 
     async def update(self, id: str, *, workspace: str | None = None, **changes: Any) -> Schedule:
         """Change some of what `ensure` takes, but for the workflow. Raises ScheduleNotFound, DefinitionError."""
-        known = {"input", "cron", "every", "at", "timezone", "version", "catchup", "catchup_max", "overlap"}
+        known = {"input", "cron", "every", "at", "timezone", "version", "catch_up", "catch_up_max", "overlap"}
         known |= {"priority", "tags", "paused"}
         if unknown := sorted(changes.keys() - known):
             raise DefinitionError(f"A schedule has no {unknown[0]!r}. It has {', '.join(sorted(known))}.")
@@ -211,8 +224,8 @@ class Schedules:
             "at": old.when.at,
             "timezone": old.when.timezone,
             "version": old.version,
-            "catchup": old.catchup,
-            "catchup_max": old.catchup_max,
+            "catch_up": old.catch_up,
+            "catch_up_max": old.catch_up_max,
             "overlap": old.overlap,
             "priority": old.priority,
             "tags": old.tags,
@@ -246,6 +259,33 @@ class Schedules:
         request.key = key
         run_id, _ = await self._starter.start(request)
         return run_id
+
+    # ------------------------------------------------------------------ cron triggers of workflows
+
+    def _changed(self) -> None:
+        self._follow = True
+        self._wake.set()
+
+    async def _follow_triggers(self) -> None:
+        """See that the cron triggers of the latest versions have their schedules, and that those of others are gone."""
+        self._follow = False
+        catalog = self._executor.deps.catalog
+        try:
+            for workspace in catalog.workspaces():
+                registry = catalog.of(workspace)
+                names = sorted({definition.name for definition in registry.workflows()})
+                wanted = {one.id: one for name in names for one in _of_triggers(registry.latest(name))}
+                if self._seen.get(workspace) == wanted:
+                    continue
+                for old in await self.list(workspace=workspace):
+                    if old.triggers and old.workflow in names and old.id not in wanted:
+                        await self._store.delete_items([self._key(old.id, workspace)])
+                for one in wanted.values():
+                    await self._see_to(ItemKey(workspace, KIND, one.id), one)
+                self._seen[workspace] = wanted
+        except BaseException:
+            self._follow = True
+            raise
 
     # ------------------------------------------------------------------ inside
 
@@ -291,6 +331,8 @@ class Schedules:
         while self._task is not None:
             self._wake.clear()
             try:
+                if self._follow:
+                    await self._follow_triggers()
                 while await self._look():
                     pass
             except StoreError as error:
@@ -332,10 +374,8 @@ class Schedules:
 
     async def _fire(self, item: Item, now: int) -> tuple[Fire | None, str | None]:
         """The schedule moved on, and the run before, if that is to be cancelled."""
-        try:
-            schedule = read(item)
-        except msgspec.DecodeError as error:
-            log.error("schedule %s of %s cannot be read: %s", item.id, item.workspace, error)
+        schedule = _readable(item)
+        if schedule is None:
             return None, None
         try:
             self._executor.deps.catalog.of(item.workspace).latest(schedule.workflow)
@@ -390,9 +430,15 @@ class Schedules:
         if schedule.overlap == "queue":
             key = f"schedule:{schedule.id}"
             lane = Lane(key, (Rule(key, 1),))
+        given = schedule.input
+        if schedule.triggers:
+            at = self._executor.clock.now() if moment is None else moment
+            data = _encode({"schedule": schedule.id, "at": datetime.fromtimestamp(at / SECOND, UTC).isoformat()})
+            definition = self._executor.deps.catalog.of(workspace).latest(schedule.workflow)
+            given = Raw(definition.input_from(f"{schedule.id}@{at // 1_000}", CRON, at, data))
         return StartRequest(
             workflow=schedule.workflow,
-            input=schedule.input,
+            input=given,
             version=schedule.version,
             priority=schedule.priority,
             tags=schedule.tags,
@@ -407,8 +453,31 @@ def read(item: Item) -> Schedule:
     return _decode(item.data)
 
 
+def _readable(item: Item) -> Schedule | None:
+    try:
+        return read(item)
+    except msgspec.DecodeError as error:
+        log.error("schedule %s of %s cannot be read: %s", item.id, item.workspace, error)
+        return None
+
+
 _decode = msgspec.json.Decoder(Schedule).decode
 _encode = msgspec.json.Encoder().encode
+
+
+def _of_triggers(definition: WorkflowDefinition) -> list[Schedule]:
+    """The schedules that a workflow's cron triggers ask for."""
+    lines = [trigger for trigger in definition.triggers if trigger.cron is not None]
+    return [
+        Schedule(
+            id=f"{CRON}:{definition.name}" + (f":{number}" if number else ""),
+            workflow=definition.name,
+            when=recurrence.cron(trigger.cron or "", trigger.timezone),
+            catch_up=trigger.catch_up,
+            triggers=True,
+        )
+        for number, trigger in enumerate(lines)
+    ]
 
 
 def _declared(schedule: Schedule) -> Schedule:
@@ -447,8 +516,8 @@ def _one_of(value: str, known: tuple[str, ...], what: str) -> str:
 
 
 def _count(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CATCHUP:
-        raise DefinitionError(f"catchup_max is a number from 1 to {MAX_CATCHUP}, not {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CATCH_UP:
+        raise DefinitionError(f"catch_up_max is a number from 1 to {MAX_CATCH_UP}, not {value!r}.")
     return value
 
 

@@ -15,6 +15,7 @@ from durable.core.clock import SECOND
 from durable.core.cron import Recurrence, cron
 from durable.core.ctx import Context
 from durable.core.errors import DefinitionError, PayloadError, ScheduleNotFound, UnknownWorkflow
+from durable.core.event import Event
 from durable.core.origin import origin_of
 from durable.engine.schedules import Schedule, plan
 from durable.protocol.states import Status
@@ -60,9 +61,8 @@ def at(text: str) -> int:
 
 
 def schedule(**changes: Any) -> Schedule:
-    return Schedule(
-        **{"id": "s", "workflow": "tick", "when": cron("0 * * * *"), "next_at": at("2026-01-01T01:00:00Z")} | changes
-    )
+    given: dict[str, Any] = {"when": cron("0 * * * *"), "next_at": at("2026-01-01T01:00:00Z")}
+    return Schedule(id="s", workflow="tick", **given | changes)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def schedule(**changes: Any) -> Schedule:
 )
 def test_B31_what_was_missed_follows_the_policy(policy: str, now: str, moments: list[str], skipped: int) -> None:
     """After a gap exactly what the catch-up policy says is started, and the rest is counted as skipped (B31, S22)."""
-    planned = plan(schedule(catchup=policy), at(now))
+    planned = plan(schedule(catch_up=policy), at(now))
     assert planned.moments == [at(moment) for moment in moments]
     assert planned.skipped == skipped
     assert planned.next_at is not None
@@ -88,14 +88,14 @@ def test_B31_what_was_missed_follows_the_policy(policy: str, now: str, moments: 
 
 def test_all_is_bounded() -> None:
     """`all` makes up the latest ones, as many as it may, and counts the others."""
-    planned = plan(schedule(catchup="all", catchup_max=3), at("2026-01-02T00:30:00Z"))
+    planned = plan(schedule(catch_up="all", catch_up_max=3), at("2026-01-02T00:30:00Z"))
     assert [moment // HOUR % 24 for moment in planned.moments] == [22, 23, 0]
     assert planned.skipped == 21
 
 
 def test_a_year_of_missed_seconds_takes_no_time() -> None:
     """A schedule by the second that nobody looked at for a year is planned without walking through the year."""
-    missed = schedule(when=cron(SECONDLY), catchup="last", next_at=at("2025-01-01T00:00:00Z"))
+    missed = schedule(when=cron(SECONDLY), catch_up="last", next_at=at("2025-01-01T00:00:00Z"))
     planned = plan(missed, at("2026-01-01T00:00:00Z"))
     assert planned.moments == [at("2026-01-01T00:00:00Z")]
     assert planned.skipped > 1_000
@@ -163,7 +163,7 @@ async def test_pause_resume_update_remove_and_trigger() -> None:
         await made.remove("s")
         for ask in (made.get, made.pause, made.resume, made.remove, made.trigger):
             with pytest.raises(ScheduleNotFound):
-                await ask("s")  # type: ignore[operator]
+                await ask("s")
 
 
 async def test_what_makes_no_sense_is_refused() -> None:
@@ -180,8 +180,8 @@ async def test_what_makes_no_sense_is_refused() -> None:
             await made.ensure("s", "tack", every="1h")
         with pytest.raises(PayloadError):
             await made.ensure("s", "tick", "no number", every="1h")
-        with pytest.raises(DefinitionError, match="catchup is one of"):
-            await made.ensure("s", "tick", every="1h", catchup="some")
+        with pytest.raises(DefinitionError, match="catch_up is one of"):
+            await made.ensure("s", "tick", every="1h", catch_up="some")
         with pytest.raises(DefinitionError, match="overlap is one of"):
             await made.ensure("s", "tick", every="1h", overlap="maybe")
         with pytest.raises(DefinitionError):
@@ -243,6 +243,30 @@ async def test_workspaces_have_their_own() -> None:
         assert await app.engine.result(run, 10, workspace="shop.dev") == 2
         await app.schedules.remove("s")
         assert [one.id for one in await app.schedules.list(workspace="shop.dev")] == ["s"]
+
+
+async def test_a_workflow_with_a_cron_trigger_has_its_schedule() -> None:
+    """A workflow that names a cron is started by it with the event `$cron`; without it, the schedule is gone (E4)."""
+    heard: list[Event[Any]] = []
+
+    @workflow("beats", cron=SECONDLY)
+    async def beats(ctx: Context, event: Event) -> str:  # type: ignore[type-arg]
+        heard.append(event)
+        return str(event.data["at"])
+
+    store = MemoryStore()
+    async with apps(store, 2, beats) as made:
+        found = await seen(lambda: runs(made[0], "beats"), lambda found: len(found) >= 2)
+        assert {event.name for event in heard} == {"$cron"}
+        occurrence = origin_of(found[0].meta).occurrence
+        assert datetime.fromisoformat(await made[0].run(found[0].id).result(10)).timestamp() * SECOND == occurrence
+        assert [one.id for one in await made[0].schedules.list()] == ["$cron:beats"]
+
+    @workflow("beats", "2")
+    async def silent(ctx: Context) -> None: ...
+
+    async with apps(store, 1, beats, silent) as (app,):
+        await seen(app.schedules.list, lambda found: found == [])
 
 
 async def test_a_moment_or_a_delay_starts_one_run() -> None:
