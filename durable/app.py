@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 import msgspec
 
 from durable.control_plane.interface import ControlPlane
+from durable.core.attributes import Attribute
 from durable.core.clock import SECOND, Clock, SystemClock
 from durable.core.cron import once
 from durable.core.ctx import Context, PlainWorkflowClass, WorkflowClass
@@ -323,6 +324,7 @@ class Durable:
         delay: Duration | None = None,
         priority: int | None = None,
         tags: Sequence[str] = (),
+        attributes: Mapping[str, Attribute] = {},
     ) -> RunHandle[O]: ...
     @overload
     async def start(
@@ -335,6 +337,7 @@ class Durable:
         delay: Duration | None = None,
         priority: int | None = None,
         tags: Sequence[str] = (),
+        attributes: Mapping[str, Attribute] = {},
     ) -> RunHandle[O]: ...
     @overload
     async def start(
@@ -346,6 +349,7 @@ class Durable:
         delay: Duration | None = None,
         priority: int | None = None,
         tags: Sequence[str] = (),
+        attributes: Mapping[str, Attribute] = {},
     ) -> RunHandle[O]: ...
     @overload
     async def start(
@@ -357,6 +361,7 @@ class Durable:
         delay: Duration | None = None,
         priority: int | None = None,
         tags: Sequence[str] = (),
+        attributes: Mapping[str, Attribute] = {},
     ) -> RunHandle[O]: ...
     @overload
     async def start(
@@ -369,6 +374,7 @@ class Durable:
         delay: Duration | None = None,
         priority: int | None = None,
         tags: Sequence[str] = (),
+        attributes: Mapping[str, Attribute] = {},
     ) -> RunHandle[Any]: ...
     async def start(self, workflow: Any, input: Any = None, *, delay: Duration | None = None, **options: Any) -> Any:
         """Start a run; durable when this returns. The same `key` and input find the run there is.

@@ -82,6 +82,16 @@ class Record(Command):
     kind = "step"
 
 
+class Label(Command):
+    """Set the run's search attributes (None removes one) and, if given, its tags. Done with the commit that journals it, and
+    answered at once."""
+
+    attributes: dict[str, str | int | float | bool | None]
+    tags: tuple[str, ...] | None
+
+    kind = "step"
+
+
 class StartChild(Command):
     """Start another run, told of by the same commit. Its outcome comes back through the inbox."""
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, Type
 from uuid import UUID
 
 from durable.core import payload
-from durable.core.commands import RunStep, SendEvent, SendTask, StartChild, WaitEvent, WaitSignal
+from durable.core.attributes import check_attributes, check_tags
+from durable.core.commands import Label, RunStep, SendEvent, SendTask, StartChild, WaitEvent, WaitSignal
 from durable.core.definition import StepDefinition, check_name, is_step, is_workflow, step_of, workflow_of
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, WaitTimeout
@@ -226,6 +227,21 @@ class Context:
         """Record what a small function returns, without retries: a random number, the time, a flag."""
         self._loop.admit()
         return self._step(name, _plan_of(fn), (), _ONCE, returns)
+
+    def set_attributes(self, **attributes: str | int | float | bool | None) -> Future[None]:
+        """Search attributes that this run is found by from here on; None removes one. Raises DefinitionError."""
+        return self._label("attributes", check_attributes(attributes), None)
+
+    def set_tags(self, *tags: str) -> Future[None]:
+        """The run's tags from here on, instead of those before. Raises DefinitionError."""
+        return self._label("tags", {}, check_tags(tags))
+
+    def _label(self, name: str, attributes: dict[str, Any], tags: tuple[str, ...] | None) -> Future[None]:
+        self._loop.admit()
+        machine = self._machine
+        fingerprint = payload.fingerprint(payload.canonical((attributes, tags), what=name))
+        command = Label(next(self._loop.ordinals), machine.key(name), name, fingerprint, attributes, tags)
+        return machine.ask(command, _nothing)
 
     def _step(
         self, name: str | None, plan: _Plan, args: tuple[Any, ...], options: StepOptions, returns: Any
@@ -731,6 +747,10 @@ class Context:
         self._loop.admit()
         check_name(id, "patch id")
         return self._machine.patched(id)
+
+
+def _nothing(_data: bytes) -> None:
+    return None
 
 
 # ------------------------------------------------------------------ gather

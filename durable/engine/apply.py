@@ -14,6 +14,7 @@ import msgspec
 from durable.core.commands import (
     Abandon,
     Command,
+    Label,
     Note,
     Patch,
     Record,
@@ -33,7 +34,7 @@ from durable.core.match import probe_of
 from durable.core.payload import encode_error
 from durable.engine import admission, children
 from durable.engine.residents import Arrival, Resident
-from durable.store.records import CloseWaiter, Lane, NewRun, OpenWaiter, Parent, StartRun
+from durable.store.records import CloseWaiter, Lane, NewRun, OpenWaiter, Parent, SetAttributes, StartRun
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -143,6 +144,12 @@ def _run_step(executor: Executor, run: Resident, command: RunStep) -> None:
 def _send_task(executor: Executor, run: Resident, command: SendTask) -> None:
     # Attempts of one task are told apart by number, on the wire and in the inbox, so a requeue goes on counting.
     executor.dispatch.send(run, command, run.spent.get(command.ordinal, 0) + 1)
+
+
+def _label(executor: Executor, run: Resident, command: Label) -> None:
+    run.effects.append(SetAttributes(command.attributes, command.tags))
+    entry = _note(executor, run, command, STEP, "completed", attempt=1, payload=b"null")
+    apply(executor, run, run.machine.deliver(entry))
 
 
 def _record(executor: Executor, run: Resident, command: Record) -> None:
@@ -260,6 +267,7 @@ _APPLY: dict[type, Callable[[Any, Resident, Any], None]] = {
     SendTask: _send_task,
     TakeTurn: _send_task,
     Record: _record,
+    Label: _label,
     StartChild: _start_child,
     WaitSignal: _wait_signal,
     WaitEvent: _wait_event,

@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import Raw, Struct
 
+from durable.core.attributes import check_attributes, check_tags
 from durable.core.definition import WorkflowDefinition
 from durable.core.errors import (
     DefinitionError,
@@ -182,8 +183,10 @@ class Starter:
             input_hash=fingerprint(data),
             idempotency_key=request.key,
             priority=_priority(definition, data) if request.priority is None else request.priority,
-            tags=tuple(request.tags) or tuple(definition.tags),
-            attributes=request.attributes,
+            tags=check_tags(request.tags) or definition.tags,
+            attributes={
+                name: value for name, value in check_attributes(request.attributes).items() if value is not None
+            },
             owner=executor.lease.incarnation if hot else None,
             entries=(Entry(1, now, RUN, "started", name=definition.name, payload=STARTED),) if hot else (),
             wake_at=request.at,
