@@ -158,7 +158,7 @@ policies = st.builds(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(policies, moves)
 def test_S28_every_event_is_in_exactly_one_run_or_declared_dropped(policy: Policy, script: list[Any]) -> None:
     """B38: no event is lost, none is in two runs, no run has one that was not answered so, and each verdict is true."""

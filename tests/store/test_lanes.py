@@ -95,6 +95,7 @@ def deployments(draw: st.DrawFn) -> Deployment:
     return Deployment(free, lanes, waiting, used, begun)
 
 
+@settings(max_examples=150, deadline=None)
 @given(deployments(), st.integers(0, 20))
 def test_S25_no_key_gets_above_its_limit(deployment: Deployment, limit: int) -> None:
     """Whoever was above it (a limit that was lowered) gets no one more."""
@@ -107,6 +108,7 @@ def test_S25_no_key_gets_above_its_limit(deployment: Deployment, limit: int) -> 
                 assert deployment.used[rule.key] <= max(rule.limit, before[rule.key])
 
 
+@settings(max_examples=150, deadline=None)
 @given(deployments(), st.lists(st.tuples(st.integers(0, 15 * SECOND), st.integers(1, 9)), max_size=8))
 def test_S27_no_window_has_more_beginnings_than_its_throttle_lets(
     deployment: Deployment, claims: list[tuple[int, int]]
@@ -125,6 +127,7 @@ def test_S27_no_window_has_more_beginnings_than_its_throttle_lets(
                     assert sum(at - rule.period_us < other for other in times[: n + 1]) <= rule.limit
 
 
+@settings(max_examples=150, deadline=None)
 @given(deployments(), st.integers(0, 20))
 def test_nobody_overtakes_in_a_lane(deployment: Deployment, limit: int) -> None:
     """What is taken of a lane is its first runs, in their order; free runs likewise; nobody twice."""
@@ -136,6 +139,7 @@ def test_nobody_overtakes_in_a_lane(deployment: Deployment, limit: int) -> None:
         assert taken == runs[: len(taken)]
 
 
+@settings(max_examples=150, deadline=None)
 @given(deployments(), st.integers(0, 20))
 def test_nothing_that_fits_is_left(deployment: Deployment, limit: int) -> None:
     """Fewer than the limit: no head fits any more, no free run is left, and `more` says whether the limit cut."""
@@ -147,6 +151,7 @@ def test_nothing_that_fits_is_left(deployment: Deployment, limit: int) -> None:
         assert deployment.ask(100).picks == []
 
 
+@settings(max_examples=150, deadline=None)
 @given(deployments(), st.lists(st.integers(0, 5), max_size=8))
 def test_how_claims_are_cut_makes_no_difference(deployment: Deployment, limits: list[int]) -> None:
     """Many small claims take what one large claim takes, in the same order: nothing is decided twice or forgotten."""
@@ -154,6 +159,7 @@ def test_how_claims_are_cut_makes_no_difference(deployment: Deployment, limits: 
     assert [pick.run_id for limit in limits for pick in deployment.take(limit).picks] == whole
 
 
+@settings(max_examples=150, deadline=None)
 @given(deployments())
 def test_the_time_told_is_when_the_next_begins(deployment: Deployment) -> None:
     """A microsecond before it nothing more begins; at that time something does, if the limit is above 0 at all."""
@@ -167,7 +173,7 @@ def test_the_time_told_is_when_the_next_begins(deployment: Deployment) -> None:
         assert deployment.ask(100, told).picks != []
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(0.2, 8), min_size=2, max_size=5),
     st.integers(1, 200),
@@ -195,7 +201,7 @@ def test_X5_service_follows_the_weights(weights: list[float], turns: int, limit:
                     assert abs(shares[one] - shares[other]) <= 1 / w1 + 1 / w2 + 1e-9
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(5, 30))
 def test_S29_the_wait_under_a_steady_higher_load_is_bounded(above: int, lanes: int, every: int) -> None:
     """One slot, and in every step a new run of higher priority in each other lane, which is more than is served: the low
