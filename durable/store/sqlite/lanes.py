@@ -188,7 +188,11 @@ def pick(cx: sqlite3.Connection, orphans: Sequence[Candidate], due: Due, routes:
 def _next_at(cx: sqlite3.Connection, due: Due, routes: str, opens_at: int | None, now: int, more: bool) -> int | None:
     if more:
         return now
-    _, later = probe(cx, routes, now)
+    later = cx.execute(
+        f"WITH routes AS ({_ROUTES}) SELECT min((SELECT min(x.wake_at) FROM runs x"
+        f" WHERE {_ROUTE} AND {of('x', LANED_LATER)} AND x.wake_at > ?)) FROM routes",
+        [routes, now],
+    ).fetchone()[0]
     return min((at for at in (due.next_at, opens_at, later) if at is not None), default=None)
 
 
