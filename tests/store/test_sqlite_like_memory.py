@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from durable.core.clock import SECOND
 from durable.protocol.states import Activity, Status
-from durable.store.admission import Batch, Debounce, EventOutcome, EventQuery, NewEvent, Rate, Singleton, Trigger
+from durable.store.admission import (
+    Batch,
+    Debounce,
+    EventOutcome,
+    EventQuery,
+    EventRecord,
+    LimitState,
+    NewEvent,
+    Rate,
+    Singleton,
+    Trigger,
+)
 from durable.store.interface import Store
-from durable.store.items import Fire, ItemKey, ItemQuery, NewItem, Occurrence
+from durable.store.items import Fire, ItemKey, ItemPage, ItemQuery, NewItem, Occurrence
 from durable.store.memory import MemoryStore
 from durable.store.records import (
     ClaimRequest,
     CloseWaiter,
     Commit,
+    CommitOutcome,
     DropItem,
     Effect,
     FreeSlots,
@@ -29,6 +42,7 @@ from durable.store.records import (
     PutItem,
     Route,
     Rule,
+    RunPage,
     RunQuery,
     RunRecord,
     SetAttributes,
@@ -176,7 +190,7 @@ class Story:
                 [run] = await self.memory.get([run_id])
                 if run is not None and self.chance(0.6):
                     change = self.change(run)
-                    await self.both(f"commit {change}", lambda store, change=change: store.commit([change]))
+                    await self.both(f"commit {change}", partial(committed, change=change))
 
     step_commit_more = step_commit
 
@@ -190,7 +204,7 @@ class Story:
         if self.chance(0.2):
             effects.append(SetAttributes({"n": self.pick.choice([None, 1, 2])}, self.pick.choice([None, ("green",)])))
         if self.chance(0.2):
-            effects.append(self.pick.choice([PutItem("approval", "i", b"1"), DropItem("approval", "i")]))
+            effects.append(PutItem("approval", "i", b"1") if self.chance(0.5) else DropItem("approval", "i"))
         if self.chance(0.2):
             effects.append(StartRun(self.run()))
         match self.pick.randint(0, 6):
@@ -218,8 +232,8 @@ class Story:
             await self.both(f"send {messages}", lambda store: store.send(messages))
 
     async def step_requeue(self) -> None:
-        state = self.pick.choice([{"status": Status.DEAD}, {"activity": Activity.PAUSED}])
-        run = await self.some_run(**state)
+        dead = self.chance(0.5)
+        run = await self.some_run(status=Status.DEAD) if dead else await self.some_run(activity=Activity.PAUSED)
         if run is not None:
             fields: dict[str, Any] = {"commit_id": self.id("q"), "entry": entry(0), "activity": "queued"}
             await self.both(f"requeue {run.id}", lambda store: store.requeue(run.id, **fields))
@@ -256,34 +270,54 @@ class Story:
 
     async def step_look(self) -> None:
         """Everything there is."""
-        queries = [
+        now = self.clock.now()
+        for found in (
             RunQuery(limit=1_000),
             RunQuery("default", tag="red", attributes={"n": 1}, oldest_first=True, limit=3),
             RunQuery("default", attributes={"n": 1.0}),
             RunQuery(tag="green", workflows=("mail",), statuses=(Status.ACTIVE, Status.DEAD)),
-            RunQuery(since=self.clock.now() - 30 * SECOND, until=self.clock.now() - 5 * SECOND, text="R0"),
-        ]
-        for query in queries:
-            page = await self.both(f"find {query}", lambda store, query=query: store.find(query))
+            RunQuery(since=now - 30 * SECOND, until=now - 5 * SECOND, text="R0"),
+        ):
+            page = await self.both(f"find {found}", partial(find, query=found))
             after = RunQuery("default", tag="red", oldest_first=True, cursor=page.cursor, limit=3)
-            await self.both(f"find {after}", lambda store, after=after: store.find(after))
+            await self.both(f"find {after}", partial(find, query=after))
         for workspace in WORKSPACES:
-            await self.both("limits", lambda store, workspace=workspace: store.limits(workspace))
-            for query in (
+            await self.both("limits", partial(limits, workspace=workspace))
+            for events in (
                 EventQuery(workspace, limit=1_000),
-                EventQuery(workspace, name="paid", since=self.clock.now() - 9 * SECOND, after=3, newest_first=True),
+                EventQuery(workspace, name="paid", since=now - 9 * SECOND, after=3, newest_first=True),
                 EventQuery(workspace, before=20, limit=4),
             ):
-                await self.both(f"events {query}", lambda store, query=query: store.events(query))
-        await self.both("unsettled", lambda store: store.events(EventQuery(None, unsettled=True)))
+                await self.both(f"events {events}", partial(accepted, query=events))
+        await self.both("unsettled", partial(accepted, query=EventQuery(None, unsettled=True)))
         for items in (ItemQuery("schedule"), ItemQuery("schedule", due=True, limit=1), ItemQuery("approval")):
-            await self.both(f"items {items}", lambda store, items=items: store.list_items(items))
+            await self.both(f"items {items}", partial(listed, query=items))
         runs = (await self.memory.find(RunQuery(limit=1_000))).runs
         await self.both("inbox", lambda store: store.inbox([(run.id, 0) for run in runs]))
         cx = self.sqlite._writer._cx  # type: ignore[attr-defined]
         slots = sorted(cx.execute("SELECT run_id, key, number FROM slots").fetchall())
         held = self.memory._tables.slots
         assert slots == sorted((run_id, *slot) for run_id, some in held.items() for slot in some), "\n".join(self.told)
+
+
+async def committed(store: Store, change: Commit) -> list[CommitOutcome]:
+    return await store.commit([change])
+
+
+async def find(store: Store, query: RunQuery) -> RunPage:
+    return await store.find(query)
+
+
+async def accepted(store: Store, query: EventQuery) -> list[EventRecord]:
+    return await store.events(query)
+
+
+async def listed(store: Store, query: ItemQuery) -> ItemPage:
+    return await store.list_items(query)
+
+
+async def limits(store: Store, workspace: str) -> list[LimitState]:
+    return await store.limits(workspace)
 
 
 def told(answer: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,20 @@ async def test_S37_a_program_of_version_2_that_has_the_file_open_goes_on(path: P
 
 # ------------------------------------------------------------------ plans
 
-ROWS = ("runs", "events", "event_waiters", "slots", "items", "journal", "inbox", "run_marks", "schedule_fires", "ticks")
+ROWS = (
+    "runs",
+    "events",
+    "event_waiters",
+    "slots",
+    "items",
+    "journal",
+    "inbox",
+    "run_marks",
+    "schedule_fires",
+    "ticks",
+    "turns",
+    "gates",
+)
 
 
 @contextmanager
@@ -134,7 +148,7 @@ def walks(path: Path, texts: list[str], *, sorts: bool = True) -> list[tuple[str
 
 def aliases(text: str) -> dict[str, str]:
     words = text.replace("(", " ").replace(",", " ").split()
-    return {alias: word for word, alias in zip(words, words[1:], strict=False) if word in ROWS}
+    return {alias: word for word, alias in pairwise(words) if word in ROWS}
 
 
 async def fill(store: SqliteStore) -> None:

@@ -86,9 +86,11 @@ class Claims(Rows):
                     self._disown(run)
                     self._free_slots(run.id)
                     run.epoch += 1
+                    run.updated_at = now
                 elif self._lacks(run):
                     self._disown(run)
                     run.epoch += 1
+                    run.updated_at = now
                     if run.activity is Activity.EXECUTING:
                         run.recovery_attempts += 1
                         run.activity = Activity.QUEUED

@@ -32,6 +32,7 @@ class _Run:
     __slots__ = (
         "active",
         "activity",
+        "asked",
         "begun",
         "fresh",
         "hash",
@@ -40,12 +41,11 @@ class _Run:
         "meta",
         "moved",
         "new",
-        "owner",
         "size",
         "tail",
         "wake_at",
         "workspace",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -56,7 +56,6 @@ class _Run:
         active: bool = True,
         begun: bool = False,
         scheduled: bool = False,
-        owner: str | None = None,
         wake_at: int = 0,
         input: bytes = b"",
     ) -> None:
@@ -67,7 +66,6 @@ class _Run:
         self.active = active
         self.begun = begun
         self.activity = Activity.SCHEDULED if scheduled else Activity.QUEUED
-        self.owner = owner
         self.wake_at = wake_at
         self.input = input
         self.size = len(input)
@@ -78,10 +76,13 @@ class _Run:
         self.fresh = False
         """Its input was replaced, with hash and meta."""
         self.moved = False
+        self.asked = False
+        """To stop."""
 
     def joinable(self, now: int) -> bool:
         """It has not begun, and is not due."""
-        return self.active and not self.begun and self.activity is Activity.SCHEDULED and self.wake_at > now
+        waits = self.activity is Activity.SCHEDULED and self.wake_at > now
+        return self.active and not self.begun and waits and not self.asked
 
     def move(self, wake_at: int, now: int) -> None:
         self.wake_at = wake_at
@@ -138,10 +139,10 @@ class Desk:
             " AND g.key = json_extract(w.value, '$[1]') CROSS JOIN runs ON runs.id = g.run_id",
             [listed(list(gates))],
             "g.kind, g.key, g.opened_at, g.members, runs.id, runs.workspace, runs.status = 'active',"
-            " runs.started_at IS NOT NULL, runs.activity = 'scheduled', runs.owner, runs.wake_at",
+            " runs.started_at IS NOT NULL, runs.activity = 'scheduled', runs.wake_at",
             [f"CASE WHEN g.kind = '{_WINDOW}' AND runs.started_at IS NULL THEN {runs.INPUT} END"],
         )
-        for kind, key, opened_at, members, run_id, workspace, active, begun, scheduled, owner, wake_at, data in rows:
+        for kind, key, opened_at, members, run_id, workspace, active, begun, scheduled, wake_at, data in rows:
             if kind == _WINDOW:
                 self._windows[key] = _Window(run_id, opened_at, members)
             else:
@@ -153,7 +154,6 @@ class Desk:
                     active=bool(active),
                     begun=bool(begun),
                     scheduled=bool(scheduled),
-                    owner=owner,
                     wake_at=wake_at or 0,
                     input=data or b"",
                 )
@@ -206,8 +206,7 @@ class Desk:
         reason = msgspec.json.encode({"reason": f"run {new.id} takes its place"})
         message_id = f"singleton:{new.id}"
         self._cancels.append(Message(other.id, message_id, "cancel", payload=reason, workspace=other.workspace))
-        if other.owner is None and other.wake_at > self._now:
-            other.wake_at = self._now  # as the message does it
+        other.asked = True  # the message makes it due, so nothing joins it any more
 
     def _debounce(self, new: NewRun, rule: Debounce, window: _Window | None) -> tuple[str, bool]:
         opened_at = self._now if window is None else window.opened_at
@@ -258,7 +257,6 @@ class Desk:
             new=None if self._eager else new,
             begun=new.owner is not None,
             scheduled=new.owner is None and wake_at > self._now,
-            owner=new.owner,
             wake_at=wake_at,
             input=new.input,
         )
@@ -278,7 +276,6 @@ class Desk:
                 active=found.status == "active",
                 begun=found.started_at is not None,
                 scheduled=found.activity is Activity.SCHEDULED,
-                owner=found.owner,
                 wake_at=found.wake_at or 0,
                 input=found.input,
             )

@@ -165,7 +165,7 @@ def _orphans(cx: sqlite3.Connection, gone: Sequence[str], routes: str, limit: in
         cx,
         f"(SELECT number, id, priority, wake_at, activity, workspace, workflow, lane FROM runs"
         f" WHERE owner IN (SELECT value FROM json_each(?)) AND {_ROUTES} AND {_UNPARKED}"
-        " ORDER BY priority DESC, wake_at LIMIT ?)",
+        " ORDER BY priority DESC, wake_at, number LIMIT ?)",
         [listed(gone), routes, limit + 1],
         "priority, wake_at, number, id, activity, workspace, workflow, lane",
     )
@@ -210,7 +210,7 @@ def _due(cx: sqlite3.Connection, request: ClaimRequest, routes: str, now: int) -
                SELECT x.number FROM runs x
                WHERE {rung} AND x.priority = rungs.priority AND x.wake_at <= :now
                ORDER BY x.wake_at LIMIT :most)
-             ORDER BY r.priority DESC, r.wake_at LIMIT :most)),
+             ORDER BY r.priority DESC, r.wake_at, r.number LIMIT :most)),
           (SELECT min((
              SELECT min(x.wake_at) FROM runs x
              WHERE {rung} AND x.priority = rungs.priority AND x.wake_at > :now)) FROM rungs),

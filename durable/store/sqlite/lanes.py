@@ -135,7 +135,6 @@ def pick(cx: sqlite3.Connection, orphans: Sequence[Candidate], due: Due, routes:
     for orphan in orphans:
         lacks = orphan.lane is not None and lacking(lanes[orphan.lane].rules, held.get(orphan.run_id, ()))
         (lost if lacks else free).append(orphan)
-    crashed = {orphan.number for orphan in lost if orphan.crashed}
     _set_free(cx, [orphan.number for orphan in lost], now)
     flooded = _mark_ready(cx, routes, now)
 
@@ -147,9 +146,7 @@ def pick(cx: sqlite3.Connection, orphans: Sequence[Candidate], due: Due, routes:
     waiting: dict[LaneId, list[Waiting]] = {}
     for holder in holders:
         lacks = lacking(lanes[holder.lane].rules, holder.keys)
-        candidate = Candidate(
-            -holder.priority, holder.wake_at, holder.number, holder.run_id, holder.number in crashed, holder.lane
-        )
+        candidate = Candidate(-holder.priority, holder.wake_at, holder.number, holder.run_id, lane=holder.lane)
         by_id[holder.run_id] = candidate
         if lacks:
             one = Waiting(holder.run_id, holder.priority, _rank(holder.standing), lacks, holder.standing >= _NEW_ABOVE)
@@ -165,7 +162,7 @@ def pick(cx: sqlite3.Connection, orphans: Sequence[Candidate], due: Due, routes:
     for lane in dict.fromkeys([*waiting, *lines]):
         terms = lanes[lane]
         first = sorted(waiting.get(lane, ()), key=lambda one: (one.rank, one.run_id))
-        rest = _waiting(lines.get(lane, ()), lane, terms, skip, by_id, crashed)
+        rest = _waiting(lines.get(lane, ()), lane, terms, skip, by_id)
         queues.append(Queue(lane, terms.rules, terms.weight, chain(first, rest)))
 
     free.sort()
@@ -297,13 +294,12 @@ def _waiting(
     terms: _Lane,
     skip: set[str],
     by_id: dict[str, Candidate],
-    crashed: set[int],
 ) -> Iterator[Waiting]:
     """Those in line that hold no slot, each noted in `by_id` as it is met."""
     lacks = lacking(terms.rules, ())
     for standing, run_id, number, priority, wake_at in heapq.merge(*lines):
         if run_id not in skip:
-            by_id[run_id] = Candidate(-priority, wake_at, number, run_id, number in crashed, lane)
+            by_id[run_id] = Candidate(-priority, wake_at, number, run_id, lane=lane)
             yield Waiting(run_id, priority, _rank(standing), lacks, standing >= _NEW_ABOVE)
 
 
@@ -324,13 +320,12 @@ class _Lanes:
         wanted = [lane for lane in lanes if lane not in self._known]
         if not wanted:
             return
-        rows = fetch_packed(
-            self._cx,
-            "json_each(?) w JOIN lanes l ON l.workspace = json_extract(w.value, '$[0]')"
-            " AND l.workflow = json_extract(w.value, '$[1]') AND l.key = json_extract(w.value, '$[2]')",
+        rows = self._cx.execute(
+            "SELECT l.workspace, l.workflow, l.key, l.rules, l.weight FROM json_each(?) w CROSS JOIN lanes l"
+            " ON l.workspace = json_extract(w.value, '$[0]') AND l.workflow = json_extract(w.value, '$[1]')"
+            " AND l.key = json_extract(w.value, '$[2]')",
             [listed(wanted)],
-            "l.workspace, l.workflow, l.key, l.rules, l.weight",
-        )
+        ).fetchall()
         for workspace, workflow, key, rules, weight in rows:
             self._known[workspace, workflow, key] = _Lane(_decode_rules(rules), weight)
 
@@ -436,13 +431,12 @@ def _ticks_text(values: str) -> str:
 def _turns(
     cx: sqlite3.Connection, workflows: Iterable[Workflow]
 ) -> tuple[dict[tuple[LaneId, int], float], dict[tuple[Workflow, int], float]]:
-    rows = fetch_packed(
-        cx,
-        "json_each(?) w JOIN turns t ON t.workspace = json_extract(w.value, '$[0]')"
-        " AND t.workflow = json_extract(w.value, '$[1]')",
+    # Row by row: JSON has 15 digits of a number, and lanes that are even must stay so.
+    rows = cx.execute(
+        "SELECT t.workspace, t.workflow, t.lane, t.priority, t.start, t.finish FROM json_each(?) w CROSS JOIN turns t"
+        " ON t.workspace = json_extract(w.value, '$[0]') AND t.workflow = json_extract(w.value, '$[1]')",
         [listed(list(workflows))],
-        "t.workspace, t.workflow, t.lane, t.priority, t.start, t.finish",
-    )
+    ).fetchall()
     finishes: dict[tuple[LaneId, int], float] = {}
     clock: dict[tuple[Workflow, int], float] = {}
     for workspace, workflow, lane, priority, start, finish in rows:
@@ -566,13 +560,12 @@ def queue_blocked(cx: sqlite3.Connection, routes: str, now: int) -> None:
 def limits(cx: sqlite3.Connection, workspace: str, workflow: str | None, now: int) -> list[LimitState]:
     which = "l.workspace = ? AND (? IS NULL OR l.workflow = ?)"
     parameters = [workspace, workflow, workflow]
-    rows = fetch_packed(
-        cx,
-        f"lanes l WHERE {which}",
+    rows = cx.execute(
+        "SELECT l.workflow, l.key, l.rules, l.weight, EXISTS (SELECT 1 FROM runs r WHERE r.workspace = l.workspace"
+        " AND r.workflow = l.workflow AND r.lane = l.key AND r.lane IS NOT NULL AND r.status = 'active')"
+        f" FROM lanes l WHERE {which}",
         parameters,
-        "l.workflow, l.key, l.rules, l.weight, EXISTS (SELECT 1 FROM runs r WHERE r.workspace = l.workspace"
-        " AND r.workflow = l.workflow AND r.lane = l.key AND r.lane IS NOT NULL AND r.status = 'active')",
-    )
+    ).fetchall()
     waiting = _waiting_counts(cx, workspace, workflow, now)
     terms = {(name, key): _Lane(_decode_rules(rules), weight) for name, key, rules, weight, _ in rows}
     inside = {(name, key) for name, key, *_, active in rows if active}
