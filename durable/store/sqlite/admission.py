@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from durable.protocol.states import Activity
-from durable.store.admission import Admission, Batch, Debounce, Rate, Trigger, Verdict
+from durable.store.admission import Admission, Batch, Debounce, Rate, Singleton, Trigger, Verdict
 from durable.store.records import Message, NewRun, StartStatus
 from durable.store.sqlite import inbox, lanes, runs
 from durable.store.sqlite.statements import Row, execute_values, fetch_packed, listed
@@ -166,16 +166,14 @@ class Desk:
             return Admission(new.workflow, Verdict.DROPPED)
         policy = trigger.debounce or trigger.batch
         window = None if policy is None else self._window(policy)
-        cancelled = None
-        if trigger.singleton is not None:
-            other = self._runs.get(self._singletons.get(trigger.singleton.key, ""))
-            # The run that this event would join is not in its way.
-            if other is not None and other.active and (window is None or window.run_id != other.id):
-                if trigger.singleton.mode == "skip":
-                    return Admission(new.workflow, Verdict.SKIPPED, other.id)
-                self._ask_to_stop(other, new)
-                cancelled = other.id
-        verdict = Verdict.STARTED
+        if window is not None and trigger.batch is not None and not self._fits(window, trigger.batch):
+            self._runs[window.run_id].move(self._now, self._now)
+            window = None
+        old = None if trigger.singleton is None else self._unfinished(trigger.singleton)
+        if old is not None and window is not None and window.run_id == old.id:
+            old = None  # the run that this event joins is not in its way
+        if trigger.singleton is not None and trigger.singleton.mode == "skip" and old is not None:
+            return Admission(new.workflow, Verdict.SKIPPED, old.id)
         if trigger.debounce is not None:
             verdict = Verdict.DEBOUNCED
             run_id, fresh = self._debounce(new, trigger.debounce, window)
@@ -183,19 +181,31 @@ class Desk:
             verdict = Verdict.BATCHED
             run_id, fresh = self._batch(new, trigger.batch, window)
         else:
+            verdict = Verdict.STARTED
             run_id, fresh = self._begin(new)
             if trigger.rate is not None and fresh:
                 self._ticks.append((trigger.rate.key, trigger.rate.period_us, run_id))
                 self._rates.setdefault(trigger.rate.key, []).append(self._now)
+        cancelled = None
         if trigger.singleton is not None:
             self._singletons[trigger.singleton.key] = run_id
             self._changed[_SINGLETON, trigger.singleton.key] = None
             self._know(run_id)
+            if old is not None and old.id != run_id:
+                self._ask_to_stop(old, new)
+                cancelled = old.id
         return Admission(new.workflow, verdict, run_id, fresh, cancelled)
 
     def _lets_in(self, rate: Rate) -> bool:
         since = self._now - rate.period_us
         return sum(at > since for at in self._rates.get(rate.key, ())) < rate.limit
+
+    def _unfinished(self, singleton: Singleton) -> _Run | None:
+        run = self._runs.get(self._singletons.get(singleton.key, ""))
+        return run if run is not None and run.active else None
+
+    def _fits(self, window: _Window, rule: Batch) -> bool:
+        return self._runs[window.run_id].size + 1 + len(rule.member) <= self._max_payload
 
     def _window(self, policy: Debounce | Batch) -> _Window | None:
         window = self._windows.get(policy.key)
@@ -223,16 +233,13 @@ class Desk:
     def _batch(self, new: NewRun, rule: Batch, window: _Window | None) -> tuple[str, bool]:
         if window is not None:
             run = self._runs[window.run_id]
-            size = run.size + 1 + len(rule.member)
-            if size <= self._max_payload:
-                run.tail.append(rule.member)
-                run.size = size
-                window.members += 1
-                self._changed[_WINDOW, rule.key] = None
-                if window.members >= rule.max_size:
-                    run.move(self._now, self._now)
-                return run.id, False
-            run.move(self._now, self._now)
+            run.tail.append(rule.member)
+            run.size += 1 + len(rule.member)
+            window.members += 1
+            self._changed[_WINDOW, rule.key] = None
+            if window.members >= rule.max_size:
+                run.move(self._now, self._now)
+            return run.id, False
         until = self._now if rule.max_size <= 1 else self._now + rule.timeout_us
         return self._open_window(new, rule.key, until)
 
