@@ -589,6 +589,16 @@ AS $$
   ORDER BY h.rank, h.id LIMIT 1
 $$;
 
+-- When this throttle lets the next run begin; null: now.
+CREATE FUNCTION @schema@.throttled_until(p_key text, p_limit bigint, p_period_us bigint, p_now bigint)
+RETURNS bigint LANGUAGE sql STABLE
+AS $$
+  SELECT CASE WHEN p_limit < 1 THEN p_now + 86400000000 ELSE (
+    SELECT m.at + p_period_us FROM @schema@.moments m
+    WHERE m.key = 'throttle:' || p_key AND m.at > p_now - p_period_us AND m.number = p_limit * -1 + 1 + (
+      SELECT max(t.number) FROM @schema@.moments t WHERE t.key = 'throttle:' || p_key)) END
+$$;
+
 -- Whether a lane's rules let this run go now: each slot it lacks has a free place, and, if it is `p_new`, each throttle is
 -- open. `opens_at`: if throttles alone close it, when they do no more.
 CREATE FUNCTION @schema@.fits(p_rules jsonb, p_run text, p_new boolean, p_now bigint, OUT fits boolean, OUT opens_at bigint)
@@ -604,16 +614,6 @@ AS $$
   SELECT count(r.closed_until) = 0,
     CASE WHEN count(*) FILTER (WHERE r.kind = 'slots' AND r.closed_until IS NOT NULL) = 0 THEN max(r.closed_until) END
   FROM rules r
-$$;
-
--- When this throttle lets the next run begin; null: now.
-CREATE FUNCTION @schema@.throttled_until(p_key text, p_limit bigint, p_period_us bigint, p_now bigint)
-RETURNS bigint LANGUAGE sql STABLE
-AS $$
-  SELECT CASE WHEN p_limit < 1 THEN p_now + 86400000000 ELSE (
-    SELECT m.at + p_period_us FROM @schema@.moments m
-    WHERE m.key = 'throttle:' || p_key AND m.at > p_now - p_period_us AND m.number = p_limit * -1 + 1 + (
-      SELECT max(t.number) FROM @schema@.moments t WHERE t.key = 'throttle:' || p_key)) END
 $$;
 
 -- A free place among the slots of this key, taken; false if there is none. Workflows that share a key may try at once: the
@@ -692,6 +692,7 @@ DECLARE
   v_fits boolean;
   v_keys text[];
   v_rule record;
+  v_next record;
   n integer;
 BEGIN
   ids := '{}';
@@ -851,16 +852,19 @@ BEGIN
       h_priorities[v_best] := d_priorities[n];
       h_ranks[v_best] := d_ranks[n];
     ELSE
-      SELECT y.id, y.priority, y.rank INTO h_ids[v_best], h_priorities[v_best], h_ranks[v_best]
-      FROM @schema@.queued_head(
+      SELECT * INTO v_next FROM @schema@.queued_head(
         q_workspaces[v_best], q_workflows[v_best], q_versions[v_best]::text[], q_lanes[v_best], p_now,
-        CASE WHEN h_new[v_best] THEN h_ranks[v_best] END, CASE WHEN h_new[v_best] THEN h_ids[v_best] END) y;
+        CASE WHEN h_new[v_best] THEN h_ranks[v_best] END, CASE WHEN h_new[v_best] THEN h_ids[v_best] END);
+      h_ids[v_best] := v_next.id;
+      h_priorities[v_best] := v_next.priority;
+      h_ranks[v_best] := v_next.rank;
       h_new[v_best] := true;
       d_next[v_best] := NULL;
     END IF;
-    SELECT coalesce(max(t.finish), 0) INTO h_finishes[v_best] FROM @schema@.turns t
-    WHERE t.workspace = q_workspaces[v_best] AND t.workflow = q_workflows[v_best] AND t.priority = h_priorities[v_best]
-      AND t.lane = q_lanes[v_best];
+    h_finishes[v_best] := coalesce(
+      (SELECT t.finish FROM @schema@.turns t
+       WHERE t.workspace = q_workspaces[v_best] AND t.workflow = q_workflows[v_best]
+         AND t.priority = h_priorities[v_best] AND t.lane = q_lanes[v_best]), 0);
 
     -- Who does not fit any more: this lane, or others that share a key.
     FOR n IN
@@ -1369,8 +1373,9 @@ DECLARE
   g record;
 BEGIN
   FOR g IN
-    SELECT * FROM unnest(p_kinds, p_workspaces, p_ids, p_datas, p_due_ats, v_now + p_expires_ins, p_expected) WITH ORDINALITY
-      AS g(kind, workspace, id, data, due_at, expires_at, expected, place)
+    SELECT g.*, v_now + g.expires_in AS expires_at
+    FROM unnest(p_kinds, p_workspaces, p_ids, p_datas, p_due_ats, p_expires_ins, p_expected) WITH ORDINALITY
+      AS g(kind, workspace, id, data, due_at, expires_in, expected, place)
     ORDER BY g.kind, g.workspace, g.id, g.place
   LOOP
     place := g.place;
@@ -1471,7 +1476,7 @@ DECLARE
 BEGIN
   RETURN QUERY
   WITH rules AS (
-    SELECT l.workflow, l.key AS lane, r.*, l.weight, r.place FROM @schema@.lanes l
+    SELECT l.workflow, l.key AS lane, r.*, l.weight FROM @schema@.lanes l
     CROSS JOIN LATERAL ROWS FROM (jsonb_to_recordset(l.rules) AS (
       key text, kind text, "limit" bigint, period_us bigint)) WITH ORDINALITY AS r(key, kind, "limit", period_us, place)
     WHERE l.workspace = p_workspace AND (p_workflow IS NULL OR l.workflow = p_workflow)),
