@@ -1133,7 +1133,7 @@ AS $$
 #variable_conflict use_column
 DECLARE
   v_now bigint := @schema@.now_us();
-  v_numbers bigint[] := ARRAY(SELECT nextval('@schema@.event_numbers') FROM generate_series(1, cardinality(p_ids)));
+  v_numbers bigint[];
   v_put bigint[];
   v_runs jsonb := p_runs;
   v_born text[];
@@ -1143,6 +1143,11 @@ DECLARE
   v_waiting jsonb;
   t record;
 BEGIN
+  IF p_policies IS NOT NULL THEN
+    PERFORM @schema@.lock_policies(p_policies, v_now);
+  END IF;
+  -- Numbered under those locks: events that share a policy have numbers in the order in which it has seen them.
+  v_numbers := ARRAY(SELECT nextval('@schema@.event_numbers') FROM generate_series(1, cardinality(p_ids)));
   WITH given AS MATERIALIZED (
     SELECT * FROM unnest(p_ids, p_workspaces, p_names, p_dedupe_ids, p_datas, p_metas, p_admissions, v_numbers)
       AS g(id, workspace, name, dedupe_id, data, meta, admissions, number)),
@@ -1165,7 +1170,8 @@ BEGIN
   END IF;
 
   IF p_policies IS NOT NULL THEN
-    PERFORM @schema@.lock_policies(p_policies, v_now);
+    PERFORM @schema@.lock_joined(p_policies);
+    PERFORM @schema@.touch_lanes((SELECT jsonb_agg(e->'run') FROM jsonb_array_elements(p_policies) e), v_now);
   END IF;
 
   IF v_runs IS NOT NULL THEN
@@ -1226,32 +1232,39 @@ RETURN coalesce(
    AND r.idempotency_key = p_run->>'idempotency_key'),
   p_run->>'id');
 
--- Lock what these triggers share with others: the policies, each in a row of its own, in order of key; then the runs they
--- name, in order of id; then the lanes. Whoever publishes does it in this order, so publishers do not deadlock.
+CREATE FUNCTION @schema@.policy_keys(p_policies jsonb) RETURNS text[] LANGUAGE sql IMMUTABLE
+RETURN ARRAY(
+  SELECT DISTINCT k.key FROM jsonb_array_elements(p_policies) e CROSS JOIN LATERAL (VALUES
+    ('rate:' || (e->'rate'->>'key')), ('singleton:' || (e->'singleton'->>'key')),
+    ('window:' || coalesce(e->'debounce'->>'key', e->'batch'->>'key'))) AS k(key)
+  WHERE k.key IS NOT NULL ORDER BY 1);
+
+-- Lock what these triggers share with others, in order of key: each policy is a row of its own. Whoever publishes locks policies
+-- first, then events of the same dedupe id, then runs, then lanes, so publishers do not deadlock.
 CREATE FUNCTION @schema@.lock_policies(p_policies jsonb, p_now bigint) RETURNS void LANGUAGE plpgsql
 AS $$
 DECLARE
   v_keys text[];
-  v_runs text[];
-  v_locked text[];
+  v_count integer;
 BEGIN
-  v_keys := ARRAY(
-    SELECT DISTINCT k.key FROM jsonb_array_elements(p_policies) e CROSS JOIN LATERAL (VALUES
-      ('rate:' || (e->'rate'->>'key')), ('singleton:' || (e->'singleton'->>'key')),
-      ('window:' || coalesce(e->'debounce'->>'key', e->'batch'->>'key'))) AS k(key)
-    WHERE k.key IS NOT NULL ORDER BY 1);
+  v_keys := @schema@.policy_keys(p_policies);
   LOOP
     INSERT INTO @schema@.policies (key, used_at)
     SELECT k, p_now FROM unnest(v_keys) k WHERE NOT EXISTS (SELECT 1 FROM @schema@.policies p WHERE p.key = k) ORDER BY k
     ON CONFLICT DO NOTHING;
-    WITH locked AS (
-      SELECT p.key, p.run_id FROM @schema@.policies p WHERE p.key = ANY (v_keys) ORDER BY p.key FOR UPDATE)
-    SELECT array_agg(l.key), array_agg(l.run_id) FILTER (WHERE l.run_id IS NOT NULL) INTO v_locked, v_runs FROM locked l;
-    EXIT WHEN cardinality(v_locked) = cardinality(v_keys);  -- or one was pruned just now
+    PERFORM 1 FROM @schema@.policies p WHERE p.key = ANY (v_keys) ORDER BY p.key FOR UPDATE;
+    GET DIAGNOSTICS v_count = ROW_COUNT;
+    EXIT WHEN v_count = cardinality(v_keys);  -- or one was pruned just now
   END LOOP;
-  PERFORM 1 FROM @schema@.runs r WHERE r.id = ANY (v_runs) ORDER BY r.id FOR NO KEY UPDATE;
-  PERFORM @schema@.touch_lanes((SELECT jsonb_agg(e->'run') FROM jsonb_array_elements(p_policies) e), p_now);
 END $$;
+
+-- Lock the runs that these policies name, in order of id.
+CREATE FUNCTION @schema@.lock_joined(p_policies jsonb) RETURNS void LANGUAGE sql
+AS $$
+  SELECT 1 FROM @schema@.runs r
+  WHERE r.id = ANY (ARRAY(SELECT p.run_id FROM @schema@.policies p WHERE p.key = ANY (@schema@.policy_keys(p_policies))))
+  ORDER BY r.id FOR NO KEY UPDATE
+$$;
 
 -- Decide about one trigger, whose policies are locked. Returns its admission.
 CREATE FUNCTION @schema@.admit(p_trigger jsonb, p_now bigint, p_max_payload bigint) RETURNS jsonb LANGUAGE plpgsql
