@@ -15,6 +15,7 @@ from durable.core.journal import Entry
 from durable.protocol.states import Status
 from durable.store.postgres import journal, runs
 from durable.store.postgres.connection import Connection, Database, ask, is_culprit, translate
+from durable.store.postgres.events import storable
 from durable.store.postgres.packing import (
     NO_BIGINTS,
     NO_BLOBS,
@@ -33,8 +34,10 @@ from durable.store.records import (
     Commit,
     CommitOutcome,
     CommitStatus,
+    DropItem,
     FreeSlots,
     OpenWaiter,
+    PutItem,
     PutMessage,
     RunRecord,
     SetAttributes,
@@ -225,7 +228,7 @@ def _effects(batch: Sequence[Commit]) -> str | None:
     if not any(one.effects for one in batch):
         return None
     kinds: dict[str, list[Any]] = {
-        name: [] for name in ("starts", "fires", "messages", "opened", "closed", "attributes", "freed")
+        name: [] for name in ("starts", "fires", "messages", "opened", "closed", "attributes", "freed", "items")
     }
     for one in batch:
         waiters: dict[str, OpenWaiter | CloseWaiter] = {}
@@ -244,6 +247,11 @@ def _effects(batch: Sequence[Commit]) -> str | None:
                 kinds["attributes"].append(change)
             elif isinstance(effect, FreeSlots):
                 kinds["freed"].append({"of": one.run_id, "keys": effect.keys})
+            elif isinstance(effect, PutItem):
+                put = {"kind": effect.kind, "id": effect.id, "data": effect.data, "expires_at": effect.expires_at}
+                kinds["items"].append({"of": one.run_id, **put})
+            elif isinstance(effect, DropItem):
+                kinds["items"].append({"of": one.run_id, "kind": effect.kind, "id": effect.id})
         for waiter in waiters.values():
             if isinstance(waiter, CloseWaiter):
                 kinds["closed"].append({"of": one.run_id, "id": waiter.id})
@@ -253,8 +261,11 @@ def _effects(batch: Sequence[Commit]) -> str | None:
                     "event": waiter.event,
                     "match": waiter.match,
                     "expires_at": waiter.expires_at,
+                    "probe": storable(waiter.probe),
                 }
                 kinds["opened"].append({"of": one.run_id, **opened})
+    if not kinds["items"]:
+        del kinds["items"]  # rare, and looked for by name
     return runs.json_text(kinds)
 
 
