@@ -229,13 +229,24 @@ def _mark_ready(cx: sqlite3.Connection, routes: str, now: int) -> bool:
     return marked >= READY_AT_ONCE
 
 
+class _Line(NamedTuple):
+    """A ready run. In the order of its lane: sorted."""
+
+    standing: int
+    run_id: str
+    number: int
+    priority: int
+    wake_at: int
+
+
 class _Head(NamedTuple):
-    """The lane of a route that has a run ready."""
+    """The lane of a route that has runs ready, and the first of them."""
 
     workspace: str
     workflow: str
     version: str
     key: str
+    first: _Line
 
     @property
     def lane(self) -> LaneId:
@@ -243,7 +254,7 @@ class _Head(NamedTuple):
 
 
 def _heads(cx: sqlite3.Connection, routes: str) -> list[_Head]:
-    """One seek in the index for each."""
+    """Two seeks in the index for each."""
     text = f"""
         WITH RECURSIVE
         routes AS ({_ROUTES}),
@@ -256,18 +267,14 @@ def _heads(cx: sqlite3.Connection, routes: str) -> list[_Head]:
             SELECT min(x.lane) FROM runs x
             WHERE {_ROUTE.replace("routes.", "heads.")} AND {of("x", LANED_READY)} AND x.lane > heads.key)
           FROM heads WHERE key IS NOT NULL)
-        SELECT json_group_array(json_array(workspace, workflow, version, key)) FROM heads WHERE key IS NOT NULL"""
-    return [_Head(*row) for row in json.loads(cx.execute(text, [routes]).fetchone()[0])]
-
-
-class _Line(NamedTuple):
-    """A ready run. In the order of its lane: sorted."""
-
-    standing: int
-    run_id: str
-    number: int
-    priority: int
-    wake_at: int
+        SELECT json_group_array(json_array(
+          h.workspace, h.workflow, h.version, h.key, r.standing, r.id, r.number, r.priority, r.wake_at))
+        FROM (SELECT * FROM heads WHERE key IS NOT NULL) h CROSS JOIN runs r ON r.number = (
+          SELECT x.number FROM runs x
+          WHERE {_ROUTE.replace("routes.", "h.")} AND {of("x", LANED_READY)} AND x.lane = h.key
+          ORDER BY x.standing, x.id LIMIT 1)"""
+    rows = json.loads(cx.execute(text, [routes]).fetchone()[0])
+    return [_Head(workspace, workflow, version, key, _Line(*line)) for workspace, workflow, version, key, *line in rows]
 
 
 _LINE_TEXT = (
@@ -279,13 +286,12 @@ _LINE_TEXT = (
 
 def _line(cx: sqlite3.Connection, head: _Head, most: int) -> Iterator[_Line]:
     """The first of that lane, read as they are asked for: of many lanes no more is looked at than the head."""
-    after: tuple[int, str] = (-(1 << 62), "")
-    size = 1
-    while rows := cx.execute(_LINE_TEXT, (*head, *after, size)).fetchall():
+    yield head.first
+    after = head.first
+    while rows := cx.execute(_LINE_TEXT, (*head[:4], after.standing, after.run_id, most)).fetchall():
         for row in rows:
             yield _Line(*row)
-        after = rows[-1][:2]
-        size = most
+        after = _Line(*rows[-1])
 
 
 def _waiting(
