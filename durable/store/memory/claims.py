@@ -175,7 +175,7 @@ class Claims(Rows):
         for rule in tables.lanes[lane].rules:
             next_at = None
             if rule.kind == lanes.SLOTS:
-                used = len(tables.holders.get(rule.key, ()))
+                used = self._used(rule.key)
                 queued = sum(rule.key in self._lacks(run) for run in due)
             else:
                 history = tables.begun.get(rule.key, History(rule.period_us))

@@ -143,7 +143,7 @@ class Due:
     def _ledger(self) -> Ledger:
         tables = self.tables
         rules: list[Rule] = [rule for queue in self.queues for rule in queue.rules]
-        used = {rule.key: len(tables.holders.get(rule.key, ())) for rule in rules if rule.kind == lanes.SLOTS}
+        used = {rule.key: self.rows._used(rule.key) for rule in rules if rule.kind == lanes.SLOTS}
         begun = {
             rule.key: tables.begun[rule.key].times
             for rule in rules
