@@ -128,58 +128,74 @@ def probe(cx: sqlite3.Connection, routes: str, now: int) -> tuple[bool, int | No
 def pick(cx: sqlite3.Connection, orphans: Sequence[Candidate], due: Due, routes: str, limit: int, now: int) -> Picked:
     """Whose turn it is, slots and turns written down. `routes` is a JSON list of (workspace, workflow, version)."""
     lanes = _Lanes(cx)
-    free = list(due.free)
-    lost: list[Candidate] = []
-    held = _held(cx, [orphan.run_id for orphan in orphans if orphan.lane is not None])
-    lanes.load({orphan.lane for orphan in orphans if orphan.lane is not None})
-    for orphan in orphans:
-        lacks = orphan.lane is not None and lacking(lanes[orphan.lane].rules, held.get(orphan.run_id, ()))
-        (lost if lacks else free).append(orphan)
-    _set_free(cx, [orphan.number for orphan in lost], now)
+    ready_orphans = _part_orphans(cx, orphans, lanes, now)
     flooded = _mark_ready(cx, routes, now)
-
+    holding, waiting = _part_holders(cx, routes, lanes)
     heads = _heads(cx, routes)
     lanes.load({head.lane for head in heads})
-    holders = _holders(cx, routes)
-    lanes.load({holder.lane for holder in holders})
-    by_id: dict[str, Candidate] = {}
-    waiting: dict[LaneId, list[Waiting]] = {}
-    for holder in holders:
-        lacks = lacking(lanes[holder.lane].rules, holder.keys)
-        candidate = Candidate(-holder.priority, holder.wake_at, holder.number, holder.run_id, lane=holder.lane)
-        by_id[holder.run_id] = candidate
-        if lacks:
-            one = Waiting(holder.run_id, holder.priority, _rank(holder.standing), lacks, holder.standing >= _NEW_ABOVE)
-            waiting.setdefault(holder.lane, []).append(one)
-        else:
-            free.append(candidate)
-    skip = set(by_id)
+    taken = used(cx, lanes.keys(SLOTS, {*waiting, *(head.lane for head in heads)}))
 
+    by_id = {one.run_id: candidate for some in waiting.values() for one, candidate in some}
+    skip = {*by_id, *(one.run_id for one in holding)}
     lines: dict[LaneId, list[Iterator[_Line]]] = {}
     for head in heads:
-        lines.setdefault(head.lane, []).append(_line(cx, head, limit + 1))
+        # A lane without a free slot is passed over by the rules too; of thousands, most may be.
+        if not any(taken.get(rule.key, 0) >= rule.limit for rule in lanes[head.lane].rules if rule.kind == SLOTS):
+            lines.setdefault(head.lane, []).append(_line(cx, head, limit + 1))
     queues = []
     for lane in dict.fromkeys([*waiting, *lines]):
         terms = lanes[lane]
-        first = sorted(waiting.get(lane, ()), key=lambda one: (one.rank, one.run_id))
+        first = sorted((one for one, _ in waiting.get(lane, ())), key=lambda one: (one.rank, one.run_id))
         rest = _waiting(lines.get(lane, ()), lane, terms, skip, by_id)
         queues.append(Queue(lane, terms.rules, terms.weight, chain(first, rest)))
+    begun = ticks(cx, THROTTLE, lanes.keys(THROTTLE, [queue.id for queue in queues]))
+    finish, clock = _turns(cx, {queue.id[:2] for queue in queues})
 
-    free.sort()
-    known = {one.run_id or str(one.number): one for one in free}
+    free = {str(one.number): one for one in sorted([*due.free, *ready_orphans, *holding])}
     choice = choose(
-        (Free(key, -one.below, one.wake_at) for key, one in known.items()),
+        (Free(key, -one.below, one.wake_at) for key, one in free.items()),
         queues,
-        _ledger(cx, queues, lanes, now),
+        Ledger(taken, begun, finish, clock),
         limit,
         now,
     )
-    picked = [(one, known[one.run_id] if one.lane is None else by_id[one.run_id]) for one in choice.picks]
-    _write_turns(cx, [(one, candidate) for one, candidate in picked if one.lane is not None], lanes, now)
+    picked = [(one, free[one.run_id] if one.lane is None else by_id[one.run_id]) for one in choice.picks]
+    _write_turns(cx, [one for one, _ in picked if one.lane is not None], lanes, now)
     _take_out(cx, [candidate.number for _, candidate in picked if candidate.lane is not None])
-    return Picked(
-        [candidate for _, candidate in picked], _next_at(cx, due, routes, choice.opens_at, now, choice.more or flooded)
-    )
+    next_at = _next_at(cx, due, routes, choice.opens_at, now, choice.more or flooded)
+    return Picked([candidate for _, candidate in picked], next_at)
+
+
+def _part_orphans(cx: sqlite3.Connection, orphans: Sequence[Candidate], lanes: _Lanes, now: int) -> list[Candidate]:
+    """Those that lack no slot; the others are set free, and queue."""
+    held = _held(cx, [orphan.run_id for orphan in orphans if orphan.lane is not None])
+    lanes.load({orphan.lane for orphan in orphans if orphan.lane is not None})
+    ready: list[Candidate] = []
+    lost: list[Candidate] = []
+    for orphan in orphans:
+        lacks = orphan.lane is not None and lacking(lanes[orphan.lane].rules, held.get(orphan.run_id, ()))
+        (lost if lacks else ready).append(orphan)
+    _set_free(cx, [orphan.number for orphan in lost], now)
+    return ready
+
+
+def _part_holders(
+    cx: sqlite3.Connection, routes: str, lanes: _Lanes
+) -> tuple[list[Candidate], dict[LaneId, list[tuple[Waiting, Candidate]]]]:
+    """Due runs that hold slots still: those that have all of theirs, and by lane those that lack one."""
+    holders = _holders(cx, routes)
+    lanes.load({holder.lane for holder in holders})
+    holding: list[Candidate] = []
+    waiting: dict[LaneId, list[tuple[Waiting, Candidate]]] = {}
+    for one in holders:
+        lacks = lacking(lanes[one.lane].rules, one.keys)
+        candidate = Candidate(-one.priority, one.wake_at, one.number, one.run_id, lane=one.lane)
+        if lacks:
+            run = Waiting(one.run_id, one.priority, _rank(one.standing), lacks, one.standing >= _NEW_ABOVE)
+            waiting.setdefault(one.lane, []).append((run, candidate))
+        else:
+            holding.append(candidate)
+    return holding, waiting
 
 
 def _next_at(cx: sqlite3.Connection, due: Due, routes: str, opens_at: int | None, now: int, more: bool) -> int | None:
@@ -229,13 +245,24 @@ def _mark_ready(cx: sqlite3.Connection, routes: str, now: int) -> bool:
     return marked >= READY_AT_ONCE
 
 
+class _Line(NamedTuple):
+    """A ready run. In the order of its lane: sorted."""
+
+    standing: int
+    run_id: str
+    number: int
+    priority: int
+    wake_at: int
+
+
 class _Head(NamedTuple):
-    """The lane of a route that has a run ready."""
+    """The lane of a route that has runs ready, and the first of them."""
 
     workspace: str
     workflow: str
     version: str
     key: str
+    first: _Line
 
     @property
     def lane(self) -> LaneId:
@@ -243,7 +270,7 @@ class _Head(NamedTuple):
 
 
 def _heads(cx: sqlite3.Connection, routes: str) -> list[_Head]:
-    """One seek in the index for each."""
+    """Two seeks in the index for each."""
     text = f"""
         WITH RECURSIVE
         routes AS ({_ROUTES}),
@@ -256,18 +283,14 @@ def _heads(cx: sqlite3.Connection, routes: str) -> list[_Head]:
             SELECT min(x.lane) FROM runs x
             WHERE {_ROUTE.replace("routes.", "heads.")} AND {of("x", LANED_READY)} AND x.lane > heads.key)
           FROM heads WHERE key IS NOT NULL)
-        SELECT json_group_array(json_array(workspace, workflow, version, key)) FROM heads WHERE key IS NOT NULL"""
-    return [_Head(*row) for row in json.loads(cx.execute(text, [routes]).fetchone()[0])]
-
-
-class _Line(NamedTuple):
-    """A ready run. In the order of its lane: sorted."""
-
-    standing: int
-    run_id: str
-    number: int
-    priority: int
-    wake_at: int
+        SELECT json_group_array(json_array(
+          h.workspace, h.workflow, h.version, h.key, r.standing, r.id, r.number, r.priority, r.wake_at))
+        FROM (SELECT * FROM heads WHERE key IS NOT NULL) h CROSS JOIN runs r ON r.number = (
+          SELECT x.number FROM runs x
+          WHERE {_ROUTE.replace("routes.", "h.")} AND {of("x", LANED_READY)} AND x.lane = h.key
+          ORDER BY x.standing, x.id LIMIT 1)"""
+    rows = json.loads(cx.execute(text, [routes]).fetchone()[0])
+    return [_Head(workspace, workflow, version, key, _Line(*line)) for workspace, workflow, version, key, *line in rows]
 
 
 _LINE_TEXT = (
@@ -279,13 +302,12 @@ _LINE_TEXT = (
 
 def _line(cx: sqlite3.Connection, head: _Head, most: int) -> Iterator[_Line]:
     """The first of that lane, read as they are asked for: of many lanes no more is looked at than the head."""
-    after: tuple[int, str] = (-(1 << 62), "")
-    size = 1
-    while rows := cx.execute(_LINE_TEXT, (*head, *after, size)).fetchall():
+    yield head.first
+    after = head.first
+    while rows := cx.execute(_LINE_TEXT, (*head[:4], after.standing, after.run_id, most)).fetchall():
         for row in rows:
             yield _Line(*row)
-        after = rows[-1][:2]
-        size = most
+        after = _Line(*rows[-1])
 
 
 def _waiting(
@@ -315,6 +337,10 @@ class _Lanes:
 
     def __getitem__(self, lane: LaneId) -> _Lane:
         return self._known.get(lane, _NO_LANE)
+
+    def keys(self, kind: str, lanes: Iterable[LaneId]) -> list[str]:
+        """Of the rules of this kind."""
+        return list({rule.key for lane in lanes for rule in self[lane].rules if rule.kind == kind})
 
     def load(self, lanes: Iterable[LaneId]) -> None:
         wanted = [lane for lane in lanes if lane not in self._known]
@@ -368,17 +394,6 @@ def _held(cx: sqlite3.Connection, run_ids: Sequence[str]) -> dict[str, list[str]
         for run_id, key in rows:
             held.setdefault(run_id, []).append(key)
     return held
-
-
-def _ledger(cx: sqlite3.Connection, queues: Sequence[Queue], lanes: _Lanes, now: int) -> Ledger:
-    rules = {(rule.kind, rule.key): rule for queue in queues for rule in queue.rules}
-    finish, clock = _turns(cx, {queue.id[:2] for queue in queues})
-    return Ledger(
-        used=used(cx, [key for kind, key in rules if kind == SLOTS]),
-        begun=ticks(cx, THROTTLE, [key for kind, key in rules if kind == THROTTLE]),
-        finish=finish,
-        clock=clock,
-    )
 
 
 def used(cx: sqlite3.Connection, keys: Sequence[str]) -> dict[str, int]:
@@ -446,14 +461,14 @@ def _turns(
     return finishes, clock
 
 
-def _write_turns(cx: sqlite3.Connection, taken: Sequence[tuple[Pick, Candidate]], lanes: _Lanes, now: int) -> None:
-    if not taken:
+def _write_turns(cx: sqlite3.Connection, picks: Sequence[Pick], lanes: _Lanes, now: int) -> None:
+    if not picks:
         return
-    _give_slots(cx, [(key, one.run_id) for one, _ in taken for key in one.takes])
+    _give_slots(cx, [(key, one.run_id) for one in picks for key in one.takes])
     begins = []
     turns: dict[tuple[str, str, str, int], tuple[float, float]] = {}
     clock: dict[tuple[str, str, int], float] = {}
-    for one, _ in taken:
+    for one in picks:
         if one.lane is None:
             continue
         periods = {rule.key: rule.period_us for rule in lanes[one.lane].rules if rule.kind == THROTTLE}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from durable.protocol.states import Activity, Status
-from durable.store.interface import AGEING_US
+from durable.store.lanes import rank
 from durable.store.records import NewRun, Parent, RunRecord, StartOutcome, StartStatus
 from durable.store.sqlite import journal, lanes, marks
 from durable.store.sqlite.connection import atomic
@@ -19,9 +19,10 @@ INLINE_INPUT_MAX = 2_000
 
 _NEW = (
     "id, workspace, workflow, version, input_hash, idempotency_key, priority, tags, attributes, parent_run_id,"
-    " parent_key, parent_ordinal, owner, epoch, seq, activity, wake_at, created_at, started_at, updated_at, meta, lane,"
-    " standing, ready, input"
+    " parent_key, parent_ordinal, owner, epoch, seq, activity, wake_at, created_at, started_at, updated_at, input"
 )
+_FURTHER = "meta, lane, standing, ready"
+"""Written only where a run of the call has any of it."""
 _PLAIN = (
     "number, id, workspace, workflow, version, status, activity, priority, tags, attributes, parent_run_id, parent_key,"
     " parent_ordinal, idempotency_key, input_hash, wake_at, inbox_last, inbox_read, owner, epoch, seq, commit_id,"
@@ -58,7 +59,11 @@ class SomeExist(Exception):
 
 def insert(cx: sqlite3.Connection, runs: Sequence[NewRun], now: int) -> None:
     """All of them, or SomeExist: roll back then."""
-    inserted = execute_values(cx, _insert_text, [_row(run, now) for run in runs])
+    if any(run.lane is not None or run.meta is not None for run in runs):
+        rows = [(*_row(run, now), *_further(run, now)) for run in runs]
+        inserted = execute_values(cx, _insert_further_text, rows)
+    else:
+        inserted = execute_values(cx, _insert_text, [_row(run, now) for run in runs])
     if inserted != len(runs):
         raise SomeExist
     insert_big(cx, [(run.id, run.input) for run in runs if len(run.input) > INLINE_INPUT_MAX])
@@ -69,6 +74,10 @@ def insert(cx: sqlite3.Connection, runs: Sequence[NewRun], now: int) -> None:
 
 def _insert_text(values: str) -> str:
     return f"INSERT INTO runs ({_NEW}) SELECT * FROM ({values}) WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING"
+
+
+def _insert_further_text(values: str) -> str:
+    return f"INSERT INTO runs ({_NEW}, {_FURTHER}) SELECT * FROM ({values}) WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING"
 
 
 def inline(data: bytes) -> bytes | None:
@@ -91,7 +100,6 @@ def _row(run: NewRun, now: int) -> Row:
     parent = run.parent
     wake_at = None if owned else now if run.wake_at is None else run.wake_at
     later = wake_at is not None and wake_at > now
-    laned = run.lane is not None
     return (
         run.id,
         run.workspace,
@@ -113,12 +121,16 @@ def _row(run: NewRun, now: int) -> Row:
         now,
         now if owned else None,
         now,
-        run.meta and run.meta.decode(),
-        run.lane and run.lane.key,
-        (now if wake_at is None else wake_at) - run.priority * AGEING_US if laned else None,
-        laned and not later,
         inline(run.input),
     )
+
+
+def _further(run: NewRun, now: int) -> Row:
+    meta = None if run.meta is None else run.meta.decode()
+    if run.lane is None:
+        return meta, None, None, False
+    wake_at = now if run.wake_at is None else run.wake_at
+    return meta, run.lane.key, rank(wake_at, run.priority), wake_at <= now
 
 
 def _known(cx: sqlite3.Connection, runs: Sequence[NewRun]) -> list[StartOutcome]:
