@@ -636,10 +636,10 @@ def events_once(evidence: Evidence) -> Iterator[str]:
         if sender and not ordinal.isdigit():
             yield f"event {event_id} has an id that no call could have"
     keys = {event.dedupe_id for event in evidence.events.values()}
-    for call in evidence.history:
+    for call in evidence.history if keys else ():
         if call.what == "publish" and call.outcome == "ok" and call.detail not in keys:
             yield f"{call.detail} was published and acknowledged, and is not stored"
-    if evidence.swarm.events and (left := [e.id for e in evidence.events.values() if not e.settled]):
+    if left := [event.id for event in evidence.events.values() if not event.settled]:
         yield f"events that nobody has settled: {left[:5]}"
 
 

@@ -154,7 +154,8 @@ class _Interpreter:
         return event.data["n"]
 
     async def op_event_or_not(self, op: Op) -> Any:
-        where = f"event.data.plan == {op['plan']} and event.data.n >= {op['n']}"
+        # Its very own: it must not take what a wait without a timeout needs.
+        where = f"event.data.plan == {op['plan']} and event.data.n == {op['n']}"
         try:
             event = await self.ctx.wait_for_event(op["name"], where=where, timeout=op["timeout"], early=op["early"])
         except WaitTimeout:

@@ -222,6 +222,7 @@ class World:
         self.workflows = served(
             turn_timeout=swarm.turn_timeout, step_timeout=8.0 if lossy else None, programs_too=swarm.hosts_programs
         )
+        self.eventful = swarm.events and swarm.retention is None  # a wait looks back only at events that are still kept
         span = 0.8 * swarm.safety
         drawn: dict[str, Any] = {
             "span": span,
@@ -229,7 +230,7 @@ class World:
             "more": swarm.more,
             "hosts": swarm.hosting,
             "talks": swarm.talks,
-            "events": swarm.events,
+            "events": self.eventful,
         }
         self.plans = plans or {n: Plan(swarm.seed, n, **drawn) for n in swarm.runs}
         self._open_plans = len(self.plans)
@@ -802,7 +803,7 @@ class World:
             ended_at=self.loop.time(),
             sleeps=self.witness.sleeps,
             workflows=self.workflows,
-            events=_events(self.base, self.swarm),
+            events=_events(self.base) if self.eventful else {},
         )
         commands.update(self.broker.counts + self.spare.counts)
         if commands.pop("asked in vain", 0):
@@ -837,9 +838,8 @@ def _place(error: BaseException) -> str:
     return last
 
 
-def _events(base: Store, swarm: Swarm) -> dict[str, EventRecord]:
-    found = at_once(base.events(EventQuery(limit=100_000))) if swarm.events else []
-    return {event.id: event for event in found}
+def _events(base: Store) -> dict[str, EventRecord]:
+    return {event.id: event for event in at_once(base.events(EventQuery(limit=100_000)))}
 
 
 def _leftovers(base: Store, runs: dict[str, Stored]) -> list[str]:
