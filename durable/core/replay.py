@@ -21,13 +21,16 @@ from msgspec import Struct
 
 from durable.core.commands import (
     Abandon,
+    AskApproval,
     Cancelled,
+    CloseApproval,
     Command,
     Completed,
     Failed,
     Note,
     Outcome,
     Patch,
+    Report,
     StartChild,
     WaitSignal,
     WriteLog,
@@ -125,6 +128,8 @@ class Machine:
         self.outcome: Outcome | None = None
         self.loop = Loop()  # type: ignore[abstract]
         self.input = input
+        self.meta: bytes | None = None
+        """The run's origin (core/origin.py), where whoever made the machine knows it."""
         self.entry: Entry | None = None
         """What the turn under way was handed; the last one between turns."""
         self._main: WorkflowTask | None = None
@@ -434,9 +439,16 @@ class Machine:
             self._settle_wait(promise)
             give_up(promise)
 
+    def tell(self, note: Note) -> None:
+        """Issue a note."""
+        if not self.loop.closing:
+            self._issued.append(note)
+
     def _settle_wait(self, promise: Asked) -> None:
         key = promise.command.key
         del self.outstanding[key]
+        if isinstance(promise.command, AskApproval):
+            self._issued.append(CloseApproval(promise.command))
         del self._promises[key]
         promise.release = None
         if promise.alarm is not None:
@@ -538,6 +550,13 @@ class Machine:
     def _is_news(self, item: Command | Note) -> bool:
         if isinstance(item, Command):
             return self.outstanding.get(item.key) is item and item.key not in self._traces
+        if isinstance(item, Report):
+            if self.outstanding.get(item.command.key) is not item.command:
+                return False
+            told = [entry.attempt for entry in self._traces.get(item.command.key, ())]
+            return item.status != "retrying" or item.attempt not in told
+        if isinstance(item, CloseApproval):
+            return False  # it went with the commit that holds the turn
         return not isinstance(item, Abandon) or item.command.key not in self._cancelled
 
     def _sticking(self, error: NonDeterminism) -> NonDeterminism:
