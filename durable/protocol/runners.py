@@ -54,7 +54,7 @@ class InvokeEvent(_Message, kw_only=True):
 
 
 class Memo(_Message, kw_only=True):
-    """What came of an operation. One that is neither settled nor pending is not known to the engine."""
+    """What came of an operation: its data, nothing (a sleep, an emit) or an error; or that nothing has come of it yet."""
 
     data: Raw | UnsetType = UNSET
     error: Any = None
@@ -234,6 +234,8 @@ class InvokeBody(_Message, kw_only=True):
     """Ours with 200 and 400: what the last pass has asked for and does not wait for."""
     error: ErrorData | None = None
     logs: list[RunnerLog] | UnsetType = UNSET
+    parked: list[str] | None = None
+    """Ours with 206: by hash, what the engine knows of and the code still waits for. What is not named is given up."""
     patches: list[str] | None = None
     """Ours: patches whose new way this pass has taken for the first time."""
 

@@ -34,7 +34,6 @@ from durable.store.records import (
     StartOutcome,
 )
 
-
 AGEING_US = 60_000_000
 """How long one step of priority is worth: a run waits at most so much longer for each step that others are above it."""
 

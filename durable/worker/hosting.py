@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 from durable.core.commands import Failed, Outcome, RunStep, WaitSignal
 from durable.core.ctx import Context
+from durable.core.definition import WorkflowDefinition
 from durable.core.errors import DeterminismError, ErrorData, PayloadError, StepFailed, StepTimeout
 from durable.core.loop import WorkflowTask as MainTask
 from durable.core.payload import describe, encode_error, through
@@ -24,6 +26,7 @@ from durable.worker.bodies import Bodies
 
 R = TypeVar("R")
 
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SLEEPS = frozenset({"_ring", "_set_result_unless_cancelled"})
 """What a timer calls that is a sleep and nothing else."""
 
@@ -43,6 +46,19 @@ class HostedContext(Context):
     """ctx of a workflow outside an engine."""
 
     _machine: HostedMachine
+
+    def now(self) -> datetime:
+        if self._machine.timed:
+            return super().now()
+        self._loop.admit()
+        return self._machine.record_now()
+
+    def sleep_until(self, moment: datetime) -> asyncio.Future[None]:
+        ordinal = self._machine.ordinals.next
+        promise = super().sleep_until(moment)
+        if ordinal in self._loop.alarms:  # one that has passed is no timer
+            self._machine.moments[ordinal] = (moment - EPOCH) // timedelta(microseconds=1)
+        return promise
 
     def gather(self, *awaitables: Any, mode: str = "all") -> Any:
         if mode == "first" and not self._machine.ordered:
@@ -67,6 +83,16 @@ class HostedMachine(Machine):
     """The engine says in which order things happened."""
     timed = False
     """And when."""
+
+    def __init__(self, definition: WorkflowDefinition, *, run_id: str, input: bytes, logs: int = 0) -> None:
+        super().__init__(definition, run_id=run_id, input=input, logs=logs)
+        self.ordinals = self.loop.ordinals = Ordinals()  # type: ignore[assignment]
+        self.moments: dict[int, int] = {}
+        """Timers that end at a time, µs, whenever they began; by ordinal."""
+
+    def record_now(self) -> datetime:
+        """The time, recorded: this engine does not tell it."""
+        raise NotImplementedError
 
     def _outcome_of(self, main: MainTask) -> Outcome:
         """A step's error that nobody caught is told as it came: an engine finds the step by it."""

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
@@ -63,13 +63,12 @@ from durable.protocol.messages import (
 )
 from durable.transports.answers import failed, no_handler
 from durable.worker.bodies import Bodies
-from durable.worker.hosting import HostedContext, HostedMachine, Ordinals, drop_soon, plainly, run_attempt
+from durable.worker.hosting import EPOCH, HostedContext, HostedMachine, drop_soon, plainly, run_attempt
 
 log = logging.getLogger("durable.worker")
 
 R = TypeVar("R")
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _KINDS: dict[type, str] = {RunStep: "step", SendTask: "call", StartChild: "child", WaitSignal: "signal"}
 _ENTRIES = {"step": STEP, "call": REMOTE, "child": CHILD}
 _SLEEPS = frozenset({"_ring", "_set_result_unless_cancelled"})
@@ -135,19 +134,6 @@ class _TurnContext(HostedContext):
     def side_effect(self, fn: Callable[[], Any], *, name: str | None = None, **options: Any) -> Any:
         return super().side_effect(fn, name=name or f"side_effect#{self._machine.ordinals.next}", **options)
 
-    def now(self) -> datetime:
-        if self._machine.timed:
-            return super().now()
-        self._loop.admit()
-        return self._machine.record_now()
-
-    def sleep_until(self, moment: datetime) -> asyncio.Future[None]:
-        ordinal = self._machine.ordinals.next
-        promise = super().sleep_until(moment)
-        if ordinal in self._loop.alarms:  # one that has passed is no timer
-            self._machine.moments[ordinal] = (moment - _EPOCH) // timedelta(microseconds=1)
-        return promise
-
 
 class _TurnMachine(HostedMachine):
     """One turn's replay."""
@@ -158,10 +144,7 @@ class _TurnMachine(HostedMachine):
         """The engine says in which order things happened."""
         self.timed = self.ordered and task.started_at is not None
         """And when."""
-        self.ordinals = self.loop.ordinals = Ordinals()  # type: ignore[assignment]
         self.items = {item.seq: item for item in task.history}
-        self.moments: dict[int, int] = {}
-        """Timers that end at a time, µs, whenever they began; by ordinal."""
         self.readings: list[RecordStep] = []
         """What the clock has said in this turn."""
         self._clock = clock
@@ -180,10 +163,10 @@ class _TurnMachine(HostedMachine):
             self.readings.append(
                 RecordStep(seq=seq, name=name, output=Raw(b"%d" % now), started_at=now, finished_at=now)
             )
-            return _EPOCH + timedelta(milliseconds=now)
+            return EPOCH + timedelta(milliseconds=now)
         if item.kind != "step" or item.name not in (None, name) or not isinstance(item.output, Raw):
             raise _mismatch(item, f"step {name!r}")
-        return _EPOCH + timedelta(milliseconds=msgspec.json.decode(item.output, type=int))
+        return EPOCH + timedelta(milliseconds=msgspec.json.decode(item.output, type=int))
 
 
 class _Turn:
