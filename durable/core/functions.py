@@ -63,11 +63,14 @@ if TYPE_CHECKING:
 
 PASSES = 1_000_000_000
 """The first pass's ordinal. An app's operations are counted below it."""
+HANDLER = 500_000_000
+"""Where the operations of a failure handler begin."""
 TIMERS = 2_000_000_000
 """The first ordinal of the driver's own timers: delays before something is tried again."""
 PATIENT = RetryPolicy(max_attempts=1_000_000, initial_delay=1.0, max_delay=30.0)
 """How a pass is tried again while nobody is there to be asked: for as long as it takes."""
 
+_RETRY = RetryPolicy()
 Dialect = Literal["operation", "runner"]
 _encode = msgspec.json.Encoder().encode
 _bytes: Callable[[bytes], Any] = bytes
@@ -113,7 +116,7 @@ class AppFunction:
     dialect: Dialect
     ask: AskApp
     call_out: CallOut | None = None
-    retry: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = _RETRY
     timeout: float | None = None
     """Seconds the whole run may take."""
     on_failure: bool = False
@@ -142,7 +145,6 @@ class _Op(Struct, eq=False):
     kind: str
     id: str
     name: str
-    key: str = ""
     attempt: int = 1
     """Under way, or to be made next."""
     step: AppStep | None = None
@@ -194,7 +196,8 @@ class FunctionHost:
         """The highest order the app knows, once it has answered."""
         self._patches: list[str] = []
         self._failure: tuple[ErrorData, str | None] | None = None
-        self._cut: int | None = None
+        self._broken: tuple[_Op, ErrorData] | None = None
+        """The operation that the function has failed with."""
         self._reports_pending = False
         """This app names the pending operations it still waits for: one it does not name is dropped."""
 
@@ -211,7 +214,8 @@ class FunctionHost:
     async def _bounded(self, series: Any) -> Raw:
         limit = self._function.timeout
         if limit is None:
-            return await series
+            whole: Raw = await series
+            return whole
         work = self._loop.create_task(series, name="series")
         end = self._timer(self._started_at + round(limit * 1e6))
         try:
@@ -249,19 +253,19 @@ class FunctionHost:
             at = self._seq()
             self._write_lines(answer)
             self._patches += [patch for patch in answer.patches if patch not in self._patches]
-            last = answer.status != "continue"
+            advanced = await self._apply(answer, at)
             if answer.status == "failed":
-                await self._apply(answer, at, last=True)
                 assert answer.error is not None
                 await self._try_again(answer.error, at)
                 continue
-            advanced = await self._apply(answer, at, last=last)
             if answer.status == "completed":
                 await self._finish_last(answer)
-                return answer.data
+                result: Raw = answer.data
+                return result
             if advanced:
                 self._in_a_row, self._first_failure = 0, None
             self._drop_unnamed(answer, pending)
+            self._check()
             while self._changes == asked:
                 if not any(op.memo is None and op.pending for op in self._ops.values()):
                     message = (
@@ -271,12 +275,18 @@ class FunctionHost:
                     raise _FunctionFailed(ErrorData(message, "stalled", "Stalled", retryable=False), at)
                 self._news = self._loop.create_future()
                 await self._news
+                self._check()
+
+    def _check(self) -> None:
+        """An app of section 4 is told of no failure: with its operation the function has failed."""
+        if self._broken is not None:
+            op, error = self._broken
+            self._broken = None
+            raise _FunctionFailed(error, op.failed_at, op.name)
 
     def _ask(self) -> Any:
         machine = self._machine
-        body = partial(
-            self._pass, dict(self._steps()), self._attempt, self._loop.now, self._seen, tuple(self._patches)
-        )
+        body = partial(self._pass, dict(self._steps()), self._attempt, self._loop.now, self._seen, tuple(self._patches))
         self._seen = max([self._seen or 0, *(op.memo["order"] for op in self._ops.values() if op.memo is not None)])
         command = Invoke(
             next(self._passes),
@@ -439,8 +449,9 @@ class FunctionHost:
 
     # ------------------------------------------------------------------ operations
 
-    async def _apply(self, answer: Answer, at: int, *, last: bool) -> bool:
+    async def _apply(self, answer: Answer, at: int) -> bool:
         """Ask for what is new. Whether the function got anywhere."""
+        last = answer.status != "continue"
         advanced = False
         settled: list[Any] = []
         for one in answer.reached:
@@ -448,29 +459,29 @@ class FunctionHost:
             if known is not None and known.kind != one.kind:
                 raise _FunctionFailed(_reused(known, one), at)
             if known is not None and (known.memo is not None or (known.pending and one.kind != "step")):
-                self._repeated(known, one, at)
+                self._repeated(one, at)
                 continue
             try:
                 check_name(one.name, "name of an operation", reserved=False)
             except DefinitionError as error:
                 raise _FunctionFailed(_bad(str(error)), at) from None
-            if last and one.kind in ("sleep", "wait", "signal", "approval"):
+            if last and one.kind in _WAITS:
                 continue
             if known is None:
                 known = self._ops[one.id] = _Op(one.kind, one.id, one.name)
                 advanced = True
-            if one.kind in ("step", "skip", "unknown"):
-                advanced = self._report(known, one, answer, at) or advanced
-                if not known.pending or known.memo is None:
-                    settled.append(known)
-            else:
+            if one.kind not in _REPORTED:
                 self._begin(known, one)
-        for op in settled:  # the entries of what they came to stand behind this answer's: wait until they are read
-            if op.promise is not None and op.step is not None and op.memo is None and not op.pending:
-                await asyncio.wait([op.promise])
+            elif self._report(known, one, answer, at):
+                advanced = True
+                settled.append(known.promise)
+        # The entries of what they came to stand behind this answer's, and are read now.
+        for promise in settled:
+            if not promise.done():
+                await asyncio.wait([promise])
         return advanced
 
-    def _repeated(self, known: _Op, one: Reached, at: int) -> None:
+    def _repeated(self, one: Reached, at: int) -> None:
         if self._function.dialect == "operation":
             message = (
                 f"The app reached operation {one.name!r} again, which it has been told the outcome of. Every operation needs an "
@@ -482,9 +493,7 @@ class FunctionHost:
         """An attempt of a step that the app has run. Whether it settles the step."""
         machine = self._machine
         if op.step is None:
-            op.key = machine.key(one.name)
-            ordinal = one.seq if one.seq is not None else self._ordinal()
-            op.step = AppStep(ordinal, op.key, one.name, "")
+            op.step = AppStep(self._ordinal(one), machine.key(one.name), one.name, "")
             op.promise = machine.ask(op.step, _bytes)
             op.promise.add_done_callback(partial(self._settled, op))
         op.pending = False
@@ -526,8 +535,7 @@ class FunctionHost:
 
     def _begin(self, op: _Op, one: Reached) -> None:
         """Ask for what the engine does."""
-        machine, loop = self._machine, self._loop
-        ordinal = one.seq if one.seq is not None else self._ordinal()
+        loop, ordinal = self._loop, self._ordinal(one)
         until = one.until
         if one.after is not None:
             until = loop.now + one.after
@@ -662,8 +670,6 @@ class FunctionHost:
             self._broken = op, data
         self._changed()
 
-    _broken: tuple[_Op, ErrorData] | None = None
-
     async def _finish_last(self, answer: Answer) -> None:
         """The function has returned. Events, calls and tasks it asked for with its last word are made first."""
         ids = {one.id for one in answer.reached}
@@ -685,7 +691,7 @@ class FunctionHost:
         """The function's own lines, each once. What a step told in this pass goes with the step."""
         own = {name for one in answer.reached if one.kind == "step" for name in _scopes(one)}
         for line in answer.lines:
-            if line.scope.partition("#")[0] in own:
+            if _belongs(line, own):
                 continue
             if not self._was_told(line):
                 self._told.add(self._scope(line))
@@ -696,7 +702,7 @@ class FunctionHost:
         return [
             _encode({"level": line.level, "message": line.message, "fields": line.fields or Raw(b"{}")})
             for line in answer.lines
-            if line.scope.partition("#")[0] in own and line.level
+            if _belongs(line, own) and line.level
         ]
 
     def _log(self, level: str, message: str) -> None:
@@ -708,8 +714,10 @@ class FunctionHost:
         self._loop.ordinals = self._timers
         return self._loop.sleep_until(deadline)
 
-    def _ordinal(self) -> int:
-        return next(self._ordinals)
+    def _ordinal(self, one: Reached) -> int:
+        """The app's own count where it has one; the failure handler's begins anew."""
+        number = one.seq if one.seq is not None else next(self._ordinals)
+        return number if self._failure is None or one.seq is None else HANDLER + number
 
     def _changed(self) -> None:
         self._changes += 1
@@ -749,6 +757,9 @@ def event_of(input: bytes, origin: Origin) -> StoredEvent:
 
 _MEMO = {"step": "run", "signal": "wait", "send": "sendEvent"}
 """What section 4 calls the kinds."""
+_REPORTED = frozenset({"step", "skip", "unknown"})
+"""Kinds that are over when they are told of."""
+_WAITS = frozenset({"sleep", "wait", "signal", "approval"})
 _EMPTY = frozenset({"sleep", "send", "skip"})
 _MADE_AT_THE_END = frozenset({"send", "webhook", "task"})
 
@@ -758,6 +769,10 @@ def _scopes(one: Reached) -> set[str]:
     return {one.id, one.name, f"step:{one.name}", f"step:{one.id}"}
 
 
+def _belongs(line: Line, own: set[str]) -> bool:
+    return line.scope in own or line.scope.rpartition("#")[0] in own
+
+
 def _told_error(error: ErrorData) -> dict[str, Any]:
     """An error as an app is told of it: `{message, stack?}`, and of ours the rest."""
     told: dict[str, Any] = msgspec.to_builtins(error)
@@ -765,9 +780,10 @@ def _told_error(error: ErrorData) -> dict[str, Any]:
 
 
 def _reused(known: _Op, one: Reached) -> ErrorData:
+    was, now = _MEMO.get(known.kind, known.kind), _MEMO.get(one.kind, one.kind)
     message = (
-        f"Operation {one.name!r} was a {_MEMO.get(known.kind, known.kind)} and is now a {_MEMO.get(one.kind, one.kind)}: an id means "
-        "one operation. Give each its own, or register the changed code under another version."
+        f"Operation {one.name!r} was a {was} and is now a {now}: an id means one operation. Give each its own, or register the "
+        "changed code under another version."
     )
     return ErrorData(message, "id_reused", "IdReused", retryable=False)
 

@@ -7,11 +7,10 @@ what has entries of its own (`stripped`). Whatever a stranger writes comes out a
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -144,11 +143,6 @@ def stripped(data: bytes, seen: Callable[[Line], bool]) -> bytes:
             one.data = UNSET
     answer.lines = [Line(line.scope, line.index) for line in answer.lines if not seen(line)]
     return _encode(answer)
-
-
-def step_hash(name: str) -> str:
-    """The identity of an operation of section 5."""
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # ------------------------------------------------------------------ section 4: one operation
@@ -433,8 +427,14 @@ def retry_policy(given: Any) -> RetryPolicy | None:
     for delay in (initial, longest):
         if not _is_number(delay) or not 0 <= delay <= LONGEST:
             raise BadAnswer(f"A retry's delays are milliseconds, not {_shown(delay)}.")
+    factor, jitter = given.get("factor"), given.get("jitter")
     return RetryPolicy(
-        max_attempts=max(1, attempts), backoff=backoff, initial_delay=initial / 1_000, max_delay=longest / 1_000
+        max_attempts=max(1, attempts),
+        backoff=backoff,
+        initial_delay=initial / 1_000,
+        max_delay=longest / 1_000,
+        factor=factor if _is_number(factor) and 1 <= factor <= 1_000 else plain.factor,
+        jitter=jitter if _is_number(jitter) and 0 <= jitter <= 1 else plain.jitter,
     )
 
 
@@ -501,7 +501,7 @@ def _optional(given: Any, what: str) -> str | None:
     return given
 
 
-def _is_number(given: Any) -> bool:
+def _is_number(given: Any) -> TypeGuard[float]:
     return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
 
 
@@ -513,7 +513,9 @@ def _duration(given: Any, name: str) -> int:
 
 def _epoch(given: Any, name: str) -> int:
     if not _is_number(given) or not -LONGEST <= given <= 3 * LONGEST:
-        raise BadAnswer(f"Operation {_shown(name)} waits until {_shown(given)}, which is no time in epoch milliseconds.")
+        raise BadAnswer(
+            f"Operation {_shown(name)} waits until {_shown(given)}, which is no time in epoch milliseconds."
+        )
     return round(given * 1_000)
 
 

@@ -209,5 +209,6 @@ class Starter:
         if new.owner != executor.lease.incarnation:
             return  # the lease was lost meanwhile; whoever claims it goes on
         machine = Machine(definition, run_id=new.id, input=new.input)
+        machine.meta = new.meta
         run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, len(new.entries), Activity.EXECUTING)
         executor.admit(run, Journal(list(new.entries)))
