@@ -1,6 +1,6 @@
 """What a turn asks for. Pure data: `engine/apply.py` has one function for each.
 
-Every command but notes (`Patch`, `WriteLog`, `Abandon`, `Report` …) takes the next ordinal and a key at the call, synchronously.
+Every command but notes (`Patch`, `WriteLog`, `Settled`, `Abandon` …) takes the next ordinal and a key at the call, synchronously.
 """
 
 from __future__ import annotations
@@ -125,6 +125,35 @@ class AskApproval(WaitSignal):
     """When the wait gives up, µs."""
 
 
+class WaitEvent(Command):
+    """Wait for an event. Events are journaled as they come, as signals are, and given to every wait that asks for them."""
+
+    condition: bytes | None
+    """Of core/match.py; None: any of that name."""
+    since: int | None
+    """Only events accepted at or after this moment, µs; None: since the run began."""
+    deadline: int | None
+    """Only events accepted up to this moment, µs."""
+
+    kind = "wait"
+
+
+class SendEvent(Command):
+    """Publish an event and be answered with its id. Done again after a crash, under the same id: there is one event."""
+
+    event_id: str
+    dedupe_id: str | None
+    data: bytes
+
+    kind = "emit"
+
+
+class Settled(Struct):
+    """A wait for an event is over: it came, or its time is up."""
+
+    command: WaitEvent
+
+
 class Abandon(Struct):
     """The wait on `command` was cancelled inside the run: journal it, tell the body, worker or child."""
 
@@ -167,7 +196,7 @@ class WriteLog(Struct):
     fields: bytes | None
 
 
-Note = Abandon | Report | CloseApproval | Patch | WriteLog
+Note = Abandon | Report | CloseApproval | Settled | Patch | WriteLog
 
 
 class Completed(Struct):

@@ -26,8 +26,8 @@ from durable.runners.outgoing import Calls, Outgoing
 from durable.runners.serve import ServeLink, request_path
 from durable.runners.workspaces import Workspaces
 from durable.store.interface import Store
-from durable.store.records import DEFAULT_WORKSPACE
 from durable.store.items import Item, ItemKey, ItemQuery, NewItem
+from durable.store.records import DEFAULT_WORKSPACE
 
 log = logging.getLogger("durable.runners")
 
@@ -150,7 +150,9 @@ class Directory:
 
     async def _say_node(self) -> None:
         expires = INTERVALS * self.heartbeat_ms * 1_000
-        await self._store.put_items([NewItem(DEFAULT_WORKSPACE, NODE, self.node_id, _encode(self._node), expires_in=expires)])
+        await self._store.put_items(
+            [NewItem(DEFAULT_WORKSPACE, NODE, self.node_id, _encode(self._node), expires_in=expires)]
+        )
 
     # ------------------------------------------------------------------ who comes and goes
 
