@@ -29,14 +29,17 @@ from durable.core.commands import (
     Outcome,
     Patch,
     RunStep,
+    SendEvent,
     SendTask,
     StartChild,
+    WaitEvent,
     WaitSignal,
     WriteLog,
 )
 from durable.core.ctx import Context
 from durable.core.definition import WorkflowDefinition
 from durable.core.errors import (
+    DefinitionError,
     DeterminismError,
     ErrorData,
     NonDeterminism,
@@ -246,6 +249,12 @@ class _HostedMachine(Machine):
         if not self.ordered and arguments[1] is not None:
             self.refuse(_race(f"ctx.wait_for_signal({command.name!r}, timeout=...)"))
         return super().wait_signal(command, *arguments)
+
+    def wait_event(self, command: WaitEvent, *arguments: Any) -> Asked:
+        raise _not_here("wait_for_event")
+
+    def send_event(self, command: SendEvent, *arguments: Any) -> Asked:
+        raise _not_here("send_event")
 
 
 class _Turn:
@@ -620,6 +629,13 @@ def _race_in(callback: Any) -> Iterator[str]:
         held = dict(zip(callback.__code__.co_freevars, callback.__closure__, strict=True))
         if "return_when" in held and held["return_when"].cell_contents == asyncio.FIRST_COMPLETED:
             yield "asyncio.wait(return_when=FIRST_COMPLETED)"
+
+
+def _not_here(method: str) -> DefinitionError:
+    return DefinitionError(
+        f"ctx.{method} is not offered to workflows that a worker hosts over a queue: their wire has no word for it. Let the "
+        "engine's own code run this workflow, or use signals."
+    )
 
 
 def _race(what: str) -> DeterminismError:
