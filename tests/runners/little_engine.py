@@ -22,7 +22,14 @@ class LittleEngine:
     """One run. `ours`: it tells order and times, as our engine does; else it speaks the plain dialect."""
 
     def __init__(
-        self, ask: Ask, workflow: str, data: Any = None, *, ours: bool = True, run_id: str = "run-1", start: float = START
+        self,
+        ask: Ask,
+        workflow: str,
+        data: Any = None,
+        *,
+        ours: bool = True,
+        run_id: str = "run-1",
+        start: float = START,
     ) -> None:
         self.ask = ask
         self.workflow = workflow
