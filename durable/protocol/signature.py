@@ -1,9 +1,9 @@
 """Signatures on what engines and runners send each other over HTTP: who said it, to whom, when, and only once.
 
-`x-durable-signature: v1,<ts>,<nonce>,<key id>,<hex>`, an HMAC-SHA256 over `v1.<ts>.<nonce>.<key id>.<METHOD>.<path>.<sha256 of the
-body>`. `ts` is epoch seconds, and counts within five minutes by the receiver's clock. The path is as it was sent, its query with
-it. An answer is signed the same, with the request's nonce, and its status in the place of the method: so it answers this
-request, and no request can be given back as an answer.
+`x-durable-signature: v1,<ts>,<nonce>,<key id>,<hex>`: an HMAC-SHA256 over `v1.<ts>.<nonce>.<key id>.<METHOD>.<path>.<hash>`, the
+hash being the body's SHA-256 in hex. `ts` is epoch seconds, and counts within five minutes by the receiver's clock. The path is
+as it was sent, its query with it. An answer is signed the same, with the request's nonce, and its status in the place of the
+method: so it answers this request, and no request can be given back as an answer.
 """
 
 from __future__ import annotations

@@ -46,7 +46,13 @@ def test_golden_signatures(vector: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"body": b'{"a":2}'}, {"path": "/invoke?x=1"}, {"method": "GET"}, {"keys": {}}, {"keys": {next(iter(KEYS)): "other"}}],
+    [
+        {"body": b'{"a":2}'},
+        {"path": "/invoke?x=1"},
+        {"method": "GET"},
+        {"keys": {}},
+        {"keys": {next(iter(KEYS)): "other"}},
+    ],
     ids=["body", "path", "method", "unknown key", "other key"],
 )
 def test_a_signature_is_of_one_request_only(changes: dict[str, Any]) -> None:
