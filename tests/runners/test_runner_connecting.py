@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed
 
 from durable import Context, Durable, workflow
 from durable.core.errors import DefinitionError
-from durable.module import injectable, module
+from durable.module import module
 from durable.runners.connecting import Connecting, connect
 from durable.testing.facts import eventually
 from tests.runners.little_engine import LittleEngine
@@ -356,7 +356,6 @@ async def test_an_app_and_modules_are_runners_too(engine: Engine) -> None:
         assert await LittleEngine(engine.ask, "adds", [1, 1]).run() == 2
     closed: list[bool] = []
 
-    @injectable()
     class Prices:
         def of(self, name: str) -> int:
             return len(name)

@@ -72,7 +72,7 @@ async def test_steps_run_one_pass_each_and_only_once(ours: bool) -> None:
 
 
 async def test_parallel_steps_share_a_pass() -> None:
-    """All steps a pass reaches run at once, an `async def` on the loop and a plain `def` in a thread, and are reported together."""
+    """All steps a pass reaches run at once, an `async def` on the loop and a plain `def` in a thread, reported together."""
     meet = threading.Barrier(2, timeout=10)
     both = asyncio.Event()
 
@@ -102,7 +102,7 @@ async def test_parallel_steps_share_a_pass() -> None:
 
 
 async def test_a_failed_attempt_is_told_with_its_rules() -> None:
-    """A step that raises is reported with message, stack and retry rules; the engine has it run again, and the attempt is told."""
+    """A step that raises is reported with message, stack and retry rules; it is run again, and told which attempt it is."""
     attempts = []
 
     async def flaky() -> str:
@@ -366,12 +366,12 @@ async def test_a_patch_is_taken_on_new_ground_only() -> None:
         return "new" if new else "old"
 
     done: dict[str, Any] = {"s": {"data": 1, "order": 1, "at": START}}
-    status, body = await one_pass(flow, done, seen=0)
+    _, body = await one_pass(flow, done, seen=0)
     assert body["patches"] == ["p"]
     done["t"] = {"data": 1, "order": 2, "at": START}
-    status, body = await one_pass(flow, done, seen=1)
+    _, body = await one_pass(flow, done, seen=1)
     assert (body["data"], body.get("patches")) == ("old", None)
-    status, body = await one_pass(flow, done, seen=1, patches=["p"])
+    _, body = await one_pass(flow, done, seen=1, patches=["p"])
     assert body["data"] == "new"
 
 
