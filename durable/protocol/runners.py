@@ -1,7 +1,8 @@
 """Messages between an engine and a runner, an app's process that runs its workflows pass by pass: protocol/runners.md.
 
 Written by both ends, over a WebSocket that the runner dials (connect) or as a request that the engine makes (serve). Fields of
-ours are additive: an engine of another make leaves them out, and a runner does without. Times are epoch milliseconds.
+ours are additive: an engine of another make leaves them out, and a runner does without. Times are epoch milliseconds; what our
+engine tells may have a fraction, so that no timer is a moment early.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Memo(_Message, kw_only=True):
     """It is under way, or waits for its next attempt: report it again, and run nothing."""
     order: int | None = None
     """Ours: its place among all that came of operations. A runner hears of them in this order."""
-    at: int | None = None
+    at: float | None = None
     """Ours: when."""
     attempt: int | None = None
     """Ours: the attempt that settled it."""
@@ -86,9 +87,9 @@ class InvokeContext(_Message, kw_only=True):
     spent: Any = None
     cap: Any = None
     fork: Any = None
-    now: int | None = None
+    now: float | None = None
     """Ours: the engine's time. An engine that tells it is one of ours: memos bear `order` and `at`."""
-    started_at: int | None = None
+    started_at: float | None = None
     """Ours: when the run began."""
     workflow_version: str | None = None
     """Ours: the version the run began with. Without it the latest."""
@@ -158,7 +159,8 @@ class SleepFor(Opcode, kw_only=True, tag="Sleep"):
 class SleepUntil(Opcode, kw_only=True, tag="SleepUntil"):
     """Wake me at a time."""
 
-    sleep_until_ms: int
+    sleep_until_ms: int | float
+    """With a fraction only where the engine's own times have one."""
 
 
 class WaitForEvent(Opcode, kw_only=True, tag="WaitForEvent"):

@@ -235,7 +235,7 @@ class _Pass:
         """Epoch ms, by the engine's clock where it tells it."""
         if self._ctx.now is None:
             return self._clock.now() // 1_000
-        return self._ctx.now + int((self._clock.monotonic() - self._began) * 1_000)
+        return int(self._ctx.now + (self._clock.monotonic() - self._began) * 1_000)
 
     # ------------------------------------------------------------------ what the engine remembers
 
@@ -317,11 +317,11 @@ class _Pass:
                 break
             self._hand_over(hash, memo)
 
-    def _deliver(self, entry: Entry, at: int | None) -> None:
+    def _deliver(self, entry: Entry, at: float | None) -> None:
         """A turn of the code. Time never goes back."""
         machine = self.machine
         if machine.timed:
-            self._at = max(self._at, (at or 0) * 1_000)
+            self._at = max(self._at, round((at or 0) * 1_000))
         for item in machine.deliver(msgspec.structs.replace(entry, at=self._at)):
             self._heed(item)
         machine.name_timers()
@@ -444,7 +444,11 @@ class _Pass:
         hears of it."""
         machine = self.machine
         key = machine.timers[ordinal]
-        moment = alarm.deadline if machine.timed else machine.moments.get(ordinal)
+        if machine.timed:
+            whole, fraction = divmod(alarm.deadline, 1_000)
+            until = whole + fraction / 1_000 if fraction else whole
+            return SleepUntil(id=step_hash(key), name=key, seq=ordinal, sleep_until_ms=until)
+        moment = machine.moments.get(ordinal)
         if moment is not None:
             return SleepUntil(id=step_hash(key), name=key, seq=ordinal, sleep_until_ms=_milliseconds(moment))
         return SleepFor(id=step_hash(key), name=key, seq=ordinal, sleep_ms=_milliseconds(alarm.deadline - self._at))
