@@ -579,7 +579,7 @@ class FunctionHost:
         if one.kind == "signal":
             signal = WaitSignal(ordinal, machine.key(f"signal:{one.event}"), one.event, "")
             return machine.wait_signal(signal, _bytes, self._left(until), _nothing)
-        match = None if one.match is None else msgspec.json.decode(one.match)
+        match = msgspec.json.decode(one.match) if isinstance(one.match, Raw) else None
         condition = condition_of(match, one.condition)
         # Never at once: what was accepted before this moment is looked for first.
         deadline = None if until is None else max(self._loop.now + 1, until)
@@ -737,12 +737,12 @@ class FunctionHost:
                 continue
             if not self._was_told(line):
                 self._told.add(self._scope(line))
-                self._machine.write_log(line.level, line.message, None if line.fields is None else bytes(line.fields))
+                self._machine.write_log(line.level, line.message, bytes(line.fields) if isinstance(line.fields, Raw) else None)
 
     def _step_lines(self, op: _Op, one: Reached, answer: Answer) -> list[bytes]:
         own = _scopes(one)
         return [
-            _encode({"level": line.level, "message": line.message, "fields": line.fields or Raw(b"{}")})
+            _encode({"level": line.level, "message": line.message, "fields": line.fields if isinstance(line.fields, Raw) else Raw(b"{}")})
             for line in answer.lines
             if _belongs(line, own) and line.level
         ]
