@@ -29,11 +29,6 @@ def step_hash(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def key_fingerprint(key: str) -> str:
-    """Which key it is, without telling it: 16 hex digits."""
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
 class _Message(Struct, rename="camel", omit_defaults=True):
     pass
 
