@@ -86,6 +86,7 @@ class Serving:
         self._nonces = Nonces()
         self._beat: asyncio.Task[None] | None = None
         self._users = 0
+        self._closing = False
 
     # ------------------------------------------------------------------ life
 
@@ -107,6 +108,7 @@ class Serving:
         self._users += 1
         if self._users > 1:
             return
+        self._closing = False
         await self.runner.prepare()
         if self.runner.key is None:
             log.warning("runner %s serves without a key: whoever reaches it can have its steps run", self.runner.name)
@@ -120,6 +122,7 @@ class Serving:
         self._users -= 1
         if self._users:
             return
+        self._closing = True
         beat, self._beat = self._beat, None
         if beat is not None:
             beat.cancel()
@@ -271,6 +274,8 @@ class Serving:
         if place == "/invoke":
             if method != "POST":
                 return HTTPStatus.METHOD_NOT_ALLOWED, _problem("An invoke is a POST.", "method_not_allowed")
+            if self._closing:
+                return HTTPStatus.SERVICE_UNAVAILABLE, _problem("This runner is on its way out.", "draining")
             if self.runner.under_way >= self.runner.concurrency:
                 message = f"This runner has {self.runner.concurrency} passes under way, as many as it may."
                 return HTTPStatus.SERVICE_UNAVAILABLE, _problem(message, "busy")

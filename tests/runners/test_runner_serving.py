@@ -260,7 +260,7 @@ async def test_a_pass_nobody_waits_for_is_cut_short() -> None:
 
 
 async def test_it_drains() -> None:
-    """Closed, it lets a pass under way finish."""
+    """Closed, it lets a pass under way finish, and takes no new one."""
     gate = asyncio.Event()
 
     @workflow("slow")
@@ -272,6 +272,9 @@ async def test_it_drains() -> None:
     answering = asyncio.create_task(one.runner.answer(json.dumps(invoke("slow")).encode()))
     await eventually(lambda: one.runner.under_way == 1)
     closing = asyncio.create_task(one.close(10))
+    await eventually(lambda: one._closing)
+    status, _, said = await one._respond("POST", "/invoke", "/invoke", [], b"{}")
+    assert (status, json.loads(said)["error"]["code"]) == (503, "draining")
     gate.set()
     await closing
     assert (await answering)[0] == 206
