@@ -1,6 +1,6 @@
 """What a turn asks for. Pure data: `engine/apply.py` has one function for each.
 
-Every command but notes (`Patch`, `WriteLog`, `Abandon`) takes the next ordinal and a key at the call, synchronously.
+Every command but notes (`Patch`, `WriteLog`, `Settled`, `Abandon`) takes the next ordinal and a key at the call, synchronously.
 """
 
 from __future__ import annotations
@@ -101,6 +101,35 @@ class WaitSignal(Command):
     kind = "signal"
 
 
+class WaitEvent(Command):
+    """Wait for an event. Events are journaled as they come, as signals are, and given to every wait that asks for them."""
+
+    condition: bytes | None
+    """Of core/match.py; None: any of that name."""
+    since: int | None
+    """Only events accepted at or after this moment, µs; None: since the run began."""
+    deadline: int | None
+    """Only events accepted up to this moment, µs."""
+
+    kind = "wait"
+
+
+class SendEvent(Command):
+    """Publish an event and be answered with its id. Done again after a crash, under the same id: there is one event."""
+
+    event_id: str
+    dedupe_id: str | None
+    data: bytes
+
+    kind = "emit"
+
+
+class Settled(Struct):
+    """A wait for an event is over: it came, or its time is up."""
+
+    command: WaitEvent
+
+
 class Abandon(Struct):
     """The wait on `command` was cancelled inside the run: journal it, tell the body, worker or child."""
 
@@ -122,7 +151,7 @@ class WriteLog(Struct):
     fields: bytes | None
 
 
-Note = Abandon | Patch | WriteLog
+Note = Abandon | Settled | Patch | WriteLog
 
 
 class Completed(Struct):

@@ -18,18 +18,22 @@ from durable.core.commands import (
     Patch,
     Record,
     RunStep,
+    SendEvent,
     SendTask,
+    Settled,
     StartChild,
     TakeTurn,
+    WaitEvent,
     WaitSignal,
     WriteLog,
 )
 from durable.core.errors import ErrorData, NotRegistered
-from durable.core.journal import CHILD, LOG, PATCHED, RUN, STEP, Entry
+from durable.core.journal import CHILD, LOG, PATCHED, RUN, STEP, WAIT, Entry
+from durable.core.match import probe_of
 from durable.core.payload import encode_error
-from durable.engine import children
+from durable.engine import admission, children
 from durable.engine.residents import Arrival, Resident
-from durable.store.records import NewRun, Parent, StartRun
+from durable.store.records import CloseWaiter, Lane, NewRun, OpenWaiter, Parent, StartRun
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -50,6 +54,15 @@ class DispatchNote(msgspec.Struct, frozen=True):
 
     input: msgspec.Raw
     deadline: int | None = None
+
+
+class WaitNote(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Payload of an `opened` entry."""
+
+    condition: msgspec.Raw | None = None
+    """Of core/match.py."""
+    until: int | None = None
+    """The deadline, µs."""
 
 
 class PublishNote(msgspec.Struct, frozen=True):
@@ -76,6 +89,15 @@ def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[
     last = trace[-1] if trace else None
     attempt = max((entry.attempt for entry in trace), default=1) or 1
     if isinstance(command, WaitSignal):
+        return
+    if isinstance(command, WaitEvent):
+        if run.machine.generation:
+            run.effects.append(_waiter(command))  # it went with the run's end
+        if last is None or last.status != "looked" or run.machine.generation:
+            _look_back(executor, run, command)
+        return
+    if isinstance(command, SendEvent):
+        _send_event(executor, run, command)
         return
     if isinstance(command, StartChild):
         # Started by the very commit that journaled it; its outcome comes through the inbox, if there was one open.
@@ -106,6 +128,8 @@ def abandon(executor: Executor, run: Resident, command: Command) -> None:
         executor.dispatch.cancel(run, key)
     elif isinstance(command, StartChild):
         run.effects.append(children.cancel(run, key, command.child_id))
+    elif isinstance(command, WaitEvent):
+        _close(run, command)
 
 
 def _note(executor: Executor, run: Resident, command: Command, kind: str, status: str, **fields: Any) -> Entry:
@@ -164,12 +188,53 @@ def _start_child(executor: Executor, run: Resident, command: StartChild) -> None
         workspace=run.workspace,
         priority=command.options.priority or 0,
         parent=Parent(run.run_id, command.key, command.ordinal),
+        lane=_lane(executor, run, command, version),
     )
     run.effects.append(StartRun(child))
 
 
+def _lane(executor: Executor, run: Resident, command: StartChild, version: str) -> Lane | None:
+    try:
+        definition = executor.deps.catalog.of(run.workspace).workflow(command.workflow, version)
+    except NotRegistered:
+        return None  # another engine's to run, and nothing is known of its limits
+    return admission.lane_of_input(definition, command.input, run.workspace)
+
+
 def _wait_signal(executor: Executor, run: Resident, command: WaitSignal) -> None:
     """A wait writes nothing: signals are journaled as they come, and replay matches them."""
+
+
+def _wait_event(executor: Executor, run: Resident, command: WaitEvent) -> None:
+    """Open the waiter with the commit that says so; then look at what came before it (B11, B12)."""
+    note = WaitNote(None if command.condition is None else msgspec.Raw(command.condition), command.deadline)
+    _note(executor, run, command, WAIT, "opened", payload=msgspec.json.encode(note))
+    run.effects.append(_waiter(command))
+    _look_back(executor, run, command)
+
+
+def _look_back(executor: Executor, run: Resident, command: WaitEvent) -> None:
+    run.unlooked.add(command.key)
+    run.actions.append(lambda: executor.on_look_back(run))
+
+
+def _waiter(command: WaitEvent) -> OpenWaiter:
+    return OpenWaiter(command.key, command.name, command.condition, command.deadline, probe_of(command.condition))
+
+
+def _settled(executor: Executor, run: Resident, note: Settled) -> None:
+    _close(run, note.command)
+
+
+def _close(run: Resident, command: WaitEvent) -> None:
+    run.unlooked.discard(command.key)
+    run.looked.discard(command.key)
+    run.effects.append(CloseWaiter(command.key))
+
+
+def _send_event(executor: Executor, run: Resident, command: SendEvent) -> None:
+    """Behind the barrier, like a body; its id makes it harmless to do it again."""
+    run.actions.append(lambda: executor.on_send_event(run, command))
 
 
 def _abandon(executor: Executor, run: Resident, note: Abandon) -> None:
@@ -197,6 +262,9 @@ _APPLY: dict[type, Callable[[Any, Resident, Any], None]] = {
     Record: _record,
     StartChild: _start_child,
     WaitSignal: _wait_signal,
+    WaitEvent: _wait_event,
+    Settled: _settled,
+    SendEvent: _send_event,
     Abandon: _abandon,
     Patch: _patch,
     WriteLog: _write_log,

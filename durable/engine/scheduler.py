@@ -184,6 +184,8 @@ class Scheduler:
             record.activity,
             record.inbox_read,
             record.recovery_attempts,
+            born=record.created_at,
+            lane=record.lane,
         )
         run.told = told
         self._resume.take(run, rows)  # first: a run that is buried at once is to be seen with its mail

@@ -27,14 +27,17 @@ from durable.core.commands import (
     Note,
     Patch,
     RunStep,
+    SendEvent,
     SendTask,
     StartChild,
+    WaitEvent,
     WaitSignal,
     WriteLog,
 )
 from durable.core.ctx import Context
 from durable.core.definition import WorkflowDefinition
 from durable.core.errors import (
+    DefinitionError,
     DeterminismError,
     ErrorData,
     NonDeterminism,
@@ -167,6 +170,12 @@ class _TurnMachine(HostedMachine):
         if item.kind != "step" or item.name not in (None, name) or not isinstance(item.output, Raw):
             raise _mismatch(item, f"step {name!r}")
         return EPOCH + timedelta(milliseconds=msgspec.json.decode(item.output, type=int))
+
+    def wait_event(self, command: WaitEvent, *arguments: Any) -> Asked:
+        raise _not_here("wait_for_event")
+
+    def send_event(self, command: SendEvent, *arguments: Any) -> Asked:
+        raise _not_here("send_event")
 
 
 class _Turn:
@@ -490,4 +499,11 @@ def _mismatch(item: HistoryItem, asked: str) -> NonDeterminism:
         position=item.seq,
         recorded=recorded,
         asked=asked,
+    )
+
+
+def _not_here(method: str) -> DefinitionError:
+    return DefinitionError(
+        f"ctx.{method} is not offered to workflows that a worker hosts over a queue: their wire has no word for it. Let the "
+        "engine's own code run this workflow, or use signals."
     )
