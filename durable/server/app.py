@@ -5,6 +5,7 @@ limits of the peer → route → credential → role → rate of the key → bod
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -25,7 +26,7 @@ from durable.server.auth import Authenticator, Principal, Request
 from durable.server.errors import ApiError
 from durable.server.limits import Bucket, check_json, read_body
 from durable.server.route import Answer, Call, Route, Service, Stream, decode_query
-from durable.server.settings import ServerSettings
+from durable.server.settings import Network, ServerSettings
 
 log = logging.getLogger("durable.server")
 
@@ -43,7 +44,7 @@ class Guard:
         self._peers = Bucket(settings.rate, settings.burst, monotonic)
 
     async def handle(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _Incoming(scope, receive, route, self.service.settings)
+        request = _Incoming(scope, receive, route, self.service)
         try:
             answer = await self._answer(route, request)
             if isinstance(answer, Stream):
@@ -84,12 +85,13 @@ class Guard:
 class _Incoming:
     """A request as it comes: its body is read once, when somebody wants it, within its bounds."""
 
-    def __init__(self, scope: Scope, receive: Receive, route: Route, settings: ServerSettings) -> None:
+    def __init__(self, scope: Scope, receive: Receive, route: Route, service: Service) -> None:
+        settings, proxies = service.settings, service.proxies
         self.scope = scope
         self.route = route
         self.settings = settings
         self.raw_headers: list[tuple[bytes, bytes]] = list(scope["headers"])
-        self.peer: str = (scope.get("client") or ("unknown", 0))[0]
+        self.peer = real_peer((scope.get("client") or ("unknown", 0))[0], self.raw_headers, proxies)
         self.query: bytes = scope.get("query_string", b"")
         self.params: Mapping[str, str] = scope.get("path_params", {})
         self.principal: Principal | None = None
@@ -130,6 +132,28 @@ class _Incoming:
             return b"{}"
         check_json(data)
         return data
+
+
+def real_peer(peer: str, headers: Sequence[tuple[bytes, bytes]], proxies: Sequence[Network]) -> str:
+    """Who asks, behind proxies that are trusted: the last address in X-Forwarded-For that is no such proxy. What stands
+    before it anybody may have written."""
+    hops = [
+        part.strip()
+        for name, value in headers
+        if name == b"x-forwarded-for"
+        for part in value.decode("latin-1").split(",")
+    ]
+    while hops and _is_in(peer, proxies):
+        peer = hops.pop()
+    return peer
+
+
+def _is_in(address: str, proxies: Sequence[Network]) -> bool:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(found in network for network in proxies)
 
 
 def _take(bucket: Bucket, key: str, cost: float) -> None:

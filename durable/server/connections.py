@@ -46,6 +46,10 @@ def _guarded(settings: ServerSettings) -> type[HttpToolsProtocol]:
         _head_bytes = 0
         _refused = False
 
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.access_log = False  # it would write queries down, whatever is in them
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(self.connections) > settings.max_connections:

@@ -67,6 +67,11 @@ class Slots:
         self._held[key] = self._held.get(key, 0) + 1
         return True
 
+    @property
+    def held(self) -> int:
+        """By all keys together."""
+        return sum(self._held.values())
+
     def free(self, key: str) -> None:
         left = self._held.get(key, 0) - 1
         if left > 0:

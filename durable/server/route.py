@@ -14,7 +14,7 @@ from durable.engine.engine import WorkflowEngine
 from durable.server.auth import Auth, Principal, Role, in_reach
 from durable.server.errors import ApiError
 from durable.server.limits import Slots
-from durable.server.settings import ServerSettings
+from durable.server.settings import ServerSettings, networks
 from durable.server.workspaces import Workspaces, split
 from durable.store.records import DEFAULT_WORKSPACE, RunRecord
 
@@ -32,6 +32,7 @@ class Service:
         self.local_app = local_app
         """What apps call the engine's own workspace: the name of the app that runs in this process."""
         self.workspaces = Workspaces(engine, settings.rotation_ms * 1_000)
+        self.proxies = networks(settings)
         self.streams = Slots(settings.max_streams)
         self.document: Mapping[str, Any] = {}
         """The API's description."""

@@ -5,6 +5,7 @@ A row is a field of `ServerSettings` and its `Setting`; nothing is read from the
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ import msgspec
 from msgspec import Struct
 
 from durable.core.errors import DefinitionError
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Setting(Struct, frozen=True):
@@ -96,6 +99,13 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
         1_000.0
     )
     burst: Annotated[int, Setting("DURABLE_BURST", "Requests a key may make at once before its rate counts.")] = 2_000
+    trusted_proxies: Annotated[
+        str,
+        Setting(
+            "DURABLE_TRUSTED_PROXIES",
+            "Addresses or networks, with commas, of proxies whose `X-Forwarded-For` is believed. Peers are counted by it.",
+        ),
+    ] = ""
     refused_rate: Annotated[
         float, Setting("DURABLE_REFUSED_RATE", "Wrong credentials a second of one peer; above, 429 for that peer.")
     ] = 5.0
@@ -184,8 +194,21 @@ def _check(settings: ServerSettings) -> None:
             raise DefinitionError(f"Setting {name} is a number from 1, not {value}.")
     if settings.port > 65_535:
         raise DefinitionError(f"Setting port is at most 65535, not {settings.port}.")
+    networks(settings)
     if settings.admin_token is not None and len(settings.admin_token) < 16:
         raise DefinitionError("Setting admin_token has at least 16 characters: what is shorter can be guessed.")
+
+
+def networks(settings: ServerSettings) -> tuple[Network, ...]:
+    """The proxies that are believed. Raises DefinitionError."""
+    try:
+        return tuple(
+            ipaddress.ip_network(part.strip(), strict=False)
+            for part in settings.trusted_proxies.split(",")
+            if part.strip()
+        )
+    except ValueError as error:
+        raise DefinitionError(f"Setting trusted_proxies: {error}. Give addresses or networks: 10.0.0.0/8") from None
 
 
 def reference() -> str:

@@ -47,6 +47,7 @@ from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.loop import Alarm
 from durable.core.payload import decode_error, describe, encode_error
 from durable.core.registry import Registry
+from durable.core.replay import Asked
 from durable.core.step import StepObserver, StepScope
 from durable.protocol.messages import (
     Answer,

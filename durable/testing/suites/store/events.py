@@ -334,8 +334,9 @@ class EventTests(Tests):
         }
         for run_id, effects in waits.items():
             await begin(store, new(run_id, owner="a"))
-            status = {"status": Status.COMPLETED} if run_id == "ended" else {}
-            await done(store, commit(run_id, effects=effects, **status))
+            run = await done(store, commit(run_id, effects=effects))
+            if run_id == "ended":
+                await done(store, commit(run, status=Status.COMPLETED))
         await begin(store, new("cold", owner="a"), new("theirs", owner="a", workspace="v"))
         await done(store, suspend("cold", now + FAR, effects=(OpenWaiter("w", "paid"),)))
         await done(store, commit("theirs", effects=(OpenWaiter("w", "paid"),)))
