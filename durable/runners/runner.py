@@ -21,6 +21,7 @@ from durable.core.clock import Clock, SystemClock
 from durable.core.definition import WorkflowDefinition, is_workflow
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, DurableError, ErrorData, PayloadTooLarge
+from durable.core.flow import write_flow, write_triggers
 from durable.core.registry import Registry
 from durable.core.step import StepObserver
 from durable.protocol.runners import MAX_FRAME, VERSION, InvokeResult, read_invoke
@@ -160,12 +161,17 @@ class Runner:
         return [flow for name in self.workflows for flow in served if flow.name == name]
 
     def _described(self, flow: WorkflowDefinition) -> dict[str, Any]:
-        said: dict[str, Any] = {"name": flow.name, "version": flow.version, "triggers": []}
+        said: dict[str, Any] = {
+            "name": flow.name,
+            "version": flow.version,
+            "triggers": write_triggers(flow.triggers),
+            **write_flow(flow.flow),
+        }
         if flow.name in self._ready().on_failure:
             said["onFailure"] = True
         if flow.timeout is not None:
             said["timeoutMs"] = round(flow.timeout * 1_000)
-        if flow.priority:
+        if flow.priority and "priority" not in said:
             said["priority"] = flow.priority
         return said
 
