@@ -144,6 +144,8 @@ class SendEvent(Command):
     event_id: str
     dedupe_id: str | None
     data: bytes
+    workspace: str | None = None
+    """Another one than the run's."""
 
     kind = "emit"
 

@@ -33,12 +33,24 @@ from durable.core.commands import (
     Invoke,
     Report,
     RunStep,
+    SendEvent,
     SendTask,
     StartChild,
+    WaitEvent,
     WaitSignal,
 )
 from durable.core.definition import WorkflowDefinition, check_name, workflow, workflow_of
-from durable.core.errors import BadAnswer, DefinitionError, ErrorData, PayloadError, RunnerGone, StepFailed
+from durable.core.errors import (
+    BadAnswer,
+    DefinitionError,
+    DurableError,
+    ErrorData,
+    PayloadError,
+    RunnerGone,
+    StepFailed,
+)
+from durable.core.event import data_in, read_fact
+from durable.core.match import condition_of
 from durable.core.options import ChildOptions, RemoteOptions, StepOptions
 from durable.core.origin import Origin, meta_of, origin_of
 from durable.core.passes import (
@@ -175,7 +187,7 @@ class FunctionHost:
         self._loop = self._machine.loop
         self._function = function
         self._origin = origin_of(self._machine.meta)
-        self._event = event_of(self._machine.input, self._origin)
+        self._event = event_of(self._machine.definition, self._machine.input, self._origin)
         self._random = Random(self._machine.run_id)
         self._started_at = self._machine.now
         self._ordinals = itertools.count()
@@ -471,8 +483,12 @@ class FunctionHost:
                 known = self._ops[one.id] = _Op(one.kind, one.id, one.name)
                 advanced = True
             if one.kind not in _REPORTED:
-                self._begin(known, one)
-            elif self._report(known, one, answer, at):
+                try:
+                    self._begin(known, one)
+                    continue
+                except DurableError as error:  # it asks for what there cannot be: that operation fails
+                    one.error = msgspec.structs.replace(payload.describe(error), retryable=False, stack=None)
+            if self._report(known, one, answer, at):
                 advanced = True
                 settled.append(known.promise)
         # The entries of what they came to stand behind this answer's, and are read now.
@@ -548,7 +564,7 @@ class FunctionHost:
         elif one.kind == "approval":
             promise = self._approval(op, one, ordinal, until)
         elif one.kind == "send":
-            promise = self._send(op, one, ordinal)
+            promise = self._send(one, ordinal)
         elif one.kind == "child":
             promise = self._child(one, ordinal)
         elif one.kind == "webhook":
@@ -559,10 +575,21 @@ class FunctionHost:
         promise.add_done_callback(partial(self._settled, op))
 
     def _wait(self, one: Reached, ordinal: int, until: int | None) -> Any:
-        name = one.event if one.kind == "signal" else f"event:{one.event}"
-        command = WaitSignal(ordinal, self._machine.key(f"signal:{one.event}"), name, "")
-        timeout = None if until is None else max(0, until - self._loop.now)
-        return self._machine.wait_signal(command, _bytes, timeout, _nothing)
+        machine = self._machine
+        if one.kind == "signal":
+            signal = WaitSignal(ordinal, machine.key(f"signal:{one.event}"), one.event, "")
+            return machine.wait_signal(signal, _bytes, self._left(until), _nothing)
+        match = None if one.match is None else msgspec.json.decode(one.match)
+        condition = condition_of(match, one.condition)
+        # Never at once: what was accepted before this moment is looked for first.
+        deadline = None if until is None else max(self._loop.now + 1, until)
+        fingerprint = payload.fingerprint(condition or b"")
+        key = machine.key(f"event:{one.event}")
+        command = WaitEvent(ordinal, key, one.event, fingerprint, condition, None, deadline)
+        return machine.wait_event(command, _event_data, _nothing)
+
+    def _left(self, until: int | None) -> int | None:
+        return None if until is None else max(0, until - self._loop.now)
 
     def _approval(self, op: _Op, one: Reached, ordinal: int, until: int | None) -> Any:
         machine = self._machine
@@ -580,13 +607,27 @@ class FunctionHost:
             **(one.ask or {}),
         }
         command = AskApproval(ordinal, machine.key(f"approval:{one.name}"), id, "", id, _encode(item), until)
-        timeout = None if until is None else max(0, until - self._loop.now)
-        return machine.wait_signal(command, _bytes, timeout, _undecided)
+        return machine.wait_signal(command, _bytes, self._left(until), _undecided)
 
-    def _send(self, op: _Op, one: Reached, ordinal: int) -> Any:
-        promise = self._loop.create_future()
-        promise.set_result(_encode([event.id for event in one.events]))
-        return promise
+    def _send(self, one: Reached, ordinal: int) -> Any:
+        """One event after the other is asked for, and all of them are waited for. Gives their ids."""
+        machine = self._machine
+        sent = []
+        for number, event in enumerate(one.events):
+            place = ordinal if number == 0 else next(self._ordinals)
+            data = bytes(event.data)
+            command = SendEvent(
+                place,
+                machine.key(f"emit:{event.name}"),
+                event.name,
+                payload.fingerprint(data),
+                f"{machine.run_id}.event.{place}",
+                event.id,
+                data,
+                workspace_of(event.app, self._function.workspace),
+            )
+            sent.append(machine.send_event(command, _text))
+        return sent[0] if len(sent) == 1 else self._loop.create_task(_all(sent), name=f"send {one.name}")
 
     def _child(self, one: Reached, ordinal: int) -> Any:
         machine = self._machine
@@ -655,9 +696,10 @@ class FunctionHost:
         error = answer.exception()
         if error is None:
             value = answer.result()
-            memo["data"] = NULL if value is None or op.kind in _EMPTY else Raw(value)
             if op.kind == "send" and self._function.dialect == "operation":
-                memo["data"] = Raw(value)
+                memo["data"] = {"ids": value if isinstance(value, list) else [value]}
+            else:
+                memo["data"] = NULL if value is None or op.kind in _EMPTY else Raw(value)
         else:
             data = error.error if isinstance(error, StepFailed) and error.error else payload.describe(error)
             memo["error"] = _told_error(data)
@@ -738,23 +780,27 @@ class StoredEvent(Struct, frozen=True):
     id: str | None = None
 
 
-class _Stored(Struct, forbid_unknown_fields=True):
-    id: str
-    name: str
-    ts: int
-    data: Raw
+def event_of(definition: WorkflowDefinition, input: bytes, origin: Origin) -> StoredEvent:
+    """The event that a run was started by. One that was started by hand or by another has none: its input is the data."""
+    data = data_in(input) if definition.flow.batch is not None else input
+    name = origin.event_name or ("$child" if origin.trigger_kind == "child" else "$start")
+    return StoredEvent(name, Raw(data or b"null"), origin.event_id)
 
 
-def event_of(input: bytes, origin: Origin) -> StoredEvent:
-    """The event in a run's input; a run that was started by hand or by another has none, and its input is the data."""
-    try:
-        found = msgspec.json.decode(input, type=_Stored)
-    except msgspec.MsgspecError:
-        name = origin.event_name or ("$child" if origin.trigger_kind == "child" else "$start")
-        return StoredEvent(name, Raw(input or b"null"), origin.event_id)
-    return StoredEvent(found.name, found.data, found.id)
+def workspace_of(app: str | None, own: str) -> str | None:
+    """The workspace that an app's name means in a workspace: the app in the same environment, or a whole token. None: the
+    own one."""
+    if app is None or app == own:
+        return None
+    name, _, environment = own.rpartition(".")
+    if app == name:
+        return None
+    if app.endswith(ENVIRONMENTS) or environment not in ("dev", "acc", "prod"):
+        return app
+    return f"{app}.{environment}"
 
 
+ENVIRONMENTS = (".dev", ".acc", ".prod")
 _MEMO = {"step": "run", "signal": "wait", "send": "sendEvent"}
 """What section 4 calls the kinds."""
 _REPORTED = frozenset({"step", "skip", "unknown"})
@@ -790,6 +836,18 @@ def _reused(known: _Op, one: Reached) -> ErrorData:
 
 def _bad(why: str) -> ErrorData:
     return ErrorData(f"The app's answer makes no sense: {why}", BadAnswer.code, "BadAnswer", retryable=False)
+
+
+async def _all(promises: list[Any]) -> list[Any]:
+    return [await promise for promise in promises]
+
+
+def _event_data(fact: bytes) -> bytes:
+    return bytes(read_fact(fact).data)
+
+
+def _text(data: bytes) -> Any:
+    return msgspec.json.decode(data)
 
 
 def _nothing(promise: Any) -> None:

@@ -163,8 +163,8 @@ class Session:
                 return await answer
         except TimeoutError:
             raise RunnerTimeout(
-                f"The runner did not answer within {timeout:g} s. A result above the limit of {MAX_BODY:,} bytes (1 MiB) cannot be "
-                "sent, and then no answer comes."
+                f"The runner did not answer within {timeout:g} s. A result above the limit of {MAX_BODY:,} bytes (1 MiB) cannot "
+                "be sent, and then no answer comes."
             ) from None
         finally:
             self._answers.pop(id, None)

@@ -56,7 +56,10 @@ class _Workflow(Struct, rename="camel"):
     retry: Any = None
     cap: Any = None
     on_failure: Any = None
-    version: Any = None
+    workflow_version: Any = None
+    """Ours: the latest."""
+    workflow_versions: Any = None
+    """Ours: all that the runner has."""
     priority: Any = None
     enabled: Any = True
     timeout_ms: Any = None
@@ -98,7 +101,7 @@ def read_register(payload: bytes, *, instance: str) -> Registration:
     runner = None if said.runner is None else _name(said.runner, "runner")
     if len(said.workflows) > MAX_FUNCTIONS:
         raise DefinitionError(f"A runner has at most {MAX_FUNCTIONS:,} workflows, not {len(said.workflows):,}.")
-    functions = [_workflow(app, one) for one in said.workflows]
+    functions = [function for one in said.workflows for function in _workflow(app, one)]
     _distinct(functions)
     info = RunnerInfo(
         instance=instance,
@@ -114,7 +117,7 @@ def read_register(payload: bytes, *, instance: str) -> Registration:
         region=None if said.region is None else _word(said.region),
         key_fingerprint=None if said.key_fingerprint is None else _word(said.key_fingerprint),
         heartbeat_ms=said.heartbeat_ms if isinstance(said.heartbeat_ms, int) and said.heartbeat_ms > 0 else 0,
-        workflows=[function.name for function in functions],
+        workflows=list(dict.fromkeys(function.name for function in functions)),
     )
     return Registration(info=info, functions=functions)
 
@@ -129,29 +132,31 @@ def read_sync(payload: bytes, app: str) -> tuple[list[FunctionSpec], str | None]
     return functions, said.url
 
 
-def _workflow(app: str, given: dict[str, Any]) -> FunctionSpec:
+def _workflow(app: str, given: dict[str, Any]) -> list[FunctionSpec]:
+    """One for each version, the latest last."""
     one = _convert(given, _Workflow, "A workflow")
     name = _name(one.name, "workflow")
     try:
         retry = retry_policy(one.retry)
     except BadAnswer as error:
         raise DefinitionError(f"Workflow {name}: {error}") from None
-    return _finished(
-        FunctionSpec(
-            name=name,
-            version=_version(one.version, name),
-            app=app,
-            dialect="runner",
-            enabled=one.enabled is not False,
-            triggers=_triggers(one.triggers, name),
-            flow=_flow(given, one.priority),
-            retry=retry,
-            timeout=_timeout(one.timeout_ms, name),
-            on_failure=bool(one.on_failure),
-            priority=_priority(one.priority),
-            cap=one.cap,
-        )
+    spec = FunctionSpec(
+        name=name,
+        version=_version(one.workflow_version, name),
+        app=app,
+        dialect="runner",
+        enabled=one.enabled is not False,
+        triggers=_triggers(one.triggers, name),
+        flow=_flow(given, one.priority),
+        retry=retry,
+        timeout=_timeout(one.timeout_ms, name),
+        on_failure=bool(one.on_failure),
+        priority=_priority(one.priority),
+        cap=one.cap,
     )
+    all_versions = one.workflow_versions if isinstance(one.workflow_versions, list) else []
+    others = {_version(version, name) for version in all_versions[:100]} - {spec.version}
+    return [*(msgspec.structs.replace(spec, version=version) for version in sorted(others)), spec]
 
 
 def _function(app: str, given: dict[str, Any]) -> FunctionSpec:
@@ -160,26 +165,19 @@ def _function(app: str, given: dict[str, Any]) -> FunctionSpec:
     if retries is not None and (not _is_whole(retries) or not 0 <= retries <= MAX_RETRIES):
         raise DefinitionError(f"Function {name}: retries is a number from 0 to {MAX_RETRIES}.")
     trigger = given.get("trigger")
-    return _finished(
-        FunctionSpec(
-            name=name,
-            version=_version(given.get("version"), name),
-            app=app,
-            dialect="operation",
-            enabled=given.get("enabled") is not False,
-            triggers=_triggers(given.get("triggers") if trigger is None else [trigger], name),
-            flow=_flow(given, given.get("priority")),
-            retry=None if retries is None else RetryPolicy(max_attempts=retries + 1),
-            timeout=_timeout(given.get("timeoutMs"), name),
-            on_failure=given.get("hasOnFailure") is True,
-            priority=_priority(given.get("priority")),
-        )
+    return FunctionSpec(
+        name=name,
+        version=_version(given.get("version"), name),
+        app=app,
+        dialect="operation",
+        enabled=given.get("enabled") is not False,
+        triggers=_triggers(given.get("triggers") if trigger is None else [trigger], name),
+        flow=_flow(given, given.get("priority")),
+        retry=None if retries is None else RetryPolicy(max_attempts=retries + 1),
+        timeout=_timeout(given.get("timeoutMs"), name),
+        on_failure=given.get("hasOnFailure") is True,
+        priority=_priority(given.get("priority")),
     )
-
-
-def _finished(function: FunctionSpec) -> FunctionSpec:
-    """Have everything looked at now that would otherwise fail when it is loaded."""
-    return function
 
 
 def _triggers(given: Any, name: str) -> list[dict[str, Any]]:
