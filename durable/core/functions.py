@@ -387,8 +387,8 @@ class FunctionHost:
             "app": function.app,
             "workflow": function.name,
             "traceparent": traceparent(run_id, current_step().step_id, current_step().attempt),
-            "now": now // 1_000,
-            "startedAt": self._started_at // 1_000,
+            "now": now / 1_000,
+            "startedAt": self._started_at / 1_000,
             "workflowVersion": function.version,
         }
         if seen is not None:
@@ -579,7 +579,7 @@ class FunctionHost:
         if one.kind == "signal":
             signal = WaitSignal(ordinal, machine.key(f"signal:{one.event}"), one.event, "")
             return machine.wait_signal(signal, _bytes, self._left(until), _nothing)
-        match = None if one.match is None else msgspec.json.decode(one.match)
+        match = msgspec.json.decode(one.match) if isinstance(one.match, Raw) else None
         condition = condition_of(match, one.condition)
         # Never at once: what was accepted before this moment is looked for first.
         deadline = None if until is None else max(self._loop.now + 1, until)
@@ -705,7 +705,7 @@ class FunctionHost:
             memo["error"] = _told_error(data)
             if op.failed_at is None:
                 op.failed_at = entry.seq
-        memo |= {"order": entry.seq, "at": entry.at // 1_000, "attempt": op.attempt}
+        memo |= {"order": entry.seq, "at": entry.at / 1_000, "attempt": op.attempt}
         op.memo = memo
         if error is not None and self._function.dialect == "operation":
             # An app of section 4 knows no memo of a failure: the function has failed with its operation.
@@ -737,7 +737,9 @@ class FunctionHost:
                 continue
             if not self._was_told(line):
                 self._told.add(self._scope(line))
-                self._machine.write_log(line.level, line.message, None if line.fields is None else bytes(line.fields))
+                self._machine.write_log(
+                    line.level, line.message, bytes(line.fields) if isinstance(line.fields, Raw) else None
+                )
 
     def _step_lines(self, op: _Op, one: Reached, answer: Answer) -> list[bytes]:
         own = _scopes(one)

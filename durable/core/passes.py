@@ -75,7 +75,7 @@ class Reached(Struct, omit_defaults=True):
     after: int | None = None
     """The same, from now on."""
     event: str = ""
-    match: Raw | None = None
+    match: Raw | UnsetType = UNSET
     """What the event must contain."""
     condition: str | None = None
     """What must be true of the event."""
@@ -105,7 +105,7 @@ class Line(Struct, omit_defaults=True):
     index: int
     level: str = ""
     message: str = ""
-    fields: Raw | None = None
+    fields: Raw | UnsetType = UNSET
 
 
 class Answer(Struct, omit_defaults=True):
@@ -154,7 +154,7 @@ class _Operation(Struct):
     data: Raw | UnsetType = UNSET
     until: Any = None
     event: Any = None
-    match: Raw | None = None
+    match: Raw | UnsetType = UNSET
     events: Any = None
     message: Any = None
     name: Any = None
@@ -188,7 +188,7 @@ def read_operation(body: bytes) -> Answer:
     if one.op == "sleep":
         return Answer("continue", [Reached("sleep", name, name, until=_moment(one.until, name))])
     if one.op == "wait":
-        match = None if one.match is None or bytes(one.match) == b"null" else one.match
+        match = one.match if isinstance(one.match, Raw) and bytes(one.match) != b"null" else UNSET
         until = None if one.until is None else _moment(one.until, name)
         reached = Reached("wait", name, name, event=_event_name(one.event, name), match=match, until=until)
         return Answer("continue", [reached])
@@ -253,14 +253,14 @@ class _Log(Struct, rename="camel"):
     level: Any = "info"
     scope: Any = "root"
     index: Any = None
-    fields: Raw | None = None
+    fields: Raw | UnsetType = UNSET
 
 
 class _Body(Struct, rename="camel"):
     data: Raw | UnsetType = UNSET
     opcodes: list[_Opcode] | None = None
     error: Any = None
-    logs: Raw | None = None
+    logs: Raw | UnsetType = UNSET
     parked: Any = None
     patches: Any = None
 
@@ -438,9 +438,9 @@ def retry_policy(given: Any) -> RetryPolicy | None:
     )
 
 
-def _lines(given: Raw | None) -> list[Line]:
+def _lines(given: Raw | UnsetType) -> list[Line]:
     """Whatever can be read of them: how a pass tells of itself decides nothing."""
-    if given is None or bytes(given[:1]) != b"[":
+    if not isinstance(given, Raw) or bytes(given)[:1] != b"[":
         return []
     found: list[Line] = []
     counts: dict[str, int] = {}
@@ -453,7 +453,7 @@ def _lines(given: Raw | None) -> list[Line]:
         index = one.index if isinstance(one.index, int) and one.index >= 0 else counts.get(scope, 0)
         counts[scope] = index + 1
         level = _LEVELS.get(str(one.level).lower(), "info")
-        fields = None if one.fields is None or bytes(one.fields[:1]) != b"{" else one.fields
+        fields = one.fields if isinstance(one.fields, Raw) and bytes(one.fields)[:1] == b"{" else UNSET
         found.append(Line(scope, index, level, _text(one.message, payload.MAX_MESSAGE), fields))
     return found
 
