@@ -387,8 +387,8 @@ class FunctionHost:
             "app": function.app,
             "workflow": function.name,
             "traceparent": traceparent(run_id, current_step().step_id, current_step().attempt),
-            "now": now // 1_000,
-            "startedAt": self._started_at // 1_000,
+            "now": now / 1_000,
+            "startedAt": self._started_at / 1_000,
             "workflowVersion": function.version,
         }
         if seen is not None:
@@ -705,7 +705,7 @@ class FunctionHost:
             memo["error"] = _told_error(data)
             if op.failed_at is None:
                 op.failed_at = entry.seq
-        memo |= {"order": entry.seq, "at": entry.at // 1_000, "attempt": op.attempt}
+        memo |= {"order": entry.seq, "at": entry.at / 1_000, "attempt": op.attempt}
         op.memo = memo
         if error is not None and self._function.dialect == "operation":
             # An app of section 4 knows no memo of a failure: the function has failed with its operation.
@@ -737,12 +737,14 @@ class FunctionHost:
                 continue
             if not self._was_told(line):
                 self._told.add(self._scope(line))
-                self._machine.write_log(line.level, line.message, bytes(line.fields) if isinstance(line.fields, Raw) else None)
+                self._machine.write_log(
+                    line.level, line.message, bytes(line.fields) if isinstance(line.fields, Raw) else None
+                )
 
     def _step_lines(self, op: _Op, one: Reached, answer: Answer) -> list[bytes]:
         own = _scopes(one)
         return [
-            _encode({"level": line.level, "message": line.message, "fields": line.fields if isinstance(line.fields, Raw) else Raw(b"{}")})
+            _encode({"level": line.level, "message": line.message, "fields": line.fields or Raw(b"{}")})
             for line in answer.lines
             if _belongs(line, own) and line.level
         ]

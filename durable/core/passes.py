@@ -188,7 +188,7 @@ def read_operation(body: bytes) -> Answer:
     if one.op == "sleep":
         return Answer("continue", [Reached("sleep", name, name, until=_moment(one.until, name))])
     if one.op == "wait":
-        match = UNSET if isinstance(one.match, UnsetType) or bytes(one.match) == b"null" else one.match
+        match = one.match if isinstance(one.match, Raw) and bytes(one.match) != b"null" else UNSET
         until = None if one.until is None else _moment(one.until, name)
         reached = Reached("wait", name, name, event=_event_name(one.event, name), match=match, until=until)
         return Answer("continue", [reached])
@@ -440,7 +440,7 @@ def retry_policy(given: Any) -> RetryPolicy | None:
 
 def _lines(given: Raw | UnsetType) -> list[Line]:
     """Whatever can be read of them: how a pass tells of itself decides nothing."""
-    if isinstance(given, UnsetType) or bytes(given)[:1] != b"[":
+    if not isinstance(given, Raw) or bytes(given)[:1] != b"[":
         return []
     found: list[Line] = []
     counts: dict[str, int] = {}
@@ -453,10 +453,8 @@ def _lines(given: Raw | UnsetType) -> list[Line]:
         index = one.index if isinstance(one.index, int) and one.index >= 0 else counts.get(scope, 0)
         counts[scope] = index + 1
         level = _LEVELS.get(str(one.level).lower(), "info")
-        line = Line(scope, index, level, _text(one.message))
-        if isinstance(one.fields, Raw) and bytes(one.fields)[:1] == b"{":
-            line.fields = one.fields
-        found.append(line)
+        fields = one.fields if isinstance(one.fields, Raw) and bytes(one.fields)[:1] == b"{" else UNSET
+        found.append(Line(scope, index, level, _text(one.message, payload.MAX_MESSAGE), fields))
     return found
 
 

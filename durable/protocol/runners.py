@@ -29,11 +29,6 @@ def step_hash(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def key_fingerprint(key: str) -> str:
-    """Which key it is, without telling it: 16 hex digits."""
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
 class _Message(Struct, rename="camel", omit_defaults=True):
     pass
 
@@ -52,6 +47,17 @@ class InvokeEvent(_Message, kw_only=True):
     name: str
     data: Raw = field(default_factory=_null)
     id: str | None = None
+    ts: float | None = None
+    """Ours: when it was accepted."""
+
+
+class MemoEvent(_Message, kw_only=True):
+    """Ours: which event a wait was given."""
+
+    id: str = ""
+    name: str = ""
+    at: float | None = None
+    """When it was accepted."""
 
 
 class Memo(_Message, kw_only=True):
@@ -68,6 +74,8 @@ class Memo(_Message, kw_only=True):
     """Ours: when."""
     attempt: int | None = None
     """Ours: the attempt that settled it."""
+    event: MemoEvent | None = None
+    """Ours, of a wait for an event: which one it was. Without it null is no event where the wait has a timeout."""
 
 
 class InvokeContext(_Message, kw_only=True):
@@ -170,6 +178,12 @@ class WaitForEvent(Opcode, kw_only=True, tag="WaitForEvent"):
     event_name: str
     timeout_ms: int | None = None
     event_if: str | None = None
+    match: Raw | UnsetType = UNSET
+    """Ours: what the event's data must hold, where `event_if` cannot say it."""
+    until_ms: int | float | None = None
+    """Ours: when the timeout is."""
+    since_ms: int | float | None = None
+    """Ours: events accepted before are not meant. Without it those since the run began are."""
 
 
 class RunWorkflow(Opcode, kw_only=True, tag="RunWorkflow"):

@@ -31,16 +31,20 @@ from durable.core.commands import (
     Note,
     Patch,
     RunStep,
+    SendEvent,
     SendTask,
     StartChild,
+    WaitEvent,
     WaitSignal,
     WriteLog,
 )
 from durable.core.ctx import Context
 from durable.core.definition import WorkflowDefinition, workflow, workflow_name, workflow_of
 from durable.core.errors import DefinitionError, DeterminismError, ErrorData, NonDeterminism, NotRegistered
-from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
+from durable.core.event import fact_of, input_of, is_event
+from durable.core.journal import CHILD, EMIT, EVENT, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.loop import Alarm
+from durable.core.match import as_expression, parts_of
 from durable.core.payload import decode_error, describe, encode_error
 from durable.core.registry import Registry
 from durable.core.replay import Asked
@@ -50,6 +54,7 @@ from durable.protocol import lenient, runners
 from durable.protocol.messages import step_id
 from durable.protocol.runners import (
     AnyOpcode,
+    Emit,
     Invoke,
     InvokeBody,
     InvokeResult,
@@ -60,6 +65,7 @@ from durable.protocol.runners import (
     SleepFor,
     SleepUntil,
     StepRun,
+    WaitForEvent,
     WaitForSignal,
     step_hash,
 )
@@ -68,7 +74,7 @@ from durable.worker.hosting import EPOCH, HostedContext, HostedMachine, drop_soo
 
 log = logging.getLogger("durable.runner")
 
-_ENTRIES: dict[type, str] = {RunStep: STEP, SendTask: REMOTE, StartChild: CHILD}
+_ENTRIES: dict[type, str] = {RunStep: STEP, SendTask: REMOTE, StartChild: CHILD, SendEvent: EMIT}
 LINES_MAX = 1_000
 """Log lines a pass may tell; more are left out."""
 INPUT_MAX = 16 << 10
@@ -155,7 +161,7 @@ class _PassMachine(HostedMachine):
 
     def __init__(self, invoke: Invoke, definition: WorkflowDefinition, clock: Clock) -> None:
         ctx = invoke.ctx
-        super().__init__(definition, run_id=ctx.run_id, input=_input(invoke))
+        super().__init__(definition, run_id=ctx.run_id, input=_input(invoke, definition))
         settled = [memo for memo in invoke.steps.values() if not memo.pending]
         self.ordered = ctx.now is not None and all(memo.order is not None for memo in settled)
         self.timed = self.ordered and ctx.started_at is not None and all(memo.at is not None for memo in settled)
@@ -165,6 +171,8 @@ class _PassMachine(HostedMachine):
         self.timers: dict[int, str] = {}
         """Keys of the timers there have been, by ordinal."""
         self.timer_hashes: dict[str, int] = {}
+        self.ends: dict[int, str] = {}
+        """Timeouts of waits for events, which are no operations of their own: the wait's key, by ordinal."""
         self.readings: list[StepRun] = []
         """What the clock has said in this pass."""
         self._clock = clock
@@ -181,10 +189,30 @@ class _PassMachine(HostedMachine):
                 self.refuse(_not_carried(f"ctx.wait_for_signal({command.name!r})", "ctx.wait_for_event"))
         return super().ask(command, read)
 
+    def wait_event(self, command: WaitEvent, read: Callable[[bytes], Any], give_up: Callable[[Asked], None]) -> Asked:
+        promise = super().wait_event(command, read, give_up)
+        if promise.alarm is not None:
+            self.ends[promise.alarm.ordinal] = command.key
+        return promise
+
+    def _event(self, entry: Entry) -> None:
+        """An event for one wait: which waits it is for is the engine's to say."""
+        promise = self._promises[entry.key or ""]
+        self._settle_wait(promise)
+        promise.answer(entry.payload or b"null")
+
+    def end_of(self, command: WaitEvent) -> Alarm | None:
+        """The timeout of a wait for an event."""
+        return self._promises[command.key].alarm
+
+    def is_raced(self, alarm: Alarm) -> bool:
+        """The timeout of a wait for an event is the engine's: it says which it was."""
+        return alarm.ordinal not in self.ends and super().is_raced(alarm)
+
     def name_timers(self) -> None:
         """Give the timers of this turn their keys. One that was set and taken away in the same turn never was."""
         for ordinal, alarm in self.loop.alarms.items():
-            if ordinal not in self.timers:
+            if ordinal not in self.timers and ordinal not in self.ends:
                 key = self.timers[ordinal] = self.key(alarm.name)
                 self.timer_hashes[step_hash(key)] = ordinal
 
@@ -221,6 +249,8 @@ class _Pass:
         self._entries = itertools.count(1)
         self._ran: list[StepRun] = []
         """Steps that have ended in this pass, in that order."""
+        self._asked_at: dict[str, int] = {}
+        """When a wait for an event was asked for, by key."""
         self._patches: list[str] = []
         self._logs: list[RunnerLog] = []
 
@@ -275,7 +305,11 @@ class _Pass:
             # By name: a wait that was given up leaves its signal to the next.
             entry = Entry(next(self._entries), 0, SIGNAL, "received", name=command.name, payload=_bytes(memo.data))
             self._deliver(entry, memo.at)
-        elif machine.outstanding.get(command.key) is command:
+        elif machine.outstanding.get(command.key) is not command:
+            return
+        elif isinstance(command, WaitEvent):
+            self._hand_over_event(command, memo)
+        else:
             error = lenient.error(memo.error)
             self._deliver(
                 Entry(
@@ -286,10 +320,25 @@ class _Pass:
                     command.key,
                     command.ordinal,
                     attempt=memo.attempt or 0,
-                    payload=_bytes(memo.data) if error is None else encode_error(error),
+                    payload=_value(command, memo) if error is None else encode_error(error),
                 ),
                 memo.at,
             )
+
+    def _hand_over_event(self, command: WaitEvent, memo: Memo) -> None:
+        """The event's data; null where none came in time, which only a wait with a timeout has to take for that."""
+        error, data = lenient.error(memo.error), _bytes(memo.data)
+        end = self.machine.end_of(command)
+        if error is not None:
+            raise DeterminismError(f"The engine does not take the wait for event {command.name!r}: {error.line}")
+        if end is not None and memo.event is None and data == b"null":
+            entry = Entry(next(self._entries), 0, TIMER, "fired", f"timer:{end.ordinal}", end.ordinal, end.name)
+        else:
+            event = memo.event or runners.MemoEvent()
+            at = round((event.at or memo.at or 0) * 1_000)
+            fact = fact_of(event.id, event.name or command.name, at, 0, data)
+            entry = Entry(next(self._entries), 0, EVENT, "received", command.key, payload=fact)
+        self._deliver(entry, memo.at)
 
     def _check_known(self, hash: str) -> None:
         """A memo that the code has not asked for here: it has changed. An engine that says no order may just be ahead."""
@@ -308,7 +357,9 @@ class _Pass:
         machine = self.machine
         while machine.outcome is None:
             waiting = {command.ordinal: command.key for command in machine.outstanding.values()}
-            waiting |= {ordinal: machine.timers[ordinal] for ordinal in machine.loop.alarms}
+            waiting |= {
+                ordinal: machine.timers[ordinal] for ordinal in machine.loop.alarms if ordinal in machine.timers
+            }
             if not waiting:
                 break
             hash = step_hash(waiting[min(waiting)])
@@ -330,6 +381,9 @@ class _Pass:
     def _heed(self, item: Command | Note) -> None:
         if isinstance(item, Command):
             self.machine.asked[step_hash(item.key)] = item
+            if isinstance(item, WaitEvent):
+                self._asked_at[item.key] = self._at
+                _asked_of(item, self.machine.timed)  # what cannot be asked is refused now
         elif isinstance(item, Patch):
             self._patches.append(item.id)
         elif isinstance(item, WriteLog):
@@ -424,10 +478,12 @@ class _Pass:
         machine = self.machine
         found = list[tuple[int, AnyOpcode]]()
         for command in machine.outstanding.values():
-            if (opcode := _opcode(command)) is not None:
+            opcode = self._wait(command) if isinstance(command, WaitEvent) else _opcode(command)
+            if opcode is not None:
                 found.append((command.ordinal, opcode))
         for ordinal, alarm in machine.loop.alarms.items():
-            found.append((ordinal, self._timer(ordinal, alarm)))
+            if ordinal in machine.timers:
+                found.append((ordinal, self._timer(ordinal, alarm)))
         known = {hash for hash, memo in machine.memos.items() if not memo.pending}
         return [one for _, one in sorted(found, key=lambda pair: pair[0]) if one.id not in known]
 
@@ -436,7 +492,7 @@ class _Pass:
         no opcode tells of."""
         machine = self.machine
         keys = [command.key for command in machine.outstanding.values()]
-        keys += [machine.timers[ordinal] for ordinal in machine.loop.alarms]
+        keys += [machine.timers[ordinal] for ordinal in machine.loop.alarms if ordinal in machine.timers]
         return [hash for hash in map(step_hash, keys) if hash in machine.memos]
 
     def _timer(self, ordinal: int, alarm: Alarm) -> AnyOpcode:
@@ -445,13 +501,24 @@ class _Pass:
         machine = self.machine
         key = machine.timers[ordinal]
         if machine.timed:
-            whole, fraction = divmod(alarm.deadline, 1_000)
-            until = whole + fraction / 1_000 if fraction else whole
-            return SleepUntil(id=step_hash(key), name=key, seq=ordinal, sleep_until_ms=until)
+            return SleepUntil(id=step_hash(key), name=key, seq=ordinal, sleep_until_ms=_exactly(alarm.deadline))
         moment = machine.moments.get(ordinal)
         if moment is not None:
             return SleepUntil(id=step_hash(key), name=key, seq=ordinal, sleep_until_ms=_milliseconds(moment))
         return SleepFor(id=step_hash(key), name=key, seq=ordinal, sleep_ms=_milliseconds(alarm.deadline - self._at))
+
+    def _wait(self, command: WaitEvent) -> AnyOpcode:
+        ours = self.machine.timed
+        asked: dict[str, Any] = _asked_of(command, ours)
+        if command.deadline is not None:
+            asked["timeout_ms"] = _milliseconds(command.deadline - self._asked_at.get(command.key, self._at))
+            if ours:
+                asked["until_ms"] = _exactly(command.deadline)
+        if ours and command.since is not None:
+            asked["since_ms"] = _exactly(command.since)
+        return WaitForEvent(
+            id=step_hash(command.key), name=command.key, seq=command.ordinal, event_name=command.name, **asked
+        )
 
 
 # ------------------------------------------------------------------ words
@@ -470,6 +537,10 @@ def _opcode(command: Command) -> AnyOpcode | None:
         )
     if isinstance(command, WaitSignal):
         return WaitForSignal(**common, signal_name=command.name)
+    if isinstance(command, SendEvent):
+        # An id of its own, so that it is one event however often it is told.
+        dedupe = command.dedupe_id or command.event_id
+        return Emit(**common, event_name=command.name, data=Raw(command.data), dedupe_id=dedupe)
     if isinstance(command, SendTask):
         options = command.options
         return runners.SendTask(
@@ -486,6 +557,27 @@ def _opcode(command: Command) -> AnyOpcode | None:
     return None
 
 
+def _asked_of(command: WaitEvent, ours: bool) -> dict[str, Any]:
+    """What a wait asks of its event, as an expression if it can be said so. Raises DeterminismError."""
+    match, source = parts_of(command.condition)
+    if match is None:
+        return {} if source is None else {"event_if": source}
+    expression = as_expression(match)
+    if expression is not None:
+        return {"event_if": expression}
+    if ours:
+        return {"match": Raw(msgspec.json.encode(match))}
+    raise _not_carried(f"ctx.wait_for_event({command.name!r}) with null, a list or an empty object in match", "where=")
+
+
+def _value(command: Command, memo: Memo) -> bytes:
+    """The data; of an event sent its id, which a plain engine does not tell."""
+    data = _bytes(memo.data)
+    if isinstance(command, SendEvent) and not data.startswith(b'"'):
+        return msgspec.json.encode(command.event_id)
+    return data
+
+
 def retry_rules(policy: RetryPolicy) -> RetryRules:
     """A retry policy as the wire has it."""
     return RetryRules(
@@ -498,10 +590,14 @@ def retry_rules(policy: RetryPolicy) -> RetryRules:
     )
 
 
-def _input(invoke: Invoke) -> bytes:
-    data = bytes(invoke.event.data)
+def _input(invoke: Invoke, definition: WorkflowDefinition) -> bytes:
+    event = invoke.event
+    data = bytes(event.data)
     if not invoke.ctx.on_failure:
-        return data
+        if is_event(definition.input_type):
+            at = event.ts if event.ts is not None else invoke.ctx.started_at or 0
+            return input_of(event.id or "", event.name, round(at * 1_000), data)
+        return definition.kept(data)
     error = lenient.error(invoke.ctx.error) or ErrorData(message="The run failed, and nobody said why.")
     return msgspec.json.encode({"error": error, "input": Raw(data)})
 
@@ -537,6 +633,11 @@ def _not_carried(what: str, instead: str) -> DeterminismError:
 def _milliseconds(micro: int) -> int:
     """Rounded up: no timer rings early."""
     return max(0, -(-micro // 1_000))
+
+
+def _exactly(micro: int) -> int | float:
+    whole, fraction = divmod(micro, 1_000)
+    return whole + fraction / 1_000 if fraction else whole
 
 
 def _optional(seconds: float | None) -> int | None:

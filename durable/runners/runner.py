@@ -18,12 +18,14 @@ from typing import Any
 import msgspec
 
 from durable.core.clock import Clock, SystemClock
-from durable.core.definition import is_workflow
+from durable.core.definition import WorkflowDefinition, is_workflow
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, DurableError, ErrorData, PayloadTooLarge
+from durable.core.flow import write_flow, write_triggers
 from durable.core.registry import Registry
 from durable.core.step import StepObserver
-from durable.protocol.runners import MAX_FRAME, VERSION, InvokeResult, key_fingerprint, read_invoke
+from durable.protocol.runners import MAX_FRAME, VERSION, InvokeResult, read_invoke
+from durable.protocol.signature import fingerprint
 from durable.runners.passes import PassHandler, refusal
 
 log = logging.getLogger("durable.runner")
@@ -145,27 +147,32 @@ class Runner:
             "protocolVersion": VERSION,
             "minProtocolVersion": VERSION,
             "maxProtocolVersion": VERSION,
-            "workflows": [self._described(name) for name in self.workflows],
+            "workflows": [self._described(flow) for flow in self._newest_first()],
         }
         if self.region is not None:
             said["region"] = self.region
         if self.key is not None:
-            said["keyFingerprint"] = key_fingerprint(self.key)
+            said["keyFingerprint"] = fingerprint(self.key)
         return said | more
 
-    def _described(self, name: str) -> dict[str, Any]:
-        handler = self._ready()
-        versions = [flow for flow in self._served() if flow.name == name]
-        latest = handler.registry.latest(name)
-        said: dict[str, Any] = {"name": name, "triggers": [], "workflowVersion": latest.version}
-        if len(versions) > 1:
-            said["workflowVersions"] = [flow.version for flow in versions]
-        if name in handler.on_failure:
+    def _newest_first(self) -> list[WorkflowDefinition]:
+        """By name; of several versions the latest first, which is what an engine without versions goes by."""
+        served = self._served()[::-1]
+        return [flow for name in self.workflows for flow in served if flow.name == name]
+
+    def _described(self, flow: WorkflowDefinition) -> dict[str, Any]:
+        said: dict[str, Any] = {
+            "name": flow.name,
+            "version": flow.version,
+            "triggers": write_triggers(flow.triggers),
+            **write_flow(flow.flow),
+        }
+        if flow.name in self._ready().on_failure:
             said["onFailure"] = True
-        if latest.timeout is not None:
-            said["timeoutMs"] = round(latest.timeout * 1_000)
-        if latest.priority:
-            said["priority"] = latest.priority
+        if flow.timeout is not None:
+            said["timeoutMs"] = round(flow.timeout * 1_000)
+        if flow.priority and "priority" not in said:
+            said["priority"] = flow.priority
         return said
 
     # ------------------------------------------------------------------ an invoke
@@ -191,7 +198,7 @@ class Runner:
             raise DurableError("The runner has not started: its modules are not made yet. Enter it first.")
         return self._handler
 
-    def _served(self) -> list[Any]:
+    def _served(self) -> list[WorkflowDefinition]:
         # A workflow that is hosted elsewhere has no code here.
         return [flow for flow in self._ready().registry.workflows() if flow.hosting is None]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import asynccontextmanager, suppress
@@ -28,8 +27,9 @@ import msgspec
 from durable.core.clock import SECOND
 from durable.core.errors import DefinitionError, DurableError, ErrorData
 from durable.core.payload import describe
-from durable.protocol.runners import MAX_FRAME, REGISTER_SECONDS, key_fingerprint
-from durable.protocol.signature import HEADER, BadSignature, Nonces, check, sign
+from durable.protocol.runners import MAX_FRAME, REGISTER_SECONDS
+from durable.protocol.signature import HEADER, sign
+from durable.runners.proof import BadSignature, Nonces, check
 from durable.runners.runner import Malformed, Runner
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ class Serving:
         self.engine = None if engine is None else engine.rstrip("/")
         self.registered = False
         """Whether the last check-in was taken."""
-        self._keys = {} if self.runner.key is None else {key_fingerprint(self.runner.key): self.runner.key}
         self._nonces = Nonces()
         self._beat: asyncio.Task[None] | None = None
         self._users = 0
+        self._closing = False
 
     # ------------------------------------------------------------------ life
 
@@ -108,8 +108,9 @@ class Serving:
         self._users += 1
         if self._users > 1:
             return
+        self._closing = False
         await self.runner.prepare()
-        if not self._keys:
+        if self.runner.key is None:
             log.warning("runner %s serves without a key: whoever reaches it can have its steps run", self.runner.name)
         if self.engine is not None:
             self._beat = asyncio.get_running_loop().create_task(self._check_in(), name="durable-runner-register")
@@ -121,6 +122,7 @@ class Serving:
         self._users -= 1
         if self._users:
             return
+        self._closing = True
         beat, self._beat = self._beat, None
         if beat is not None:
             beat.cancel()
@@ -151,7 +153,6 @@ class Serving:
         headers = {"content-type": "application/json"}
         if self.runner.key is not None:
             headers["authorization"] = f"Bearer {self.runner.key}"
-            headers[HEADER] = self._signed("POST", urlsplit(target).path, body, secrets.token_urlsafe(16))
         async with client.stream("POST", target, content=body, headers=headers) as answer:
             said = await _bounded(answer.aiter_bytes())
         if answer.status_code >= 300:
@@ -273,6 +274,8 @@ class Serving:
         if place == "/invoke":
             if method != "POST":
                 return HTTPStatus.METHOD_NOT_ALLOWED, _problem("An invoke is a POST.", "method_not_allowed")
+            if self._closing:
+                return HTTPStatus.SERVICE_UNAVAILABLE, _problem("This runner is on its way out.", "draining")
             if self.runner.under_way >= self.runner.concurrency:
                 message = f"This runner has {self.runner.concurrency} passes under way, as many as it may."
                 return HTTPStatus.SERVICE_UNAVAILABLE, _problem(message, "busy")
@@ -285,14 +288,14 @@ class Serving:
 
     def _admit(self, method: str, path: str, given: list[tuple[str, str]], body: bytes) -> str | None:
         """The request's nonce, to sign the answer with; None without a key. Raises BadSignature."""
-        if not self._keys:
+        if self.runner.key is None:
             return None
         values = [value for name, value in given if name.lower() == HEADER]
-        return check(values, self._keys, method, path, body, now=self._now(), nonces=self._nonces).nonce
+        return check(values, self.runner.key, method, path, body, now=self._now(), nonces=self._nonces)
 
     def _signed(self, method: str, path: str, body: bytes, nonce: str) -> str:
         assert self.runner.key is not None
-        return sign(self.runner.key, method, path, body, now=self._now(), nonce=nonce)
+        return sign(self.runner.key, method, path, body, ts=int(self._now()), nonce=nonce)
 
     def _now(self) -> float:
         return self.runner.clock.now() / SECOND

@@ -18,6 +18,7 @@ from durable.core.commands import Failed, Outcome, RunStep, WaitSignal
 from durable.core.ctx import Context
 from durable.core.definition import WorkflowDefinition
 from durable.core.errors import DeterminismError, ErrorData, PayloadError, StepFailed, StepTimeout
+from durable.core.loop import Alarm
 from durable.core.loop import WorkflowTask as MainTask
 from durable.core.payload import describe, encode_error, through
 from durable.core.replay import Asked, Machine
@@ -113,12 +114,15 @@ class HostedMachine(Machine):
                 raise race(found)
 
     def _races(self) -> Iterator[str]:
-        for alarm in self.loop.alarms.values():
-            if getattr(alarm._callback, "__name__", "") not in _SLEEPS:
-                yield "a timeout"
+        if any(map(self.is_raced, self.loop.alarms.values())):
+            yield "a timeout"
         for future in (*self._promises.values(), *self.loop.living()):
             for callback, _ in future._callbacks or ():
                 yield from _race_in(callback)
+
+    def is_raced(self, alarm: Alarm) -> bool:
+        """Whether a timer is more than a sleep."""
+        return getattr(alarm._callback, "__name__", "") not in _SLEEPS
 
     def behind(self, is_behind: bool) -> None:
         """Whether the code is on ground that was covered before."""

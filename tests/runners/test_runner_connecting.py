@@ -13,8 +13,10 @@ from websockets.exceptions import ConnectionClosed
 
 from durable import Context, Durable, workflow
 from durable.core.errors import DefinitionError
+from durable.core.flow import Trigger
 from durable.module import module
 from durable.runners.connecting import Connecting, connect
+from durable.runners.passes import Failure
 from durable.testing.facts import eventually
 from tests.runners.little_engine import LittleEngine
 
@@ -145,6 +147,36 @@ async def test_the_other_name_of_the_dialect(engine: Engine) -> None:
         await one.wait_connected(5)
         assert engine.links[-1].subprotocol == "duraton.connect.v0"
         assert await LittleEngine(engine.ask, "adds", [1, 2], ours=False).run() == 3
+
+
+async def test_what_starts_a_workflow_is_said(engine: Engine) -> None:
+    """Triggers, flow control, versions and failure handlers are in the registration, as the wire spells them."""
+
+    @workflow(
+        "paid", on=Trigger("order.paid", where="event.data.total > 5"), cron="0 9 * * *", concurrency=3, timeout=60
+    )
+    async def paid(ctx: Context, data: Any) -> None: ...
+
+    @workflow("paid", "2", debounce="3s")
+    async def paid_2(ctx: Context, data: Any) -> None: ...
+
+    async def clean_up(ctx: Context, failure: Failure) -> None: ...
+
+    one = runner(engine, paid, paid_2, on_failure={paid: clean_up})
+    assert one.runner.registration()["workflows"] == [
+        {"name": "paid", "version": "2", "triggers": [], "debounce": {"periodMs": 3_000}, "onFailure": True},
+        {
+            "name": "paid",
+            "version": "1",
+            "triggers": [
+                {"event": "order.paid", "if": "event.data.total > 5"},
+                {"cron": "0 9 * * *", "timezone": "UTC", "catchUp": "last"},
+            ],
+            "concurrency": [{"limit": 3}],
+            "timeoutMs": 60_000,
+            "onFailure": True,
+        },
+    ]
 
 
 async def test_region_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

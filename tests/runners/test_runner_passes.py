@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from msgspec import Struct
 
-from durable import Context, NonRetryable, RetryPolicy, StepFailed, current_step, workflow
+from durable import Context, Event, NonRetryable, RetryPolicy, StepFailed, current_step, workflow
 from durable.core.definition import durable_step
 from durable.core.errors import DefinitionError
+from durable.core.flow import Batch
 from durable.core.registry import Registry
 from durable.runners.passes import Failure, PassHandler
 from durable.testing.clock import ManualClock
@@ -471,3 +472,75 @@ async def test_an_input_that_does_not_fit_is_final() -> None:
     driver = engine(checkout, {"id": 7})
     status, body = await driver.ask(driver.invoke())
     assert (status, body["error"]["code"]) == (400, "payload_type")
+
+
+@workflow("waits for events")
+async def waits_for_events(ctx: Context, order: str) -> Any:
+    paid = await ctx.wait_for_event("order.paid", match={"order": order}, timeout="1h", default=None)
+    if paid is None:
+        return "nobody paid"
+    await ctx.send_event("order.done", {"order": order})
+    return [paid.name, paid.data]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_events_are_waited_for_and_sent(ours: bool) -> None:
+    """One operation with its timeout: the event's data, or null when none came; sent ones have an id of their own. The same
+    with an engine that knows nothing of ours."""
+    driver = engine(waits_for_events, "o1", ours=ours)
+    driver.events = [(5_000, "order.paid", {"order": "o1"})]
+    assert await driver.run() == ["order.paid", {"order": "o1"}]
+    wait, emit = driver.ops
+    assert (wait["op"], wait["eventName"], wait["timeoutMs"]) == ("WaitForEvent", "order.paid", 3_600_000)
+    assert wait["eventIf"] == 'event.data.order == "o1"'
+    assert wait.get("untilMs") == (START + 3_600_000 if ours else None)
+    assert (emit["op"], emit["eventName"], emit["data"]) == ("Emit", "order.done", {"order": "o1"})
+    assert emit["dedupeId"] == f"run-1.event.{emit['seq']}"
+    driver = engine(waits_for_events, "o2", ours=ours)
+    assert await driver.run() == "nobody paid"
+    assert driver.now == START + 3_600_000
+
+
+async def test_an_event_whose_data_is_null_is_an_event() -> None:
+    """Our engine says which event it was; so null is no timeout."""
+    memo = {"data": None, "event": {"id": "e1", "name": "order.paid", "at": START}, "order": 1, "at": START}
+    driver = engine(waits_for_events, "o1")
+    driver.memos[hash_of("event:order.paid")] = memo
+    driver.seen = 0
+    _, body = await driver.ask(driver.invoke())
+    assert [one["op"] for one in body["opcodes"]] == ["Emit"]
+
+
+async def test_what_no_expression_says_needs_our_engine() -> None:
+    """A list in a match travels to our engine as it is; for another the author is told what to write instead."""
+
+    @workflow("lists")
+    async def flow(ctx: Context) -> None:
+        await ctx.wait_for_event("e", match={"tags": ["a"]}, early=False)
+
+    _, body = await one_pass(flow)
+    assert body["opcodes"][0]["match"] == {"tags": ["a"]}
+    assert body["opcodes"][0]["sinceMs"] == START
+    status, body = await one_pass(flow, ours=False)
+    assert status == 400
+    assert "where=" in body["error"]["message"]
+
+
+async def test_an_event_may_be_the_input() -> None:
+    """Code that asks for the event gets the event; other code its data; a batch its list."""
+
+    @workflow("whole", on="order.paid")
+    async def whole(ctx: Context, event: Event[Order]) -> str:
+        return f"{event.id} {event.name} {event.data.amount}"
+
+    @workflow("batch", on="order.paid", batch=Batch(10, "1s"))
+    async def batch(ctx: Context, orders: list[Order]) -> int:
+        return sum(order.amount for order in orders)
+
+    order = {"id": "o1", "amount": 3}
+    driver = engine(whole, order)
+    invoke = driver.invoke()
+    invoke["event"] = {"name": "order.paid", "data": order, "id": "e1"}
+    assert (await driver.ask(invoke))[1]["data"] == "e1 order.paid 3"
+    driver = engine(batch, [order, order])
+    assert await driver.run() == 6
