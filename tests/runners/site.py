@@ -55,6 +55,7 @@ class Site(HttpServer):
         options.setdefault("calls", Calls(loopback=True))
         self.functions = Functions(app.engine, **options)
         self.workspace = workspace
+        self.dead = False
         routes = [
             WebSocketRoute("/connect", self._connect),
             Route("/register", self._register, methods=["POST"]),
@@ -72,8 +73,21 @@ class Site(HttpServer):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self.functions.close()
+        if not self.dead:
+            await self.functions.close()
         await super().__aexit__(*exc)
+
+    async def crash(self) -> None:
+        """The process is gone, with its engine: nothing is written any more, connections break."""
+        self.dead = True
+        self.functions._unlisten()
+        for task in (self.functions._looking, self.functions.directory._beating):
+            assert task is not None
+            task.cancel()
+        for session in list(self.functions.directory.sessions.values()):
+            self.functions.directory.sessions.pop(session.instance)
+            await session.close(1001, "gone")
+        await self.functions.outgoing.close()
 
     async def _connect(self, socket: WebSocket) -> None:
         offered = socket.scope.get("subprotocols") or []

@@ -314,9 +314,10 @@ async def test_an_engine_killed_between_passes(world: World) -> None:
         async with Site(second) as other, FieldRunner(other.base, {"order": order}) as there:
             await registered(other, "order")
             await world.crash(first)
+            await site.crash()
             gate.set()
             await world.until(handle.id, lambda record: record.status == "completed", "it ended")
-            assert any(asked["steps"] == before for asked in there.asked + runner.asked[-1:])
+            assert [asked["steps"] for asked in there.asked] == [before]
             await world.sound(handle.id)
 
 
@@ -387,7 +388,7 @@ async def test_frames_out_of_order_close_with_1002(world: World, frames: list[An
         [{"name": "*", "triggers": []}],
         [{"name": "x@other", "triggers": []}],
         [{"name": "a", "triggers": [{"event": "e", "if": "__import__('os')"}]}],
-        [{"name": "a", "triggers": [{"cron": "never"}]}],
+        [{"name": "a", "triggers": [{"cron": " "}]}],
         [{"name": "a", "triggers": [], "retry": {"backoff": "wild"}}],
         [{"name": f"w{n}", "triggers": []} for n in range(1_001)],
     ],
