@@ -274,7 +274,8 @@ class Events:
         try:
             check(command.data, what=f"the data of event {command.name!r}", limit=self._limit)
             one = Publication(name=command.name, id=command.dedupe_id)
-            event = self._event(command.event_id, one, command.data, run.workspace, run.run_id)
+            workspace = command.workspace or run.workspace
+            event = self._event(command.event_id, one, command.data, workspace, run.run_id)
             published = await self._store_event(event)
         except EngineStopped:
             return  # for the run's next owner
