@@ -729,7 +729,7 @@ def _without(entries: list[Entry], cut: int) -> list[Entry]:
     return [
         entry
         for entry in entries
-        if (entry.seq < cut or entry.kind == SIGNAL) and not (entry.kind in COMMAND_KINDS and entry.key in again)
+        if (entry.seq < cut or entry.kind in MAIL_KINDS) and not (entry.kind in COMMAND_KINDS and entry.key in again)
     ]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from durable.core.errors import DurableError, RunnerGone, RunnerRefused, RunnerTimeout
 from durable.core.functions import Pass, Reply
@@ -68,12 +68,12 @@ class Frame(Struct):
 
     type: str
     id: Any = None
-    payload: Raw | None = None
+    payload: Raw | UnsetType = UNSET
 
 
 class _Result(Struct):
     status: int
-    body: Raw | None = None
+    body: Raw | UnsetType = UNSET
 
 
 Registered = Callable[["Session", bytes], Awaitable[None]]
@@ -220,7 +220,7 @@ class Session:
 
     async def _register(self, register: Registered, frame: Frame) -> None:
         try:
-            await register(self, bytes(frame.payload or b"{}"))
+            await register(self, _given(frame.payload))
         except DurableError as error:
             log.info("a runner of workspace %s is refused: %s", self.workspace, error)
             said = {"type": "error", "payload": {"message": str(error), "code": error.code}}
@@ -239,11 +239,11 @@ class Session:
         if answer is None or answer.done():
             return  # too late
         try:
-            result = msgspec.json.decode(frame.payload or b"null", type=_Result)
+            result = msgspec.json.decode(_given(frame.payload), type=_Result)
         except msgspec.MsgspecError:
             answer.set_result(Reply(0, b""))
             return
-        answer.set_result(Reply(result.status, bytes(result.body or b"{}")))
+        answer.set_result(Reply(result.status, _given(result.body)))
 
     async def _send(self, text: str) -> None:
         if self._ended is not None:
@@ -269,6 +269,10 @@ class Session:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(why)
+
+
+def _given(data: Raw | UnsetType) -> bytes:
+    return bytes(data) if isinstance(data, Raw) else b"{}"
 
 
 class _Broken(Exception):

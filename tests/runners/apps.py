@@ -70,13 +70,14 @@ Function = Callable[[Step, dict[str, Any], dict[str, Any] | None], Awaitable[Any
 class HttpServer:
     """An ASGI app on a port of its own."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, **options: Any) -> None:
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, log_level="error", lifespan="off", timeout_graceful_shutdown=1, ws="websockets-sansio", **options
         )
+        self.server = uvicorn.Server(config)
         self._task: asyncio.Task[None] | None = None
         self.at_end: list[Callable[[], Awaitable[None]]] = []
 
