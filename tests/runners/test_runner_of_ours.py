@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 import uvicorn
 
@@ -16,6 +17,8 @@ from durable.core.origin import Origin, meta_of
 from durable.runners.connecting import connect
 from durable.runners.passes import Failure
 from durable.runners.serving import serve
+from durable.runners.workspaces import WorkspaceInfo, WorkspaceKey
+from durable.store.items import NewItem
 from tests.engine.world import World, eventually
 from tests.runners.site import Site
 
@@ -94,13 +97,13 @@ FLOWS = [checkout, ship, races, fails]
 
 
 @asynccontextmanager
-async def runner(site: Site, link: str, name: str = "one") -> AsyncIterator[Any]:
+async def runner(site: Site, link: str, name: str = "one", key: str | None = None) -> AsyncIterator[Any]:
     """A runner that the engine knows of."""
-    options: dict[str, Any] = {"app": "shop", "runner": name, "on_failure": {fails: clean_up}}
+    options: dict[str, Any] = {"app": "shop", "runner": name, "on_failure": {fails: clean_up}, "key": key}
     if link == "connect":
         async with connect(FLOWS, site.base, **options) as dialling:
             await dialling.wait_connected(10)
-            await known(site)
+            await known(site, name)
             yield dialling
         return
     place = socket.create_server(("127.0.0.1", 0))
@@ -109,7 +112,7 @@ async def runner(site: Site, link: str, name: str = "one") -> AsyncIterator[Any]
     work = asyncio.create_task(server._serve([place]))
     try:
         await eventually(lambda: serving.registered)
-        await known(site)
+        await known(site, name)
         yield serving
     finally:
         server.should_exit = True
@@ -117,7 +120,9 @@ async def runner(site: Site, link: str, name: str = "one") -> AsyncIterator[Any]
         place.close()
 
 
-async def known(site: Site) -> None:
+async def known(site: Site, name: str) -> None:
+    while name not in {one.runner for one in await site.functions.directory.live(WORKSPACE)}:
+        await asyncio.sleep(0.005)
     await eventually(lambda: site.functions.of(WORKSPACE).keys() >= {"checkout", "ship", "races", "fails"})
 
 
@@ -182,3 +187,21 @@ async def test_a_run_may_be_pinned(world: World, link: str) -> None:
         with pytest.raises(RunFailed, match="pinned"):
             await lost.result(20)
         assert second.runner.name == "two"
+
+
+async def test_calls_are_signed_with_the_workspace_s_key(world: World) -> None:
+    """The engine signs what it posts, and a runner that has another key takes nothing."""
+    app = await world.engine()
+    key = WorkspaceKey("dk_shop.dev_secret")
+    item = NewItem(WORKSPACE, "workspace", WORKSPACE, msgspec.json.encode(WorkspaceInfo(keys=[key])))
+    await app.engine.deps.store.put_items([item])
+    async with Site(app) as site, runner(site, "serve", key=key.secret):
+        run = await start(app, "ship", {"id": "o1"})
+        assert await run.result(20) == "label of o1"
+        [info] = await site.functions.directory.live(WORKSPACE)
+        assert info.key_matches is True
+    async with Site(app) as site, runner(site, "serve", "two", key="dk_shop.dev_another"):
+        refused = await start(app, "ship", {"id": "o2"}, meta=meta_of(Origin(runner="two")))
+        with pytest.raises(RunFailed):
+            await refused.result(20)
+        assert calls.made == []
