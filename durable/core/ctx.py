@@ -608,7 +608,7 @@ class Context:
 
     def _generator(self) -> Random:
         if self._random is None:
-            self._random = Random(self.run_id)
+            self._random = Random(self._machine.seed)
         return self._random
 
     def patched(self, id: str) -> bool:

@@ -120,6 +120,8 @@ class Machine:
         self.run_id = run_id
         self.generation = generation
         """How often the run was requeued; children started since then have it in their ids."""
+        self.seed = run_id
+        """What its random numbers are drawn from. A copy of another run draws that one's, or its steps would not fit."""
         self.outstanding: dict[str, Command] = {}
         """Asked for and unanswered, by key, in order of ordinals."""
         self.outcome: Outcome | None = None
@@ -176,6 +178,8 @@ class Machine:
                 self._compare(entry)
             if entry.delivers:
                 self._turn(entry)
+            elif held := entry.held:
+                self.put_off(held)
         issued = [item for item in self._issued if self._is_news(item)]
         self._issued.clear()
         self._known.clear()
@@ -189,6 +193,11 @@ class Machine:
         issued, self._issued = self._issued, []
         self._turn_from = 0
         return issued
+
+    def put_off(self, microseconds: int) -> None:
+        """Every pending timer rings so much later: the run stood still meanwhile. Live, before the next entry is delivered;
+        a replay finds it in the journal."""
+        self.loop.put_off(microseconds)
 
     def trace(self, key: str) -> list[Entry]:
         """What the replayed journal says of an outstanding command: started, dispatched, retrying …"""
@@ -263,7 +272,9 @@ class Machine:
         if self._main is not None:
             raise self._mismatch(entry, "nothing: the run has begun already")
         if entry.payload:
-            self._recorded_on = str(msgspec.json.decode(entry.payload).get("python", PYTHON))
+            note = msgspec.json.decode(entry.payload)
+            self._recorded_on = str(note.get("python", PYTHON))
+            self.seed = str(note.get("seed", self.seed))
         try:
             main = self.definition.call(self.context(), self.input)
         except Exception as error:  # the input does not fit, or the class could not be made

@@ -27,7 +27,7 @@ from durable.core.commands import (
 from durable.core.errors import ErrorData, NotRegistered
 from durable.core.journal import CHILD, LOG, PATCHED, RUN, STEP, Entry
 from durable.core.payload import encode_error
-from durable.engine import children
+from durable.engine import children, pause
 from durable.engine.residents import Arrival, Resident
 from durable.store.records import NewRun, Parent, StartRun
 
@@ -85,7 +85,10 @@ def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[
     if last is not None and last.status == "retrying":
         assert last.payload is not None
         run.attempts[command.key] = last.attempt + 1
-        run.retries[command.key] = msgspec.json.decode(last.payload, type=RetryNote).next_at
+        next_at = msgspec.json.decode(last.payload, type=RetryNote).next_at
+        run.retries[command.key] = next_at + run.held_since(last.seq)
+    elif last is not None and last.status == "held":
+        pause.place(run, pause.held(run, command.key, last))
     elif isinstance(command, RunStep):
         executor.steps.launch(run, command, attempt)
     elif isinstance(command, SendTask):

@@ -14,16 +14,18 @@ from durable.core.clock import StoreClock
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
-from durable.core.journal import RUN, Entry
+from durable.core.journal import Entry
 from durable.core.payload import encode
 from durable.engine import collector, dead_letter
 from durable.engine.announce import Announcer, step_cancel
+from durable.engine.cancellation import Canceller
 from durable.engine.deps import Deps
 from durable.engine.dispatch import task_id
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
 from durable.engine.lease import Lease
 from durable.engine.lines import LIVE_LINE, Hearing
+from durable.engine.pause import PauseNote, Pauser, Timers, paused_by
 from durable.engine.recovery import Recovery
 from durable.engine.requeue import requeue
 from durable.engine.residents import Final, Resident, Sent
@@ -67,6 +69,8 @@ class WorkflowEngine:
         self._scheduler = Scheduler(self._executor, self._recovery, self._resume)
         self._starter = Starter(self._executor, self._scheduler, self.definition)
         self._mail = Mail(deps, self._nudge)
+        self._pauser = Pauser(deps, self._mail, self.clock.now, lambda run_id: self._nudge(run_id, None))
+        self._canceller = Canceller(deps, self._mail, self._pauser)
         self._results = Results(self._executor, self._mail)
         self._hearing = Hearing(self._executor, self._mail)
         self._timeline = Timeline(deps, self._home)
@@ -88,6 +92,7 @@ class WorkflowEngine:
         executor.on_mail = self._resume.mail
         executor.on_due = self._scheduler.nudge
         executor.on_nudge = self._nudge
+        executor.on_parked_mail = self._pauser.rouse_soon
         executor.on_unwanted = self._unwanted
         executor.on_cancelling = self._cancelling
 
@@ -178,6 +183,7 @@ class WorkflowEngine:
             await self._scheduler.stop()
         await self._settle_bodies(timeout)
         await self._hand_over()
+        await self._pauser.close()
         await self._mail.close()
         await executor.commits.close()
         self._unlisten_all()
@@ -283,20 +289,28 @@ class WorkflowEngine:
         message_id = f"signal:{id}" if id is not None else f"signal:{self.deps.ids.unique()}"
         return await self._mail.must_send(self._message(run_id, message_id, "signal", name, data, workspace))
 
-    async def cancel(self, run_id: str, reason: str = "", *, workspace: str | None = None) -> bool:
+    async def cancel(
+        self, run_id: str, reason: str = "", *, children: bool = False, workspace: str | None = None
+    ) -> bool:
         """Ask a run to stop: its main task is cancelled and may clean up for `cancel_grace`. True if this was the first
-        request. Raises RunNotFound, RunFinished."""
-        data = msgspec.json.encode({"reason": reason})
-        if await self._mail.must_send(self._message(run_id, "cancel", "cancel", "", data, workspace)):
-            return True
-        # It had been asked before; but a run that was reopened since begins anew in this too.
-        entries = (await self.deps.store.load([run_id]))[0].entries
-        reopened = [entry.seq for entry in entries if entry.kind == RUN and entry.status == "requeued"]
-        if not reopened:
-            return False
-        return await self._mail.must_send(
-            self._message(run_id, f"cancel:{reopened[-1]}", "cancel", "", data, workspace)
-        )
+        request. `children`: and with it everything it has started, and what they have, whatever `on_parent_close` says; of a
+        run that has ended, what is still open below it. A paused run goes on for it. Raises RunNotFound, RunFinished."""
+        return await self._canceller.cancel(run_id, reason, children, self._meant(workspace))
+
+    async def pause(self, run_id: str, *, by: str = "", reason: str = "", workspace: str | None = None) -> bool:
+        """Have a run begin nothing more: what is under way finishes and is recorded, what comes for it waits. True if this
+        was the first request since it last went on. Raises RunNotFound, RunFinished."""
+        return await self._pauser.pause(run_id, by, reason, self._meant(workspace))
+
+    async def resume(self, run_id: str, *, by: str = "", timers: Timers = "run", workspace: str | None = None) -> bool:
+        """Have a paused run go on. `timers`: with "run" the deadlines have gone on, and what is overdue is due at once; with
+        "hold" all of them are later by the length of the pause. False: it is not paused. Raises RunNotFound, RunFinished."""
+        return await self._pauser.resume(run_id, by, timers, self._meant(workspace))
+
+    async def paused_by(self, run_id: str, *, workspace: str | None = None) -> PauseNote | None:
+        """Who has paused a run, and why; None if it is not paused. Raises RunNotFound."""
+        await self.get(run_id, workspace=workspace)
+        return paused_by((await self.deps.store.load([run_id]))[0].entries)
 
     async def get(self, run_id: str, *, workspace: str | None = None) -> RunRecord:
         """The run as stored. Raises RunNotFound."""
@@ -415,6 +429,8 @@ class WorkflowEngine:
         self._executor.steps.release_held()
         self._executor.dispatch.release_held()
         self._executor.dispatch.look_after()
+        if self.deps.settings.execute:
+            self._pauser.beaten()
 
     def _lost(self, why: str) -> None:
         """Everything in memory is somebody else's now. Forget it, and come back as somebody new."""

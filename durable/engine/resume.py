@@ -139,6 +139,9 @@ def arrival_of(row: InboxRow) -> Arrival:
         )
     if message.kind == "cancel":
         return Arrival(row.created_at, RUN, "cancelling", payload=message.payload, number=row.number)
+    if message.kind in ("pause", "resume"):
+        status = "paused" if message.kind == "pause" else "resumed"
+        return Arrival(row.created_at, RUN, status, payload=message.payload, number=row.number)
     if message.kind == "child":
         status = "completed" if message.name == "completed" else "failed"
         return Arrival(

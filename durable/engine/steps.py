@@ -67,6 +67,9 @@ class LocalSteps:
         executor = self._executor
         if executor.draining:
             return  # the next owner begins it
+        if run.paused is not None:
+            run.paused.actions.append(partial(self._begin, run, command, attempt))
+            return
         instant = executor.clock.monotonic()
         if not executor.lease.safe_at(instant):
             self._held.append(partial(self._begin, run, command, attempt))

@@ -191,8 +191,8 @@ class MemoryStore:
             if run is None:
                 return None
             if run.commit_id != commit_id:
-                blocked = run.status is Status.ACTIVE and run.activity is Activity.BLOCKED
-                if run.status not in REOPENABLE and not blocked:
+                parked = run.status is Status.ACTIVE and run.activity in PARKED
+                if run.status not in REOPENABLE and not parked:
                     return None
                 now = self._clock.now()
                 self._disown(run)

@@ -303,7 +303,7 @@ def requeue(
               status = 'active', activity = :activity, epoch = epoch + 1, seq = seq + 1, commit_id = :commit, owner = NULL,
               recovery_attempts = 0, output = NULL, error = NULL, finished_at = NULL, wake_at = :now, updated_at = :now
             WHERE id = :run AND commit_id IS NOT :commit
-              AND (status IN ('dead', 'failed') OR (status = 'active' AND activity = 'blocked'))""",
+              AND (status IN ('dead', 'failed') OR (status = 'active' AND activity IN ('paused', 'blocked')))""",
             {"run": run_id, "commit": commit_id, "activity": activity, "now": now},
         ).rowcount
         run = runs.get(cx, [run_id])[0]
