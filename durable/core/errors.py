@@ -11,6 +11,8 @@ DurableError
 ├── RunError                   what waiting for a run, or a step in it, can raise
 │   ├── RunNotFound            run_not_found
 │   ├── RunFinished            run_finished: a signal or cancel came too late
+│   ├── RunActive              run_active: a rerun came too early
+│   ├── ForkRefused            fork_refused: no run can begin with that part of another one
 │   ├── RunFailed              run_failed
 │   ├── RunCancelled           run_cancelled
 │   ├── RunDead                run_dead
@@ -135,6 +137,14 @@ class RunNotFound(RunError):
 
 class RunFinished(RunError):
     code = "run_finished"
+
+
+class RunActive(RunError):
+    code = "run_active"
+
+
+class ForkRefused(RunError):
+    code = "fork_refused"
 
 
 class RunFailed(RunError):

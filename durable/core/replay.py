@@ -518,7 +518,7 @@ class Machine:
             if entry.kind == RUN and entry.status == "requeued":
                 requeued += 1
                 cut = msgspec.json.decode(entry.payload).get("from") if entry.payload else None
-                kept = kept if cut is None else _without(kept, cut)
+                kept = kept if cut is None else without(kept, cut)
             elif entry.kind != LOG:
                 kept.append(entry)
         self.generation = max(self.generation, requeued)
@@ -633,8 +633,8 @@ def _origins(error: BaseException) -> Iterator[BaseException]:
             left.extend(one.exceptions)
 
 
-def _without(entries: list[Entry], cut: int) -> list[Entry]:
-    """Drop what was recorded from `cut` on, signals excepted, and all traces of commands that were answered there.
+def without(entries: list[Entry], cut: int) -> list[Entry]:
+    """Without what was recorded from `cut` on, signals excepted, and all traces of commands that were answered there.
 
     A command asked for before the cut and answered behind it is asked for again as if for the first time: its old
     child has ended, its old attempts are spent.

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import UNSET
 
 from durable.core.clock import StoreClock
 from durable.core.dead_letter import DeadLetter
@@ -28,6 +29,7 @@ from durable.engine.lines import LIVE_LINE, Hearing
 from durable.engine.pause import PauseNote, Pauser, Timers, paused_by
 from durable.engine.recovery import Recovery
 from durable.engine.requeue import requeue
+from durable.engine.rerun import Again, Rerunner, edits_of
 from durable.engine.residents import Final, Resident, Sent
 from durable.engine.results import Results
 from durable.engine.resume import Resume
@@ -68,6 +70,7 @@ class WorkflowEngine:
         self._resume = Resume(self._executor)
         self._scheduler = Scheduler(self._executor, self._recovery, self._resume)
         self._starter = Starter(self._executor, self._scheduler, self.definition)
+        self._rerunner = Rerunner(deps, self._starter, self.clock.now)
         self._mail = Mail(deps, self._nudge)
         self._pauser = Pauser(deps, self._mail, self.clock.now, lambda run_id: self._nudge(run_id, None))
         self._canceller = Canceller(deps, self._mail, self._pauser)
@@ -311,6 +314,44 @@ class WorkflowEngine:
         """Who has paused a run, and why; None if it is not paused. Raises RunNotFound."""
         await self.get(run_id, workspace=workspace)
         return paused_by((await self.deps.store.load([run_id]))[0].entries)
+
+    async def rerun(
+        self,
+        run_id: str,
+        *,
+        from_step: str | None = None,
+        input: Any = UNSET,
+        idempotency_key: str | None = None,
+        workspace: str | None = None,
+    ) -> RunHandle[Any]:
+        """A new run that does again what a finished one did: all of it, or from one of its steps on, with the results before
+        that step kept. `from_step` is a step's key. The same key again finds the same new run. Raises RunNotFound, RunActive,
+        ForkRefused, PayloadError, IdempotencyConflict."""
+        wish = Again(kind="rerun", from_step=from_step, input=input, key=idempotency_key)
+        return await self._again(run_id, wish, workspace)
+
+    async def replay(
+        self, run_id: str, input: Any = UNSET, *, idempotency_key: str | None = None, workspace: str | None = None
+    ) -> RunHandle[Any]:
+        """A new run of a finished one's version from the beginning, with another input if one is given. Raises as `rerun`."""
+        return await self._again(run_id, Again(kind="replay", input=input, key=idempotency_key), workspace)
+
+    async def fork(
+        self,
+        run_id: str,
+        edits: Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        workspace: str | None = None,
+    ) -> RunHandle[Any]:
+        """A new run that begins as this one did, but for one thing: `{"step": key, "result": value}` goes on behind a step that
+        returned something else; `{"input": value}` begins anew with another input, and with `"from_step": key` keeps the
+        results before that step. The run itself may still be active. Raises as `rerun`, and DefinitionError for other edits."""
+        return await self._again(run_id, edits_of(edits, idempotency_key), workspace)
+
+    async def _again(self, run_id: str, wish: Again, workspace: str | None) -> RunHandle[Any]:
+        new_id, _ = await self._rerunner.again(run_id, wish, self._meant(workspace))
+        return RunHandle(self, new_id, Any, workspace)
 
     async def get(self, run_id: str, *, workspace: str | None = None) -> RunRecord:
         """The run as stored. Raises RunNotFound."""

@@ -411,7 +411,7 @@ async def test_an_unknown_rule_for_timers_teaches(world: World) -> None:
 
     app = await world.engine(waits)
     handle = await app.start(waits)
-    with pytest.raises(DefinitionError, match="'run'.*'hold'"):
+    with pytest.raises(DefinitionError, match=r"'run'.*'hold'"):
         await handle.resume(timers="stop")  # type: ignore[arg-type]
     await handle.cancel()
 
