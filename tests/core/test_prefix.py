@@ -110,5 +110,3 @@ def test_an_unknown_step_is_a_key_error() -> None:
     with pytest.raises(KeyError):
         prefix.before(driver.journal, "nobody")
     driver.machine.drop()
-
-
