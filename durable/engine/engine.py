@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,10 +20,12 @@ from durable.core.journal import Entry
 from durable.core.payload import encode
 from durable.engine import collector, dead_letter
 from durable.engine.announce import Announcer, step_cancel
+from durable.engine.bulk import Action, BulkResult, Options, act, perform, preview
 from durable.engine.cancellation import Canceller
 from durable.engine.deps import Deps
 from durable.engine.dispatch import task_id
 from durable.engine.executor import Executor
+from durable.engine.failures import Failure, search
 from durable.engine.handle import RunHandle, outcome
 from durable.engine.lease import Lease
 from durable.engine.lines import LIVE_LINE, Hearing
@@ -364,10 +367,43 @@ class WorkflowEngine:
         """Runs of one workspace, whatever the query says of it."""
         return await self.deps.store.find(msgspec.structs.replace(query, workspace=self._meant(workspace)))
 
-    async def requeue(self, run_id: str, *, workspace: str | None = None) -> None:
-        """Reopen a dead or failed run, or have a blocked one looked at again."""
-        await requeue(self.deps, self.clock.now(), run_id, workspace)
-        self._nudge(run_id, None)
+    async def requeue(self, run_id: str, *, workspace: str | None = None) -> bool:
+        """Reopen a dead or failed run, or have a blocked one looked at again. False: it is active and well."""
+        reopened = await requeue(self.deps, self.clock.now(), run_id, workspace)
+        if reopened:
+            self._nudge(run_id, None)
+        return reopened
+
+    async def bulk(
+        self,
+        action: Action,
+        query: RunQuery,
+        *,
+        dry_run: bool = False,
+        limit: int = 1_000,
+        workspace: str | None = None,
+        **options: Any,
+    ) -> BulkResult:
+        """Cancel, pause, resume, requeue, rerun or replay all runs a query finds, each on its own, at most `limit` in one call;
+        options as in engine/bulk.py's `Options`. Where the query says nothing of their state, only those the action is for. With
+        `dry_run` nothing is done: how many there are, and the first ids. Safe to repeat."""
+        meant = self._meant(workspace)
+        query = msgspec.structs.replace(query, workspace=meant)
+        if dry_run:
+            return await preview(action, query, self.deps.store.find)
+        do = partial(act, self, self._rerunner, action, Options(**options), meant)
+        return await perform(action, query, self.deps.store.find, do, limit)
+
+    async def failures(
+        self, limit: int = 50, cursor: str | None = None, *, workspace: str | None = None
+    ) -> tuple[list[Failure], str | None]:
+        """Failed and dead runs, newest first, and where the next page begins."""
+        return await search(partial(self.find, workspace=workspace), limit, cursor)
+
+    async def retry_failure(self, delivery_id: str, *, workspace: str | None = None) -> bool:
+        """Try a failure again: what had succeeded is kept. False: it is under way again already. Raises RunNotFound,
+        RunFinished."""
+        return await self.requeue(delivery_id, workspace=workspace)
 
     async def prune(self, request: PruneRequest, *, workspace: str | None = None) -> int:
         """Delete finished runs of one workspace, one batch; how many there were. Fewer than the limit: no more may go."""
