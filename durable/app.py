@@ -6,10 +6,11 @@ It puts the parts together: a store by URL, transports, an engine, or of a worke
 from __future__ import annotations
 
 import difflib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import msgspec
+from msgspec import UNSET
 
 from durable.control_plane.interface import ControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
@@ -24,9 +25,11 @@ from durable.core.registry import Registry
 from durable.core.retention import Retention, retention_of
 from durable.core.retry import RetryPolicy
 from durable.core.step import StepObserver
+from durable.engine.bulk import Action, BulkResult
 from durable.engine.dead_letter import listen
 from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
+from durable.engine.failures import Failure
 from durable.engine.handle import RunHandle
 from durable.engine.start import StartRequest
 from durable.opening import Transports, default_control_plane, open_pool, open_store
@@ -388,9 +391,43 @@ class Durable:
         """Runs, newest first; filters as in RunQuery."""
         return await self.engine.find(msgspec.structs.replace(query or RunQuery(), **filters))
 
-    async def requeue(self, run_id: str) -> None:
-        """Reopen a dead or failed run, or have a blocked one looked at again."""
-        await self.engine.requeue(run_id)
+    async def requeue(self, run_id: str) -> bool:
+        """Reopen a dead or failed run, or have a blocked one looked at again. False: it is active and well."""
+        return await self.engine.requeue(run_id)
+
+    async def rerun(
+        self, run_id: str, *, from_step: str | None = None, input: Any = UNSET, idempotency_key: str | None = None
+    ) -> RunHandle[Any]:
+        """A new run that does again what a finished one did: all of it, or from the step of this key on. Raises RunActive,
+        ForkRefused, PayloadError, IdempotencyConflict."""
+        return await self.engine.rerun(run_id, from_step=from_step, input=input, idempotency_key=idempotency_key)
+
+    async def replay(self, run_id: str, input: Any = UNSET, *, idempotency_key: str | None = None) -> RunHandle[Any]:
+        """A new run of a finished one's version from the beginning, with another input. Raises as `rerun`."""
+        return await self.engine.replay(run_id, input, idempotency_key=idempotency_key)
+
+    async def fork(
+        self, run_id: str, edits: Mapping[str, Any], *, idempotency_key: str | None = None
+    ) -> RunHandle[Any]:
+        """A new run that begins as this one did, but for one thing: `{"step": key, "result": value}`, or `{"input": value}`,
+        perhaps with a `"from_step"`. Raises as `rerun`, and DefinitionError for other edits."""
+        return await self.engine.fork(run_id, edits, idempotency_key=idempotency_key)
+
+    async def bulk(
+        self,
+        action: Action,
+        query: RunQuery | None = None,
+        *,
+        dry_run: bool = False,
+        limit: int = 1_000,
+        **options: Any,
+    ) -> BulkResult:
+        """One action on all runs a query finds; `dry_run` says how many there are. Options as in engine/bulk.py."""
+        return await self.engine.bulk(action, query or RunQuery(), dry_run=dry_run, limit=limit, **options)
+
+    async def failures(self, limit: int = 50, cursor: str | None = None) -> tuple[list[Failure], str | None]:
+        """Failed and dead runs, newest first, and where the next page begins; `requeue` tries one again."""
+        return await self.engine.failures(limit, cursor)
 
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal as it grows, until the run ends."""
