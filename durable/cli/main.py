@@ -13,6 +13,7 @@ from durable.cli.doctor import doctor
 from durable.cli.modules import modules
 from durable.cli.output import EXIT_HELP, Exit, Problem
 from durable.cli.runs import runs
+from durable.cli.serve import serve
 from durable.cli.worker import worker
 
 
@@ -62,7 +63,8 @@ def cli() -> None:
     """Workflows that survive crashes.
 
     \b
-      durable dev orders:app           run an app's engine here, and watch it work
+      durable dev orders:app           run an engine and its API here, and watch it work
+      durable serve orders:app         the same in production
       durable worker orders:app        serve an app's steps to engines elsewhere
       durable runs list                what runs there are
       durable runs show 7f3a           one run: its state, its timeline, its errors
@@ -72,6 +74,7 @@ def cli() -> None:
 
 
 cli.add_command(dev)
+cli.add_command(serve)
 cli.add_command(worker)
 cli.add_command(runs)
 cli.add_command(doctor)

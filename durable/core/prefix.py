@@ -17,13 +17,14 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from durable.core.journal import COMMAND_KINDS, LOG, RUN, STEP, Entry
+from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, STEP, Entry
 from durable.core.replay import without
 
 TURNS = 1_000_000_000
 """From this ordinal on commands ask for a turn of code that lives elsewhere. What such a turn recorded stands or falls with
 it."""
 
+_STEPS = frozenset({STEP, REMOTE, CHILD})
 _ANSWERS = frozenset({"completed", "failed", "cancelled"})
 
 
@@ -51,7 +52,7 @@ def steps(entries: Iterable[Entry]) -> list[str]:
     """Keys of the steps, remote steps and children of a run, in order of asking."""
     found: dict[str, int] = {}
     for entry in entries:
-        if entry.kind in COMMAND_KINDS and entry.key is not None and (entry.ordinal or 0) < TURNS:
+        if entry.kind in _STEPS and entry.key is not None and (entry.ordinal or 0) < TURNS:
             found.setdefault(entry.key, entry.ordinal or 0)
     return sorted(found, key=found.__getitem__)
 
@@ -78,7 +79,7 @@ def before(entries: Sequence[Entry], key: str) -> list[Entry]:
 
 def with_result(entries: Sequence[Entry], key: str, result: bytes) -> list[Entry]:
     """What was recorded up to this step's answer, and this result as the answer. Of effective entries. Raises KeyError."""
-    mine = _of(entries, key)
+    mine = [index for index in _of(entries, key) if entries[index].kind in _STEPS]
     if not mine:
         raise KeyError(key)
     answer = next((index for index in mine if entries[index].status in ("completed", "failed")), None)

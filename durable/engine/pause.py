@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from msgspec import Struct
 
+from durable.core.commands import Invoke
 from durable.core.errors import DefinitionError, RunFinished, RunNotFound, StoreError
 from durable.core.journal import LOG, REMOTE, RUN, STEP, Entry
+from durable.engine import apply
 from durable.engine.deps import Deps
 from durable.engine.residents import Arrival, Resident, left
 from durable.engine.signals import Mail
@@ -57,7 +59,7 @@ class ResumeNote(Struct, frozen=True):
 
 
 class HeldNote(Struct, frozen=True):
-    """Payload of a `held` entry: how the body ended."""
+    """Payload of a `held` entry: how the body ended. Of an app's pass the whole answer, which the journal keeps nowhere else."""
 
     status: str
     payload: msgspec.Raw
@@ -99,6 +101,7 @@ def end(executor: Executor, run: Resident, why: Arrival) -> None:
     if held:
         run.machine.put_off(held)
         run.put_off(held)
+        apply.reopen_waits(run)
         run.retries = {key: at + held for key, at in run.retries.items()}
     run.actions += pause.actions
     for arrival in pause.arrivals:
@@ -119,15 +122,20 @@ def held(run: Resident, key: str, entry: Entry) -> Arrival:
     assert entry.payload is not None
     note = msgspec.json.decode(entry.payload, type=HeldNote)
     run.attempts[key] = entry.attempt
+    data, whole = bytes(note.payload), None
+    command = run.machine.outstanding.get(key)
+    if isinstance(command, Invoke) and note.status == "completed":
+        data, whole = command.strip(data), data
     return Arrival(
         entry.finished_at or entry.at,
         STEP,
         note.status,
         key,
         attempt=entry.attempt,
-        payload=bytes(note.payload),
+        payload=data,
         started_at=entry.started_at,
         finished_at=entry.finished_at,
+        whole=whole,
     )
 
 
@@ -164,7 +172,7 @@ def _awaited(run: Resident, arrival: Arrival) -> bool:
 
 
 def _recorded(arrival: Arrival) -> Arrival:
-    note = HeldNote(arrival.status, msgspec.Raw(arrival.payload or b"null"))
+    note = HeldNote(arrival.status, msgspec.Raw(arrival.whole or arrival.payload or b"null"))
     return Arrival(
         arrival.happened,
         STEP,

@@ -30,10 +30,11 @@ from durable.core.errors import (
 from durable.core.journal import LOG, Entry
 from durable.core.origin import meta_of, origin_of
 from durable.core.replay import Machine
+from durable.engine.admission import lane_of_input
 from durable.engine.deps import Deps
 from durable.engine.start import Starter
 from durable.protocol.states import TERMINAL
-from durable.store.records import Lane, NewRun, RunRecord
+from durable.store.records import NewRun, RunRecord
 
 PAGE = 500
 
@@ -87,10 +88,6 @@ class Rerunner:
         self._deps = deps
         self._starter = starter
         self._now = now
-        self.lane_of: Callable[[RunRecord, WorkflowDefinition | None, bytes], Lane | None] = (
-            lambda record, definition, input: None
-        )
-        """What limits the new run, as it would one that is started; set where there is flow control."""
 
     async def again(self, run_id: str, wish: Again, workspace: str) -> tuple[str, bool]:
         """The id of the new run, and whether it is new. Raises RunNotFound; RunActive where the run has not ended (a fork may
@@ -125,7 +122,7 @@ class Rerunner:
             tags=record.tags,
             attributes=record.attributes,
             entries=entries,
-            lane=self.lane_of(record, definition, input),
+            lane=None if definition is None else lane_of_input(definition, input, workspace),
             meta=meta_of(origin),
         )
         return await self._starter.insert(new)

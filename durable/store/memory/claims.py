@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import heapq
 from collections.abc import Collection, Iterator, Sequence
 
 from durable.protocol.states import PARKED, Activity, Status
 from durable.store import lanes
 from durable.store.admission import LimitState
-from durable.store.lanes import BEGUN, HOLDS, NEW, Free, LaneId, Ledger, Pick, Queue, Waiting
+from durable.store.lanes import LaneId, Pick
+from durable.store.memory.due import Due, waits
 from durable.store.memory.rows import Rows, route_of
-from durable.store.memory.tables import Engine, History, Line, Ready
-from durable.store.records import Beat, Claim, ClaimedRun, ClaimRequest, Route, Rule, RunRecord
+from durable.store.memory.tables import Engine, History
+from durable.store.records import Beat, Claim, ClaimedRun, ClaimRequest, Route, RunRecord
 
 
 class Claims(Rows):
@@ -100,11 +100,9 @@ class Claims(Rows):
     # ------------------------------------------------------------------ due runs
 
     def _claim_due(self, request: ClaimRequest, now: int) -> Claim:
-        due = _Due(self, request, now)
-        free = [Free(run.id, run.priority, run.wake_at or 0) for run in due.orphans]
-        free += due.free()
-        free.sort(key=lambda one: (-one.priority, one.wake_at, one.run_id))
-        choice = lanes.choose(free, due.queues, due.ledger, request.limit, now)
+        routes = set(request.routes)
+        due = Due(self, routes, self._orphans(routes, request.incarnation, now), request.limit, now)
+        choice = lanes.choose(due.free(), due.queues, due.ledger, request.limit, now)
         for pick in choice.picks:
             self._pay(pick, now)
         runs = self._tables.runs
@@ -112,8 +110,8 @@ class Claims(Rows):
         due.put_back({pick.run_id for pick in choice.picks})
         if choice.more:
             return Claim(taken, now)
-        waits = [at for at in (due.next_at(), choice.opens_at) if at is not None]
-        return Claim(taken, min(waits, default=None))
+        times = [at for at in (due.next_at(), choice.opens_at) if at is not None]
+        return Claim(taken, min(times, default=None))
 
     def _pay(self, pick: Pick, now: int) -> None:
         """What a turn costs."""
@@ -122,10 +120,9 @@ class Claims(Rows):
             return
         for key in pick.takes:
             self._hold(pick.run_id, key)
-        rules = {rule.key: rule for rule in tables.lanes[pick.lane].rules}
+        periods = {rule.key: rule.period_us for rule in tables.lanes[pick.lane].rules if rule.kind == lanes.THROTTLE}
         for key in pick.begins:
-            period_us = rules[key].period_us
-            tables.begun.setdefault(key, History(period_us)).add(now, period_us)
+            tables.begun.setdefault(key, History(periods[key])).add(now, periods[key])
         tables.finish[pick.lane, pick.priority] = pick.finish
         tables.clock[pick.lane[:2], pick.priority] = pick.start
 
@@ -172,7 +169,7 @@ class Claims(Rows):
             for run in tables.runs.values()
             if run.status is Status.ACTIVE and (run.workspace, run.workflow, run.lane) == lane
         ]
-        due = [run for run in inside if _waits(run, run.wake_at) and (run.wake_at or 0) <= now]
+        due = [run for run in inside if waits(run, run.wake_at) and (run.wake_at or 0) <= now]
         for rule in tables.lanes[lane].rules:
             next_at = None
             if rule.kind == lanes.SLOTS:
@@ -197,147 +194,3 @@ class Claims(Rows):
                     tables.lanes[lane].weight,
                     next_at,
                 )
-
-
-class _Due:
-    """The due runs of a claim's routes, taken out of their lines as far as they are looked at."""
-
-    def __init__(self, rows: Claims, request: ClaimRequest, now: int) -> None:
-        self.rows = rows
-        self.tables = rows._tables
-        self.now = now
-        self.most = request.limit + 1
-        self.seen: set[str] = set()
-        self.out: list[tuple[Line, Ready]] = []
-        self.lines: list[Line] = []
-        self.routes = set(request.routes)
-        self.orphans = rows._orphans(self.routes, request.incarnation, now)
-        self.queues: list[Queue] = []
-        self._plain: list[Line] = []
-        self._holding: list[Free] = []
-        by_lane: dict[LaneId, list[Line]] = {}
-        for route in self.routes:
-            for key, line in self.tables.lines.get(route, {}).items():
-                self.lines.append(line)
-                self._ripen(line, key is not None)
-                if key is None:
-                    self._plain.append(line)
-                elif line.ready:
-                    by_lane.setdefault((route.workspace, route.workflow, key), []).append(line)
-        for lane, lines in by_lane.items():
-            self._queue(lane, lines)
-        self.ledger = self._ledger()
-
-    def free(self) -> list[Free]:
-        """Those that wait for nothing."""
-        found = self._holding
-        for line in self._plain:
-            for _, run in self._first(line, self.most):
-                found.append(Free(run.id, run.priority, run.wake_at or 0))
-        return found
-
-    def next_at(self) -> int | None:
-        """When the next of these lines falls due."""
-        return min((line.later[0][0] for line in self.lines if line.later), default=None)
-
-    def put_back(self, taken: Collection[str]) -> None:
-        for line, entry in self.out:
-            if entry[2] not in taken:
-                heapq.heappush(line.ready, entry)
-        for route in self.routes:
-            lines = self.tables.lines.get(route, {})
-            for key in [key for key, line in lines.items() if not line.later and not line.ready]:
-                del lines[key]
-
-    # ------------------------------------------------------------------
-
-    def _ripen(self, line: Line, laned: bool) -> None:
-        """What has come due is ready. Stale entries are dropped here; a clock that went back is obeyed."""
-        runs, now = self.tables.runs, self.now
-        while line.later and (line.later[0][0] <= now or not _waits(runs.get(line.later[0][1]), line.later[0][0])):
-            wake_at, run_id = heapq.heappop(line.later)
-            run = runs.get(run_id)
-            if run is not None and _waits(run, wake_at):
-                order = (self._class(run), self._rank(run)) if laned else (-run.priority, wake_at)
-                heapq.heappush(line.ready, (*order, run_id, wake_at))
-
-    def _class(self, run: RunRecord) -> int:
-        if run.id in self.tables.slots:
-            return HOLDS
-        return NEW if run.started_at is None else BEGUN
-
-    def _rank(self, run: RunRecord) -> int:
-        return lanes.rank(self.tables.first_due[run.id], run.priority)
-
-    def _pop(self, line: Line) -> tuple[Ready, RunRecord] | None:
-        """The first that is due and was not seen in this claim. Stale entries are dropped."""
-        while line.ready:
-            entry = heapq.heappop(line.ready)
-            _, _, run_id, wake_at = entry
-            run = self.tables.runs.get(run_id)
-            if run is None or not _waits(run, wake_at) or run_id in self.seen:
-                continue
-            if wake_at > self.now:
-                heapq.heappush(line.later, (wake_at, run_id))
-                continue
-            self.seen.add(run_id)
-            self.out.append((line, entry))
-            return entry, run
-        return None
-
-    def _first(self, line: Line, most: int) -> Iterator[tuple[Ready, RunRecord]]:
-        for _ in range(most):
-            found = self._pop(line)
-            if found is None:
-                return
-            yield found
-
-    def _queue(self, lane: LaneId, lines: list[Line]) -> None:
-        rules = self.tables.lanes[lane]
-        heads: list[tuple[Ready, Waiting]] = []
-        for line in lines:
-            while line.ready and line.ready[0][0] == HOLDS and len(heads) + len(self._holding) < 2 * self.most:
-                found = self._pop(line)
-                if found is None:
-                    break
-                entry, run = found
-                if entry[0] != HOLDS or self.rows._lacks(run):
-                    heads.append(self._waiting(run))
-                else:
-                    self._holding.append(Free(run.id, run.priority, run.wake_at or 0))
-        self.queues.append(Queue(lane, rules.rules, rules.weight, self._in_turn(heads, lines)))
-
-    def _in_turn(self, heads: list[Waiting], lines: list[Line]) -> Iterator[Waiting]:
-        yield from heads
-        while True:
-            ready = [line for line in lines if line.ready]
-            if not ready:
-                return
-            found = self._pop(min(ready, key=lambda line: line.ready[0]))
-            if found is not None:
-                yield self._waiting(found[1])
-
-    def _waiting(self, run: RunRecord) -> Waiting:
-        return Waiting(run.id, run.priority, self._rank(run), self.rows._lacks(run), run.started_at is None)
-
-    def _ledger(self) -> Ledger:
-        tables = self.tables
-        rules: list[Rule] = [rule for queue in self.queues for rule in queue.rules]
-        used = {rule.key: len(tables.holders.get(rule.key, ())) for rule in rules if rule.kind == lanes.SLOTS}
-        begun = {
-            rule.key: tables.begun[rule.key].times
-            for rule in rules
-            if rule.kind == lanes.THROTTLE and rule.key in tables.begun
-        }
-        return Ledger(used, begun, tables.finish, tables.clock)
-
-
-def _waits(run: RunRecord | None, wake_at: int | None) -> bool:
-    """Whether a line's entry still says the truth; its run may be gone."""
-    return (
-        run is not None
-        and run.owner is None
-        and run.wake_at == wake_at
-        and run.status is Status.ACTIVE
-        and run.activity not in PARKED
-    )

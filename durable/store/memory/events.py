@@ -67,7 +67,12 @@ class Events(Rows):
         if there is None and new.dedupe_id is not None:
             there = tables.dedupe_ids.get((new.workspace, new.dedupe_id))
         if there is not None:
-            return EventOutcome(tables.events[there], True)
+            event = tables.events[there]
+            if event.settled:
+                return EventOutcome(event, True)
+            probes = new.probes if new.id == there else None
+            again = replace(new, workspace=event.workspace, name=event.name, probes=probes)
+            return EventOutcome(event, True, tuple(self._waiting_for(again, now)))
         admissions = tuple(self._admit(trigger, now) for trigger in new.triggers)
         waiters = tuple(self._waiting_for(new, now))
         tables.accepted += 1

@@ -318,7 +318,7 @@ class Desk:
             )
             ids = listed(list(inputs))
             self._cx.execute("DELETE FROM big_inputs WHERE run_id IN (SELECT value FROM json_each(?))", [ids])
-            runs.insert_big(self._cx, inputs)
+            runs.insert_big(self._cx, [one for one in inputs.items() if runs.inline(one[1]) is None])
         moved = [(run.id, run.wake_at) for run in changed if run.moved]
         if moved:
             execute_values(self._cx, _moved_text, moved, self._now, self._now)

@@ -214,14 +214,15 @@ def _due(cx: sqlite3.Connection, request: ClaimRequest, routes: str, now: int) -
           (SELECT min((
              SELECT min(x.wake_at) FROM runs x
              WHERE {rung} AND x.priority = rungs.priority AND x.wake_at > :now)) FROM rungs),
-          (SELECT min((SELECT min(x.wake_at) FROM runs x WHERE {route} AND {of("x", LANED_LATER)})) FROM routes),
-          (SELECT max(EXISTS (SELECT 1 FROM runs x WHERE {route} AND {of("x", LANED_READY)})) FROM routes)"""
+          EXISTS (SELECT 1 FROM runs INDEXED BY runs_ready WHERE {LANED_READY})
+            OR EXISTS (SELECT 1 FROM runs INDEXED BY runs_laned WHERE {LANED_LATER})"""
     parameters = {"routes": routes, "now": now, "most": request.limit + 1}
-    found, next_at, laned_at, queued = cx.execute(text, parameters).fetchone()
+    found, next_at, any_laned = cx.execute(text, parameters).fetchone()
     free = [Candidate(priority, wake_at, number) for priority, wake_at, number in json.loads(found)]
-    if laned_at is not None and laned_at > now and (next_at is None or laned_at < next_at):
-        next_at = laned_at
-    return Due(free, next_at, bool(queued) or (laned_at is not None and laned_at <= now))
+    if not any_laned:
+        return Due(free, next_at, False)
+    laned, laned_at = lanes.probe(cx, routes, now)
+    return Due(free, min((at for at in (next_at, laned_at) if at is not None), default=None), laned)
 
 
 def _claim_blocked(cx: sqlite3.Connection, request: ClaimRequest, routes: str, now: int) -> Claim:

@@ -94,7 +94,7 @@ def page(cx: sqlite3.Connection, query: ItemQuery, now: int) -> ItemPage:
             conditions.append(condition)
             parameters += values
     order = "i.due_at, i.workspace, i.id" if query.due else "i.workspace, i.id"
-    source = f"(SELECT * FROM items i WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT ?) i"
+    source = f"items i WHERE i.rowid IN (SELECT i.rowid FROM items i WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT ?)"
     most = query.limit + 1 if query.due else query.limit
     found = [_item(row) for row in fetch_packed(cx, source, [*parameters, most], _PLAIN, ["i.data"])]
     if not query.due:

@@ -39,6 +39,12 @@ from durable.store.sqlite.statements import execute_values, fetch_packed, listed
 BEGUN = 1 << 60
 """How far below its rank a run stands that has begun before."""
 
+_ROUTES = (
+    "SELECT DISTINCT json_extract(value, '$[0]') AS workspace, json_extract(value, '$[1]') AS workflow,"
+    " json_extract(value, '$[2]') AS version FROM json_each(?)"
+)
+_ROUTE = "x.workspace = routes.workspace AND x.workflow = routes.workflow AND x.version = routes.version"
+
 READY_AT_ONCE = 5_000
 """Runs that one claim marks as ready at most."""
 
@@ -102,6 +108,21 @@ def _keep_text(values: str) -> str:
 
 
 # ------------------------------------------------------------------ a claim
+
+
+def probe(cx: sqlite3.Connection, routes: str, now: int) -> tuple[bool, int | None]:
+    """Whether a run with a lane is due on these routes, and if none is, when the next will be: two seeks a route."""
+    queued, wake_at = cx.execute(
+        f"""
+        WITH routes AS ({_ROUTES})
+        SELECT
+          (SELECT max(EXISTS (SELECT 1 FROM runs x WHERE {_ROUTE} AND {of("x", LANED_READY)})) FROM routes),
+          (SELECT min((SELECT min(x.wake_at) FROM runs x WHERE {_ROUTE} AND {of("x", LANED_LATER)})) FROM routes)""",
+        [routes],
+    ).fetchone()
+    if wake_at is not None and wake_at <= now:
+        return True, None
+    return bool(queued), wake_at
 
 
 def pick(cx: sqlite3.Connection, orphans: Sequence[Candidate], due: Due, routes: str, limit: int, now: int) -> Picked:
@@ -168,18 +189,12 @@ def _next_at(cx: sqlite3.Connection, due: Due, routes: str, opens_at: int | None
     if more:
         return now
     later = cx.execute(
-        f"SELECT min((SELECT min(x.wake_at) FROM runs x WHERE {_ROUTE} AND {of('x', LANED_LATER)}))"
-        f" FROM ({_ROUTES}) routes",
-        [routes],
+        f"WITH routes AS ({_ROUTES}) SELECT min((SELECT min(x.wake_at) FROM runs x"
+        f" WHERE {_ROUTE} AND {of('x', LANED_LATER)} AND x.wake_at > ?)) FROM routes",
+        [routes, now],
     ).fetchone()[0]
     return min((at for at in (due.next_at, opens_at, later) if at is not None), default=None)
 
-
-_ROUTES = (
-    "SELECT DISTINCT json_extract(value, '$[0]') AS workspace, json_extract(value, '$[1]') AS workflow,"
-    " json_extract(value, '$[2]') AS version FROM json_each(?)"
-)
-_ROUTE = "x.workspace = routes.workspace AND x.workflow = routes.workflow AND x.version = routes.version"
 
 _NEW_ABOVE = -(BEGUN >> 1)
 

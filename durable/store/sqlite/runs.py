@@ -61,7 +61,7 @@ def insert(cx: sqlite3.Connection, runs: Sequence[NewRun], now: int) -> None:
     inserted = execute_values(cx, _insert_text, [_row(run, now) for run in runs])
     if inserted != len(runs):
         raise SomeExist
-    insert_big(cx, {run.id: run.input for run in runs})
+    insert_big(cx, [(run.id, run.input) for run in runs if len(run.input) > INLINE_INPUT_MAX])
     journal.insert(cx, [row for run in runs if run.entries for row in journal.rows_of(run.id, run.entries)])
     marks.add(cx, [row for run in runs if run.tags or run.attributes for row in marks.rows_of(run)])
     lanes.keep(cx, [run for run in runs if run.lane is not None])
@@ -76,11 +76,10 @@ def inline(data: bytes) -> bytes | None:
     return data if len(data) <= INLINE_INPUT_MAX else None
 
 
-def insert_big(cx: sqlite3.Connection, inputs: Mapping[str, bytes]) -> None:
-    """By run id; those that have a place in their row are passed over."""
-    big = [(run_id, data) for run_id, data in inputs.items() if len(data) > INLINE_INPUT_MAX]
-    if big:
-        execute_values(cx, _insert_big_text, big)
+def insert_big(cx: sqlite3.Connection, inputs: Sequence[tuple[str, bytes]]) -> None:
+    """(run id, input) of those that have no place in their run's row."""
+    if inputs:
+        execute_values(cx, _insert_big_text, inputs)
 
 
 def _insert_big_text(values: str) -> str:

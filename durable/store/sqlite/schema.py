@@ -93,6 +93,7 @@ CREATE TABLE ticks (
   until INTEGER NOT NULL,
   PRIMARY KEY (kind, key, at, run_id)
 ) WITHOUT ROWID;
+CREATE INDEX ticks_until ON ticks (until);
 
 CREATE TABLE gates (
   kind TEXT NOT NULL,

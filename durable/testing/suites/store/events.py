@@ -334,8 +334,9 @@ class EventTests(Tests):
         }
         for run_id, effects in waits.items():
             await begin(store, new(run_id, owner="a"))
-            status = {"status": Status.COMPLETED} if run_id == "ended" else {}
-            await done(store, commit(run_id, effects=effects, **status))
+            run = await done(store, commit(run_id, effects=effects))
+            if run_id == "ended":
+                await done(store, commit(run, status=Status.COMPLETED))
         await begin(store, new("cold", owner="a"), new("theirs", owner="a", workspace="v"))
         await done(store, suspend("cold", now + FAR, effects=(OpenWaiter("w", "paid"),)))
         await done(store, commit("theirs", effects=(OpenWaiter("w", "paid"),)))
@@ -379,13 +380,19 @@ class EventTests(Tests):
         assert await ids_of(store, EventQuery(None, unsettled=True)) == []
         assert all(event.settled for event in await store.events(EventQuery()))
 
-    async def test_a_duplicate_names_no_waiters(self, store: Store) -> None:
-        """Who waits is told of an event once."""
-        await begin(store, new(owner="a"))
-        await done(store, commit("r", effects=(OpenWaiter("w", "paid"),)))
-        event = NewEvent("e", "paid", b"1", dedupe_id="d")
-        first, again = [(await publish(store, event))[0] for _ in range(2)]
-        assert (len(first.waiters), again.waiters, again.duplicate) == (1, (), True)
+    async def test_a_duplicate_names_waiters_until_it_is_settled(self, store: Store, other: Store) -> None:
+        """The reply that named them may have been lost, or whoever had it has died: the same event again, by its id or by its
+        dedupe_id, names those who wait now. Once they have been told, nobody."""
+        await begin(store, new(owner="a"), new("r2", owner="a"))
+        await done(store, commit("r", effects=(OpenWaiter("w", "paid", probe="p"),)))
+        event = NewEvent("e", "paid", b"1", dedupe_id="d", probes=("p",))
+        twin = NewEvent("e2", "else", b"2", dedupe_id="d", probes=("q",))
+        answers = [(await publish(one, event))[0] for one in (store, store, other)]
+        answers.append((await publish(other, twin))[0])
+        assert [answer.duplicate for answer in answers] == [False, True, True, True]
+        assert [[waiter.run_id for waiter in answer.waiters] for answer in answers] == [["r"]] * 4
+        await store.settle_events(["e"])
+        assert [(await publish(store, one))[0].waiters for one in (event, twin)] == [(), ()]
 
     async def test_S20_a_wait_opens_and_an_event_comes(self, store: Store, other: Store, builder: StoreBuilder) -> None:
         """B12: at once over two connections, either the publisher is told of the wait, or the run, looking back after its
