@@ -34,7 +34,7 @@ from durable.engine.events import Publication, Published
 from durable.engine.failures import Failure
 from durable.engine.handle import RunHandle
 from durable.engine.start import StartRequest
-from durable.opening import Transports, default_control_plane, open_pool, open_store
+from durable.opening import Transports, default_caller, default_control_plane, open_pool, open_store
 from durable.store.interface import Store
 from durable.store.records import RunPage, RunQuery, RunRecord
 from durable.transports.event_emitter import EventEmitterTransport
@@ -67,8 +67,9 @@ class Durable:
     `store`: a URL or a Store. `transport`: carries remote steps, a URL or a Transport; default in-process. `transports`:
     several, by id, in order of preference. `control_plane`: a URL or an object; default the first transport, if it can
     broadcast to other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept,
-    a rule or an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of docs/operate.md,
-    durations in any spelling ("10s").
+    a rule or an age ("30d"); default for ever. `caller`: makes the calls of `ctx.call_webhook`; default
+    `durable.runners.outgoing.Outgoing()`, which calls no private addresses. `cold`, `lease` and the rest of `settings` are
+    those of docs/operate.md, durations in any spelling ("10s").
 
     `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
     (`worker=False` says the same); a `worker` serves steps over the transports and opens no store.
@@ -89,6 +90,7 @@ class Durable:
         ids: Ids | None = None,
         lease: Duration | None = None,
         on_step: StepObserver | None = None,
+        caller: Any = None,
         dead_letter_workflow: Any = None,
         retention: Retention | Duration | None = None,
         **settings: Any,
@@ -106,6 +108,9 @@ class Durable:
             settings["lease"] = lease
         self.role = _role(role, worker)
         self._on_step = on_step
+        self._caller = caller
+        self._called: Any = None
+        """The caller that is ours to close."""
         self.settings = _settings(
             settings,
             execute=self.role == "engine",
@@ -239,6 +244,7 @@ class Durable:
                     transport=pool,
                     handler=self._handler() if self.settings.execute and self.settings.serve_steps else None,
                     on_step=self._on_step,
+                    caller=self._caller or self._own_caller(),
                     control_plane=plane or default_control_plane(pool, store),
                     clock=self._clock,
                     ids=self._ids,
@@ -250,6 +256,10 @@ class Durable:
             await store.close()
             raise
         self._engine = engine
+
+    def _own_caller(self) -> Any:
+        self._called = default_caller()
+        return self._called
 
     def as_worker(self, **options: Any) -> None:
         """Be a node of role worker when opened, with these options of `Worker`: what a command line says wins over the
@@ -309,6 +319,9 @@ class Durable:
                 await engine.deps.store.close()
         if self._serves is not None:
             self._serves.close()
+        ours, self._called = self._called, None
+        if ours is not None:
+            await ours.close()
 
     # ------------------------------------------------------------------ runs
 

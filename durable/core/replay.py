@@ -443,6 +443,14 @@ class Machine:
 
     # ------------------------------------------------------------------ what ctx asks for
 
+    def peek(self, name: str) -> str:
+        """The key that the next command of this name gets."""
+        repeat, key = self.keys.get(name, 0), name
+        while key in self.keys:
+            key = f"{name}:{repeat}"
+            repeat += 1
+        return key
+
     def key(self, name: str) -> str:
         """The name, or `name:1`, `name:2` … for repeats, and never the key of another command."""
         keys = self.keys

@@ -18,6 +18,7 @@ from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
 from durable.core.journal import Entry
 from durable.core.payload import encode
+from durable.core.webhooks import Delivered
 from durable.engine import collector, dead_letter
 from durable.engine.announce import Announcer, step_cancel
 from durable.engine.bulk import Action, BulkResult, Options, act, perform, preview
@@ -42,6 +43,7 @@ from durable.engine.scheduler import Scheduler
 from durable.engine.signals import Mail
 from durable.engine.start import Starter, StartRequest
 from durable.engine.timeline import Timeline
+from durable.engine.webhooks import Hooks, delivery_of
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
 from durable.store.admission import EventQuery, EventRecord, LimitState
@@ -80,6 +82,7 @@ class WorkflowEngine:
         self._pauser = Pauser(deps, self._mail, self.clock.now, lambda run_id: self._nudge(run_id, None))
         self._canceller = Canceller(deps, self._mail, self._pauser)
         self._events = Events(self._executor, self._mail)
+        self._hooks = Hooks(deps, self._mail, deps.caller)
         self._results = Results(self._executor, self._mail)
         self._hearing = Hearing(self._executor, self._mail)
         self._timeline = Timeline(deps, self._home)
@@ -101,6 +104,7 @@ class WorkflowEngine:
         executor.on_mail = self._resume.mail
         executor.on_due = self._scheduler.nudge
         executor.on_nudge = self._nudge
+        executor.webhooks_of = self._hooks.at
         executor.on_parked_mail = self._pauser.rouse_soon
         executor.on_mailed = lambda run_id, kind: self._nudge(run_id, None, kind)
         executor.on_look_back = self._events.look_back
@@ -382,6 +386,20 @@ class WorkflowEngine:
     async def _again(self, run_id: str, wish: Again, workspace: str | None) -> RunHandle[Any]:
         new_id, _ = await self._rerunner.again(run_id, wish, self._meant(workspace))
         return RunHandle(self, new_id, Any, workspace)
+
+    async def deliver_webhook(self, token: str, body: bytes) -> bool:
+        """What was posted to a webhook's address: `token` is its last part, `body` JSON, or else a text. True: it settles the
+        wait; False: another was first, and this one is only recorded. Raises RunNotFound for a token that is none of ours,
+        RunFinished, PayloadTooLarge."""
+        return await self._hooks.deliver(token, body)
+
+    async def redeliver(self, run_id: str, step: str, *, workspace: str | None = None) -> Delivered:
+        """Make a call again that a step has made, now, under the same id and with the same body; the run is not touched. A call
+        that failed for good is tried again by requeueing its run. Raises RunNotFound; ForkRefused if that step made no call;
+        NonRetryable, CallFailed and RetryAfter for what the receiver says."""
+        await self.get(run_id, workspace=workspace)
+        entries = (await self.deps.store.load([run_id]))[0].entries
+        return await self._hooks.call(delivery_of(run_id, step, entries))
 
     async def get(self, run_id: str, *, workspace: str | None = None) -> RunRecord:
         """The run as stored. Raises RunNotFound."""

@@ -84,6 +84,7 @@ class Executor:
         self.on_freed: Callable[[Resident], None] = lambda run: None
         self.on_due: Callable[[], None] = lambda: None
         self.on_nudge: Callable[[str, str | None], None] = lambda run_id, owner: None
+        self.webhooks_of: Callable[[str], Any] = lambda workspace: None
         self.on_parked_mail: Callable[[str], None] = lambda run_id: None
 
         self.on_unwanted: Callable[[Resident, Sent], None] = lambda run, sent: None

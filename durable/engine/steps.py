@@ -93,6 +93,7 @@ class LocalSteps:
             command.name,
             attempt,
             partial(self._log, run, key, Pace(self._executor.clock.monotonic)),
+            webhooks=self._executor.webhooks_of(run.workspace),
         )
         try:
             enter_step(scope, self._executor.deps.on_step)
