@@ -49,6 +49,7 @@ DurableError
 │   ├── RunnerRefused          runner_refused: the app refused the call, or its answer is refused (signature, status, size)
 │   └── BadAnswer              bad_answer: an answer that cannot be understood
 ├── CallRefused                call_refused: an address this engine does not call (runners/outgoing.py)
+├── CallFailed                 call_failed: an outgoing call that may be tried again
 ├── Fenced                     fenced: another engine owns the run now
 └── EngineStopped              engine_stopped
 
@@ -333,6 +334,12 @@ class CallRefused(DurableError):
     """An address that must not be called from here. The message says which rule, and the setting that allows it, if any."""
 
     code = "call_refused"
+
+
+class CallFailed(DurableError):
+    """A receiver of ours could not take a call now."""
+
+    code = "call_failed"
 
 
 class Fenced(DurableError):

@@ -35,12 +35,6 @@ MAX_WAIT = 3_600.0
 _AGAIN = frozenset({408, 425, 429})
 
 
-class CallFailed(DurableError):
-    """A receiver that could not take a call now."""
-
-    code = "call_failed"
-
-
 class Answer(Protocol):
     @property
     def status(self) -> int: ...
