@@ -421,3 +421,63 @@ async def eventually_there(world: World, run_id: str) -> None:
     while (await (await world.store()).get([run_id]))[0] is None:
         assert time.monotonic() < deadline, f"{run_id} was never started"
         await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("timers", ["run", "hold"])
+async def test_a_wait_for_an_event_is_held_too(world: World, timers: Any) -> None:
+    """An event that comes after the deadline, in a pause or behind it, is in time where timers are held, and too late where
+    they run; one that came before the pause's end is found whichever engine goes on."""
+
+    @workflow(name="awaits")
+    async def awaits(ctx: Context) -> Any:
+        try:
+            return await ctx.wait_for_event("paid", timeout=0.4)
+        except WaitTimeout:
+            return None
+
+    app = await world.engine(awaits)
+    inside, behind = await app.start(awaits), await app.start(awaits)
+    for handle in (inside, behind):
+        await world.waits(handle.id)
+        await handle.pause()
+        await world.until(handle.id, paused)
+    begun = time.monotonic()
+    await eventually(lambda: time.monotonic() > begun + 0.6, "the deadline has passed")
+    await behind.resume(timers=timers)
+    if timers == "hold":
+        await world.waits(behind.id)
+    else:
+        assert await behind.result(5) is None
+    await app.engine.send_event("paid", 7)
+    await inside.resume(timers=timers)
+    for handle in (inside, behind):
+        got = await handle.result(5)
+        assert (got is None) == (timers == "run")
+    await world.sound(inside.id, behind.id)
+
+
+async def test_a_paused_run_holds_up_nobody(world: World) -> None:
+    """A paused run gives its slot back, and takes one again when it goes on."""
+    gate, names = Gate(), list[str]()
+
+    @workflow(name="alone", concurrency=1)
+    async def alone(ctx: Context, name: str) -> str:
+        if name == "first":
+            await ctx.step("body", gate)
+        await ctx.step("mark", ran(names, name))
+        return name
+
+    app = await world.engine(alone)
+    first = await app.start(alone, "first")
+    await gate.reached()
+    second = await app.start(alone, "second")
+    await first.pause()
+    await world.until(first.id, lambda r: r.activity == "paused")
+    assert names == []
+    gate.open()
+    assert await second.result(5) == "second"
+    assert paused(await world.record(first.id))
+    await first.resume()
+    assert await first.result(5) == "first"
+    assert names == ["second", "first"]
+    await world.sound(first.id, second.id)
