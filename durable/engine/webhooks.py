@@ -12,8 +12,8 @@ import msgspec
 
 from durable.core import payload
 from durable.core.errors import (
+    CallFailed,
     CallRefused,
-    DurableError,
     ForkRefused,
     NonRetryable,
     PayloadError,
