@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from durable.core.errors import DefinitionError
 from durable.server.app import real_peer
+from durable.server.errors import CODES
+from durable.server.errors import reference as codes
 from durable.server.settings import ServerSettings, load_settings, networks, reference, table
-from tests.house.sources import ROOT
+from tests.house.sources import ROOT, modules
 
 PROMISED = {
     "PORT": 3030,
@@ -35,6 +39,16 @@ def test_e11_the_promised_names() -> None:
 def test_every_setting_is_on_the_page() -> None:
     """docs/service.md has the table as the code has it: every setting, its variable, its defaults."""
     assert reference() in (ROOT / "docs" / "service.md").read_text()
+
+
+def test_every_code_is_on_the_page_and_is_used() -> None:
+    """docs/service.md explains each code of the API's own; what the source says is in the table, or the product's."""
+    assert codes() in (ROOT / "docs" / "service.md").read_text()
+    source = "".join(path.read_text() for name, path in modules().items() if name.startswith("durable.server"))
+    made = set(re.findall(r'(?:ApiError\(\s*\d+|ErrorBody\(|status_code),\s*"([a-z_]+)"', source))
+    known = json.loads((ROOT / "protocol" / "errors.json").read_text())
+    assert made - set(known) <= set(CODES)
+    assert {code for code in CODES if source.count(f'"{code}"') < 2} == set()
 
 
 def test_every_field_is_a_setting() -> None:
