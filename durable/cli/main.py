@@ -11,6 +11,7 @@ from durable.cli.dev import dev
 from durable.cli.doctor import doctor
 from durable.cli.modules import modules
 from durable.cli.output import EXIT_HELP, Exit, Problem
+from durable.cli.runner import runner
 from durable.cli.runs import runs
 from durable.cli.serve import serve
 from durable.cli.worker import worker
@@ -65,6 +66,7 @@ def cli() -> None:
       durable dev orders:app           run an engine and its API here, and watch it work
       durable serve orders:app         the same in production
       durable worker orders:app        serve an app's steps to engines elsewhere
+      durable runner orders:app        run an app's workflows for an engine elsewhere
       durable runs list                what runs there are
       durable runs show 7f3a           one run: its state, its timeline, its errors
       durable modules shop:AppModule   what an app is made of
@@ -75,6 +77,7 @@ def cli() -> None:
 cli.add_command(dev)
 cli.add_command(serve)
 cli.add_command(worker)
+cli.add_command(runner)
 cli.add_command(runs)
 cli.add_command(doctor)
 cli.add_command(modules)

@@ -70,6 +70,45 @@ def holds(condition: bytes | None) -> Holds:
     return judge
 
 
+def parts_of(condition: bytes | None) -> tuple[dict[str, Any] | None, str | None]:
+    """The match and the expression of a condition, of which there is at most one. Raises DefinitionError."""
+    if condition is None:
+        return None, None
+    asked = _read(condition)
+    return asked.match, asked.source
+
+
+def as_expression(match: Mapping[str, Any]) -> str | None:
+    """A match as an expression that says the same, for wires that have no match; None where none does: of null, which
+    would have to be there, of lists, and of objects of which nothing is asked."""
+    terms = []
+    for path, value in _leaves(match, ("event", "data")):
+        if value is None or isinstance(value, list | Mapping):
+            return None
+        terms.append(f"{_spelled(path)} == {msgspec.json.encode(value).decode()}")
+    source = " and ".join(terms)
+    try:
+        parse(source)
+    except DefinitionError:  # too long, or more terms than an expression may have
+        return None
+    return source
+
+
+def _leaves(value: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            yield from _leaves(inner, (*path, key))
+        else:
+            yield (*path, key), inner
+
+
+def _spelled(path: tuple[str, ...]) -> str:
+    return path[0] + "".join(
+        f".{step}" if step.isidentifier() and step.isascii() else f"[{msgspec.json.encode(step).decode()}]"
+        for step in path[1:]
+    )
+
+
 def within(match: Any, data: Any) -> bool:
     """Whether `data` holds all of `match`."""
     if isinstance(match, Mapping):

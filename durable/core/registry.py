@@ -67,6 +67,13 @@ class Registry:
         self._workflows[new.name] = dict(sorted(versions.items(), key=lambda item: version_key(item[0])))
         return new
 
+    def replace(self, definition: WorkflowDefinition) -> None:
+        """Have this definition instead of one of its name and version, if there is one."""
+        versions = self._workflows.setdefault(definition.name, {})
+        definition.resolve()
+        versions[definition.version] = definition
+        self._by_event = None
+
     def add_step(self, thing: Any) -> StepDefinition:
         """Raises DuplicateDefinition; the same step again, or now with its instance, is no duplicate."""
         new = step_of(thing)
@@ -104,6 +111,13 @@ class Registry:
                     if name is not None:
                         self._by_event.setdefault(name, []).append(definition)
         return self._by_event.get(event, [])
+
+    def prefer(self, name: str, version: str) -> None:
+        """Have `latest` be this version, whatever the others are called. Raises UnknownWorkflow, UnknownVersion."""
+        chosen = self.workflow(name, version)
+        others = {known: one for known, one in self._workflows[name].items() if known != version}
+        self._workflows[name] = {**others, version: chosen}
+        self._by_event = None
 
     def step(self, name: str) -> StepDefinition:
         """Raises UnknownStep."""

@@ -21,13 +21,16 @@ from msgspec import Struct
 
 from durable.core.commands import (
     Abandon,
+    AskApproval,
     Cancelled,
+    CloseApproval,
     Command,
     Completed,
     Failed,
     Note,
     Outcome,
     Patch,
+    Report,
     SendEvent,
     Settled,
     StartChild,
@@ -141,6 +144,8 @@ class Machine:
         self.outcome: Outcome | None = None
         self.loop = Loop()  # type: ignore[abstract]
         self.input = input
+        self.meta: bytes | None = None
+        """The run's origin (core/origin.py), where whoever made the machine knows it."""
         self.entry: Entry | None = None
         """What the turn under way was handed; the last one between turns."""
         self._main: WorkflowTask | None = None
@@ -496,6 +501,11 @@ class Machine:
             self._settle_wait(promise)
             give_up(promise)
 
+    def tell(self, note: Note) -> None:
+        """Issue a note."""
+        if not self.loop.closing:
+            self._issued.append(note)
+
     def _forget_wait(self, promise: Asked) -> None:
         if isinstance(promise.command, WaitSignal):
             self._waiting[promise.command.name].remove(promise)
@@ -511,6 +521,8 @@ class Machine:
             promise.alarm.cancel()
         if isinstance(command, WaitEvent) and not self._replaying:
             self._issued.append(Settled(command))
+        elif isinstance(command, AskApproval) and not self._replaying:
+            self._issued.append(CloseApproval(command))
 
     def _withdraw(self, promise: Promise) -> None:
         """The wait on a command was cancelled inside the run."""
@@ -530,6 +542,8 @@ class Machine:
                 return
         if not isinstance(command, WaitSignal):
             self._issued.append(Abandon(command))
+        elif isinstance(command, AskApproval) and not self._replaying:
+            self._issued.append(CloseApproval(command))
 
     def child_id(self, ordinal: int, key: str) -> str:
         """The id a child of this call has, or is to get."""
@@ -607,6 +621,11 @@ class Machine:
     def _is_news(self, item: Command | Note) -> bool:
         if isinstance(item, Command):
             return self.outstanding.get(item.key) is item and item.key not in self._traces
+        if isinstance(item, Report):
+            if self.outstanding.get(item.command.key) is not item.command:
+                return False
+            told = [entry.attempt for entry in self._traces.get(item.command.key, ())]
+            return item.status != "retrying" or item.attempt not in told
         return not isinstance(item, Abandon) or item.command.key not in self._cancelled
 
     def _sticking(self, error: NonDeterminism) -> NonDeterminism:
@@ -710,7 +729,7 @@ def _without(entries: list[Entry], cut: int) -> list[Entry]:
     return [
         entry
         for entry in entries
-        if (entry.seq < cut or entry.kind == SIGNAL) and not (entry.kind in COMMAND_KINDS and entry.key in again)
+        if (entry.seq < cut or entry.kind in MAIL_KINDS) and not (entry.kind in COMMAND_KINDS and entry.key in again)
     ]
 
 

@@ -110,7 +110,8 @@ def lane_of_input(definition: WorkflowDefinition, stored: bytes, workspace: str)
 
 
 def _base(definition: WorkflowDefinition, workspace: str) -> str:
-    return "/".join(quote(part, safe=" .-_:") for part in (workspace, f"{definition.name}@{definition.version}"))
+    place, name, version = (quote(part, safe=" .-_:") for part in (workspace, definition.name, definition.version))
+    return f"{place}/{name}@{version}"
 
 
 def _key(base: str, rule: str, key: str | None, event: Mapping[str, Any]) -> str:

@@ -13,10 +13,15 @@ import msgspec
 
 from durable.core.commands import (
     Abandon,
+    AppStep,
+    AskApproval,
+    CloseApproval,
     Command,
+    Invoke,
     Note,
     Patch,
     Record,
+    Report,
     RunStep,
     SendEvent,
     SendTask,
@@ -33,7 +38,16 @@ from durable.core.match import probe_of
 from durable.core.payload import encode_error
 from durable.engine import admission, children
 from durable.engine.residents import Arrival, Resident
-from durable.store.records import CloseWaiter, Lane, NewRun, OpenWaiter, Parent, StartRun
+from durable.store.records import (
+    CloseWaiter,
+    DropItem,
+    Lane,
+    NewRun,
+    OpenWaiter,
+    Parent,
+    PutItem,
+    StartRun,
+)
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -88,7 +102,10 @@ def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[
     """Take up a command that an earlier owner of the run has begun. `trace` is what it wrote down of it."""
     last = trace[-1] if trace else None
     attempt = max((entry.attempt for entry in trace), default=1) or 1
-    if isinstance(command, WaitSignal):
+    if isinstance(command, AskApproval):
+        _ask_approval(executor, run, command)  # there is one where this run is a copy of another, and none of its own
+        return
+    if isinstance(command, WaitSignal | AppStep):
         return
     if isinstance(command, WaitEvent):
         if run.machine.generation:
@@ -119,6 +136,8 @@ def abandon(executor: Executor, run: Resident, command: Command) -> None:
     key = command.key
     run.machine.outstanding.pop(key, None)
     run.retries.pop(key, None)
+    if isinstance(command, AskApproval):
+        run.effects.append(DropItem("approval", command.item_id))
     if isinstance(command, WaitSignal):
         return
     _note(executor, run, command, command.kind, "cancelled")
@@ -167,6 +186,44 @@ def _record(executor: Executor, run: Resident, command: Record) -> None:
     apply(executor, run, run.machine.deliver(entry))
 
 
+def _app_step(executor: Executor, run: Resident, command: AppStep) -> None:
+    """Nothing yet: what there is to say comes as a Report."""
+
+
+def _report(executor: Executor, run: Resident, note: Report) -> None:
+    """At once, so that it is in the commit of the answer that brought it."""
+    command = note.command
+    if run.machine.outstanding.get(command.key) is not command:
+        return
+    for line in note.lines:
+        index = run.logs.get(command.key, 0)
+        run.logs[command.key] = index + 1
+        arrival = Arrival(executor.clock.now(), LOG, "written", key=command.key, ordinal=index, payload=line)
+        arrival.attempt = note.attempt
+        executor.append(run, arrival)
+    entry = _note(
+        executor,
+        run,
+        command,
+        STEP,
+        note.status,
+        attempt=note.attempt,
+        payload=note.payload,
+        started_at=note.started_at,
+        finished_at=note.finished_at,
+    )
+    if entry.delivers:
+        apply(executor, run, run.machine.deliver(entry))
+
+
+def _ask_approval(executor: Executor, run: Resident, command: AskApproval) -> None:
+    run.effects.append(PutItem("approval", command.item_id, command.item, command.expires_at))
+
+
+def _close_approval(executor: Executor, run: Resident, note: CloseApproval) -> None:
+    run.effects.append(DropItem("approval", note.command.item_id))
+
+
 def _start_child(executor: Executor, run: Resident, command: StartChild) -> None:
     try:
         version = command.version or executor.deps.catalog.of(run.workspace).latest(command.workflow).version
@@ -188,6 +245,7 @@ def _start_child(executor: Executor, run: Resident, command: StartChild) -> None
         workspace=run.workspace,
         priority=command.options.priority or 0,
         parent=Parent(run.run_id, command.key, command.ordinal),
+        meta=command.meta,
         lane=_lane(executor, run, command, version),
     )
     run.effects.append(StartRun(child))
@@ -257,6 +315,11 @@ def log_payload(level: str, message: str, fields: bytes | None) -> bytes:
 
 _APPLY: dict[type, Callable[[Any, Resident, Any], None]] = {
     RunStep: _run_step,
+    Invoke: _run_step,
+    AppStep: _app_step,
+    Report: _report,
+    AskApproval: _ask_approval,
+    CloseApproval: _close_approval,
     SendTask: _send_task,
     TakeTurn: _send_task,
     Record: _record,

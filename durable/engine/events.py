@@ -23,7 +23,7 @@ from durable.core.journal import EMIT
 from durable.core.match import holds, probes_of
 from durable.core.names import check_name
 from durable.core.origin import Origin
-from durable.core.payload import check, describe, encode, encode_error
+from durable.core.payload import DEFAULT_LIMIT, check, describe, encode, encode_error
 from durable.core.replay import asks_for
 from durable.engine.admission import trigger_of, wanted
 from durable.engine.committer import Group
@@ -109,7 +109,7 @@ class Events:
         self._mail = mail
         deps = executor.deps
         self._catalog, self._ids, self._store = deps.catalog, deps.ids, deps.store
-        self._limit = deps.store.capabilities.max_payload - MARGIN
+        self._limit = min(DEFAULT_LIMIT, deps.store.capabilities.max_payload - MARGIN)
         most = deps.store.capabilities.max_batch
         # One call at a time: events of one publisher are accepted in its order.
         self._group: Group[NewEvent, EventOutcome] = Group(
@@ -274,7 +274,8 @@ class Events:
         try:
             check(command.data, what=f"the data of event {command.name!r}", limit=self._limit)
             one = Publication(name=command.name, id=command.dedupe_id)
-            event = self._event(command.event_id, one, command.data, run.workspace, run.run_id)
+            workspace = command.workspace or run.workspace
+            event = self._event(command.event_id, one, command.data, workspace, run.run_id)
             published = await self._store_event(event)
         except EngineStopped:
             return  # for the run's next owner

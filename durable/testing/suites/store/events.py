@@ -272,6 +272,25 @@ class EventTests(Tests):
         await store.send([Message("r0", "stop", "cancel")])
         assert await admit(store, "r2", **policies) == Admission("checkout", Verdict.SKIPPED, "r0")
 
+    async def test_a_batch_too_large_is_in_its_singletons_way(self, store: Store) -> None:
+        """An event that does not fit into the batch that waits cannot join it, so that one is an unfinished run like any
+        other; it is due, for nothing more comes to it."""
+        text = "x" * (store.capabilities.max_payload // 2)
+        for mode, verdict in (("skip", Verdict.SKIPPED), ("cancel", Verdict.BATCHED)):
+            answers = [
+                await admit(
+                    store,
+                    f"{mode}{n}",
+                    batch=Batch(mode, 9, 10 * SECOND, json.dumps(text).encode()),
+                    singleton=Singleton(mode, mode),
+                    input=b'{"data":[' + json.dumps(text).encode() + b"]}",
+                )
+                for n in range(2)
+            ]
+            assert [answer.verdict for answer in answers] == [Verdict.BATCHED, verdict]
+            assert answers[1].cancelled == (None if mode == "skip" else "cancel0")
+        assert sorted(await claimed_ids(store)) == ["cancel0", "skip0"]
+
     # ------------------------------------------------------------------ batch
 
     async def test_S28_a_batch_is_full_or_late(self, store: Store, builder: StoreBuilder) -> None:
