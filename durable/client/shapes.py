@@ -12,7 +12,7 @@ class Shape(Struct, frozen=True, rename="camel", kw_only=True):
     """What all have in common."""
 
 
-class Run(Shape, frozen=True):
+class Run(Shape, frozen=True, kw_only=True):
     """A run as it stands. `status`: queued · running · waiting · paused · needs_attention · succeeded · failed · cancelled."""
 
     id: str
@@ -48,7 +48,7 @@ TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 """States a run does not leave by itself."""
 
 
-class Step(Shape, frozen=True):
+class Step(Shape, frozen=True, kw_only=True):
     """One step of a run."""
 
     name: str
@@ -63,7 +63,7 @@ class Step(Shape, frozen=True):
     error: Any = None
 
 
-class LogLine(Shape, frozen=True):
+class LogLine(Shape, frozen=True, kw_only=True):
     """A line a run has written. `seq`: its place in the run's journal."""
 
     seq: int
@@ -75,7 +75,7 @@ class LogLine(Shape, frozen=True):
     ts: Any = None
 
 
-class Frame(Shape, frozen=True):
+class Frame(Shape, frozen=True, kw_only=True):
     """Something that has happened to a run. `kind`: run_status · step_status · log; which fields there are depends on it."""
 
     kind: str
@@ -96,7 +96,7 @@ class Frame(Shape, frozen=True):
     scope: str | None = None
 
 
-class Triggered(Shape, frozen=True):
+class Triggered(Shape, frozen=True, kw_only=True):
     """What became of an event at one function."""
 
     workflow: str
@@ -109,7 +109,7 @@ class Triggered(Shape, frozen=True):
     suspended: bool = False
 
 
-class EventAnswer(Shape, frozen=True):
+class EventAnswer(Shape, frozen=True, kw_only=True):
     """What became of an event. `woke`: how many waits it ended."""
 
     event_id: str
@@ -124,7 +124,7 @@ class EventAnswer(Shape, frozen=True):
     triggered: list[Triggered] = []
 
 
-class Event(Shape, frozen=True):
+class Event(Shape, frozen=True, kw_only=True):
     """An accepted event."""
 
     id: str
@@ -133,7 +133,7 @@ class Event(Shape, frozen=True):
     received_at: datetime | None = None
 
 
-class Approval(Shape, frozen=True):
+class Approval(Shape, frozen=True, kw_only=True):
     """Something that waits for a person."""
 
     id: str
@@ -145,7 +145,7 @@ class Approval(Shape, frozen=True):
     data: Any = None
 
 
-class Schedule(Shape, frozen=True):
+class Schedule(Shape, frozen=True, kw_only=True):
     """A schedule as it stands."""
 
     id: str
