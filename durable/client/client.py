@@ -299,7 +299,7 @@ class Schedules(_Part):
         return await self._client.get(f"/schedules/{_part(id)}", Schedule)
 
     async def ensure(self, id: str, workflow: str, input: Any = None, **options: Any) -> Schedule:
-        """See that there is this schedule: cron and timezone, every, or at; catchup, overlap, paused."""
+        """See that there is this schedule: cron and timezone, every, or at; catch_up, overlap, paused."""
         body = {"workflow": workflow, "input": input, **options}
         return (await self._client.call("PUT", f"/schedules/{_part(id)}", Schedule, body=body, tries=TRIES))[0]
 

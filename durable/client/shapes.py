@@ -158,5 +158,5 @@ class Schedule(Shape, frozen=True, kw_only=True):
     next_at: datetime | None = None
     last_at: datetime | None = None
     last_run: str | None = None
-    catchup: str = "last"
+    catch_up: str = "last"
     overlap: str = "allow"
