@@ -133,7 +133,7 @@ class Nothing(Struct, frozen=True):
 class Route(Struct, frozen=True, kw_only=True):
     """A row of the table of routes: everything that stands before a handler, and what the API's document says of it."""
 
-    method: Literal["GET", "POST", "DELETE"]
+    method: Literal["GET", "POST", "PUT", "DELETE"]
     path: str
     handler: Handler
     summary: str

@@ -6,12 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 from durable.server.route import Nothing, Route
-from durable.server.routes import events, flow, functions, health, runs, workflows, workspaces
+from durable.server.routes import events, flow, functions, health, runs, schedules, workflows, workspaces
 from durable.server.routes.runs import AppQuery
 from durable.server.views import LogLine, Run, Step
 
 STREAM = "stream"
 READ: dict[str, Any] = {"method": "GET", "auth": "key", "role": "read"}
+PUT: dict[str, Any] = {"method": "PUT", "auth": "key", "role": "full"}
+DELETE: dict[str, Any] = {"method": "DELETE", "auth": "key", "role": "full"}
 WRITE: dict[str, Any] = {"method": "POST", "auth": "key", "role": "full"}
 ADMIN: dict[str, Any] = {"auth": "admin", "role": "admin", "scope": "service", "cost": 5.0}
 OPEN: dict[str, Any] = {"method": "GET", "auth": "none", "role": "read", "scope": "service"}
@@ -169,6 +171,75 @@ ROUTES: tuple[Route, ...] = (
         query=AppQuery,
         answer=list[flow.FlowState],
         **READ,
+    ),
+    # -- schedules
+    Route(
+        path="/schedules",
+        handler=schedules.list_schedules,
+        summary="List schedules",
+        scope="workspace",
+        query=AppQuery,
+        answer=list[schedules.ScheduleView],
+        **READ,
+    ),
+    Route(
+        path="/schedules/{id}",
+        handler=schedules.get_schedule,
+        summary="Get a schedule",
+        scope="workspace",
+        query=AppQuery,
+        answer=schedules.ScheduleView,
+        **READ,
+    ),
+    Route(
+        path="/schedules/{id}",
+        handler=schedules.put_schedule,
+        summary="See that there is a schedule",
+        scope="workspace",
+        query=AppQuery,
+        body=schedules.ScheduleBody,
+        answer=schedules.ScheduleView,
+        **PUT,
+    ),
+    Route(
+        path="/schedules/{id}/pause",
+        handler=schedules.pause_schedule,
+        summary="Pause a schedule",
+        scope="workspace",
+        query=AppQuery,
+        body=Nothing,
+        answer=schedules.ScheduleView,
+        **WRITE,
+    ),
+    Route(
+        path="/schedules/{id}/resume",
+        handler=schedules.resume_schedule,
+        summary="Let a schedule go on",
+        scope="workspace",
+        query=AppQuery,
+        body=Nothing,
+        answer=schedules.ScheduleView,
+        **WRITE,
+    ),
+    Route(
+        path="/schedules/{id}/trigger",
+        handler=schedules.trigger_schedule,
+        summary="Start a run of a schedule now",
+        scope="workspace",
+        query=AppQuery,
+        body=Nothing,
+        answer=schedules.ScheduleRun,
+        **WRITE,
+    ),
+    Route(
+        path="/schedules/{id}",
+        handler=schedules.remove_schedule,
+        summary="Remove a schedule",
+        scope="workspace",
+        query=AppQuery,
+        status=204,
+        answer=None,
+        **DELETE,
     ),
     # -- apps and workspaces
     Route(
