@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from durable.cli.node import DEFAULT_STORE, private_server
 from durable.cli.output import Exit, Problem
@@ -75,7 +74,7 @@ class ServiceNode:
         try:
             await server.start(or_next=0 if "port" in settings.given else or_next)
         except PortTaken as error:
-            raise Problem(str(error), code=error.code, exit=Exit.FAILED) from error
+            raise Problem(str(error), code="port_taken", exit=Exit.FAILED) from error
         if settings.port not in (0, server.port):
             click.echo(f"Port {settings.port} is taken; the API is on {server.port}.", err=True)
         return server
@@ -101,6 +100,8 @@ class ServiceNode:
 
 def _apply(settings: ServerSettings, durable: Durable) -> None:
     """What was set from outside goes before what the program says; what was not leaves it alone."""
+    import msgspec
+
     ours = {
         "lease": ("lease_ms", settings.lease_ms / 1000),
         "max_recovery_attempts": ("max_attempts", settings.max_attempts),

@@ -87,9 +87,15 @@ CODES = {
     "too_many_streams": "This key holds too many streams open.",
     "conflict": "Somebody else changed it at the same time, or it is in another state.",
     "not_ready": "This process is starting or stopping; ask another.",
+    "unreadable": "In a run: what it ended with cannot be read any more.",
     "internal": "A mistake of ours. The log has it under the request's id.",
 }
 """Codes of the API's own, beside those of protocol/errors.json."""
+
+
+def reference() -> str:
+    """The table of docs/service.md. A test compares the page with it."""
+    return "\n".join(["| code | means |", "|---|---|", *(f"| `{code}` | {means} |" for code, means in CODES.items())])
 
 
 def of(error: Exception) -> ApiError | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from durable.server.route import Nothing, Route
-from durable.server.routes import flow, functions, health, runs, workflows, workspaces
+from durable.server.routes import events, flow, functions, health, runs, workflows, workspaces
 from durable.server.routes.runs import AppQuery
 from durable.server.views import LogLine, Run, Step
 
@@ -22,6 +22,45 @@ ROUTES: tuple[Route, ...] = (
     Route(path="/healthz", handler=health.healthz, summary="Is the process alive", answer=health.Health, **OPEN),
     Route(path="/readyz", handler=health.readyz, summary="May it be asked", answer=health.Ready, **OPEN),
     Route(path="/openapi.json", handler=health.openapi, summary="This document", answer=dict[str, Any], **OPEN),
+    # -- events
+    Route(
+        path="/events",
+        handler=events.publish,
+        summary="Publish an event",
+        scope="workspace",
+        body=events.EventBody,
+        answer=events.EventAnswer,
+        **WRITE,
+    ),
+    Route(
+        path="/events",
+        handler=events.list_events,
+        summary="List events",
+        scope="workspace",
+        cost=5.0,
+        query=events.EventsQuery,
+        answer=list[events.Event],
+        **READ,
+    ),
+    Route(
+        path="/events/stream",
+        handler=events.stream_events,
+        summary="Watch events",
+        scope="workspace",
+        cost=5.0,
+        query=events.WatchQuery,
+        answer=STREAM,
+        **READ,
+    ),
+    Route(
+        path="/events/{id}",
+        handler=events.get_event,
+        summary="Get an event",
+        scope="workspace",
+        query=AppQuery,
+        answer=events.Event,
+        **READ,
+    ),
     # -- runs
     Route(
         path="/runs",
@@ -185,6 +224,27 @@ ROUTES: tuple[Route, ...] = (
         **ADMIN,
     ),
     # -- apps in any language, one POST for each thing
+    Route(
+        path="/e",
+        handler=events.accept,
+        summary="Publish an event (apps)",
+        role="full",
+        scope="workspace",
+        body=events.AppEvent,
+        answer=events.Accepted,
+        **APP,
+    ),
+    Route(
+        path="/e/bulk",
+        handler=events.accept_many,
+        summary="Publish up to a hundred events (apps)",
+        role="full",
+        scope="workspace",
+        cost=10.0,
+        body=events.AppEvents,
+        answer=events.AllAccepted,
+        **APP,
+    ),
     Route(
         path="/runs/search",
         handler=functions.search_runs,

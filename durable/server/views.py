@@ -217,7 +217,7 @@ def error_view(payload: bytes | None) -> Error | UnsetType:
     try:
         found = decode_error(payload)
     except Exception:
-        return Error("This error cannot be read.", code="unreadable")
+        return Error("This error cannot be read.", "unreadable")
     details = UNSET if found.details is None else found.details
     return Error(found.message, found.code, found.type, found.retryable, details, found.stack)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 import pytest
@@ -11,7 +12,10 @@ from durable.server.route import Route
 from durable.server.routes_table import ROUTES
 from tests.server.world import ADMIN, Running, finished
 
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
+    "/events": {"name": "x"},
+    "/e": {"name": "x"},
+    "/e/bulk": {"events": [{"name": "x"}]},
     "/workflows/{app}/{name}/trigger": {"input": "x"},
     "/runs/cancel": {"runId": "RUN"},
     "/runs/get": {"runId": "RUN"},
@@ -92,7 +96,8 @@ def test_a42_a_reader_may_only_read(service: Running, key: str, route: Route) ->
     with service.client(ADMIN) as admin, service.client(key) as full:
         reader = admin.post("/workspaces/shop.dev/readers").raise_for_status().json()
         run_id = full.post("/workflows/shop/waits/trigger", json={}).json()["runId"]
-        path = filled(route, run_id, "shop")
+        event_id = full.post("/events", json={"name": "seen"}).json()["eventId"]
+        path = filled(route, event_id if route.path.startswith("/events") else run_id, "shop")
         body = {name: run_id if value == "RUN" else value for name, value in BODIES.get(route.path, {}).items()}
         with service.client(reader["key"]) as looking:
             if route.answer == "stream":

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import httpx2
 
 from durable import Context, Durable, RetryPolicy
+from durable.core.flow import RateLimit
 from durable.server.app import create_app
 from durable.server.connections import HttpServer
 from durable.server.settings import ServerSettings
+from durable.testing.facts import eventually
 
 T = TypeVar("T")
 ADMIN = "an-admin-token-for-tests"
@@ -54,6 +56,19 @@ def workflows(app: Any) -> None:
             ctx.log(f"line {n}")
             await ctx.step(greet, str(n))
         return count
+
+    @app.workflow(on="order.placed")
+    async def on_order(ctx: Context, order: dict[str, Any]) -> Any:
+        return order["id"]
+
+    @app.workflow(on="order.placed", rate_limit=RateLimit(limit=1, period="1h", key="event.data.customer"))
+    async def once_an_hour(ctx: Context, order: dict[str, Any]) -> Any:
+        return order["customer"]
+
+    @app.workflow
+    async def waits_for_event(ctx: Context) -> Any:
+        found = await ctx.wait_for_event("payment.done", timeout="1h")
+        return found.data
 
     @app.workflow
     async def anything(ctx: Context, value: Any) -> Any:
@@ -167,6 +182,11 @@ def raw(port: int, data: bytes, *, more: list[bytes] | None = None, timeout: flo
 def status_of(answer: bytes) -> int:
     """The status of the first answer; 0: closed without one."""
     return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
+
+
+def until(fact: Callable[[], object], claim: str = "") -> None:
+    """Wait for a fact that is asked for over HTTP, off the service's loop."""
+    asyncio.run(eventually(fact, claim))
 
 
 def finished(client: httpx2.Client, run_id: str) -> dict[str, Any]:

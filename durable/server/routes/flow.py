@@ -25,7 +25,7 @@ class FlowState(Struct, frozen=True, rename="camel", omit_defaults=True):
 
 async def flow_state(call: Call) -> Answer:
     """Every limit of the workspace that has a run, or had one lately."""
-    found = await call.engine.deps.store.limits(call.workspace(call.query.app))
+    found = await call.engine.flow_state(workspace=call.workspace(call.query.app))
     return Answer(
         [
             FlowState(

@@ -8,7 +8,6 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from durable.core.origin import Origin, meta_of
 from durable.server.route import Answer, Call
-from durable.server.routes.runs import AppQuery
 
 Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(max_length=50)]
 Text = Annotated[str, Meta(min_length=1, max_length=300)]
@@ -21,6 +20,16 @@ class Workflow(Struct, frozen=True, rename="camel", omit_defaults=True):
     tags: list[str]
     category: str | None = None
     timeout_ms: float | None = None
+    triggers: list[TriggerView] = []
+
+
+class TriggerView(Struct, frozen=True, rename="camel", omit_defaults=True):
+    """An event of this name (and condition), or the clock, starts it."""
+
+    event: str | None = None
+    condition: str | None = None
+    cron: str | None = None
+    timezone: str | None = None
 
 
 class TriggerBody(Struct, frozen=True, rename="camel"):
@@ -52,6 +61,10 @@ async def list_workflows(call: Call) -> Answer:
                 tags=sorted(one.tags),
                 category=one.category,
                 timeout_ms=one.timeout * 1000 if one.timeout else None,
+                triggers=[
+                    TriggerView(each.event, each.where, each.cron, each.timezone if each.cron else None)
+                    for each in one.triggers
+                ],
             )
             for one in definitions
         ]
@@ -78,6 +91,3 @@ async def trigger(call: Call) -> Answer:
         meta=meta_of(origin),
     )
     return Answer(Triggered(handle.id))
-
-
-__all__ = ["AppQuery", "TriggerBody", "Triggered", "Workflow", "list_workflows", "trigger"]
