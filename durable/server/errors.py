@@ -53,6 +53,7 @@ class ApiError(Exception):
 
 STATUS: dict[type[Exception], int] = {
     errors.RunNotFound: 404,
+    errors.ScheduleNotFound: 404,
     errors.RunFinished: 409,
     errors.IdempotencyConflict: 409,
     errors.NotRegistered: 404,
