@@ -12,6 +12,7 @@ import msgspec
 from durable.core.commands import StartChild
 from durable.core.errors import ErrorData, StoreError
 from durable.core.journal import CHILD, COMMAND_KINDS, Entry
+from durable.core.origin import origin_of
 from durable.core.payload import encode_error
 from durable.engine.residents import Arrival, Final, Resident
 from durable.protocol.states import TERMINAL, Status
@@ -33,7 +34,12 @@ class ChildNote(msgspec.Struct, frozen=True):
     """Journals written before it was recorded: then nothing but the parent's own code may decide."""
 
 
-def cancel(run: Resident, key: str, child_id: str) -> PutMessage:
+def parents_workspace(run: Resident) -> str:
+    """Where the parent of a child lives: almost always where the child does."""
+    return origin_of(run.machine.meta).parent_workspace or run.workspace
+
+
+def cancel(run: Resident, key: str, child_id: str, workspace: str | None = None) -> PutMessage:
     """The parent no longer waits for this child: part of the commit that says so."""
     return PutMessage(
         Message(
@@ -41,7 +47,7 @@ def cancel(run: Resident, key: str, child_id: str) -> PutMessage:
             id=f"{run.run_id}:{key}:cancel",
             kind="cancel",
             payload=b'{"reason":"its parent no longer waits for it"}',
-            workspace=run.workspace,
+            workspace=workspace or run.workspace,
         )
     )
 
