@@ -138,7 +138,8 @@ async def _get(db: Database, schema: str, ids: Sequence[str | None]) -> dict[str
 
 
 def _has_policy(trigger: Trigger) -> bool:
-    return not (trigger.rate is trigger.singleton is trigger.debounce is trigger.batch is None)
+    policies = (trigger.rate, trigger.singleton, trigger.debounce, trigger.batch)
+    return any(policy is not None for policy in policies)
 
 
 def _trigger(place: int, trigger: Trigger) -> dict[str, Any]:
@@ -153,7 +154,8 @@ def _trigger(place: int, trigger: Trigger) -> dict[str, Any]:
 
 
 def _record(row: Row) -> EventRecord:
-    return EventRecord(*row[:8], _admissions(row[8]), row[9])
+    *fields, made, settled = row
+    return EventRecord(*fields, _admissions(made), settled)
 
 
 def _admissions(made: Sequence[dict[str, Any]]) -> tuple[Admission, ...]:
