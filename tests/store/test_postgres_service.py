@@ -192,7 +192,7 @@ FROM pg_stat_user_tables WHERE schemaname = 'durable'"""
 
 BACKLOG = """
 INSERT INTO durable.lanes (workspace, workflow, key, rules, weight, touched_at)
-SELECT 'default', 'checkout', 'k' || n, '[{"key": "k' || n || '", "limit": 2, "kind": "slots", "period_us": 0}]', 1, 0
+SELECT 'default', 'checkout', 'k' || n, ('[{"key": "k' || n || '", "limit": 2, "kind": "slots", "period_us": 0}]')::jsonb, 1, 0
 FROM generate_series(0, 9) n;
 INSERT INTO durable.runs (id, workspace, workflow, version, input, input_hash, priority, epoch, seq, activity, wake_at,
                           created_at, updated_at, lane, started_at, tags, attributes)

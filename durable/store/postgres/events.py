@@ -154,8 +154,18 @@ def _trigger(place: int, trigger: Trigger) -> dict[str, Any]:
 
 
 def _record(row: Row) -> EventRecord:
-    *fields, made, settled = row
-    return EventRecord(*fields, _admissions(made), settled)
+    return EventRecord(
+        id=row[0],
+        workspace=row[1],
+        name=row[2],
+        data=row[3],
+        number=row[4],
+        received_at=row[5],
+        dedupe_id=row[6],
+        meta=row[7],
+        admissions=_admissions(row[8]),
+        settled=row[9],
+    )
 
 
 def _admissions(made: Sequence[dict[str, Any]]) -> tuple[Admission, ...]:
