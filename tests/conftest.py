@@ -1,6 +1,6 @@
 """What every test may ask for: services with their remedies, and a budget for suites that could go on for ever.
 
-Tests under tests/simulation and tests/chaos bear those marks by where they stand, and so do those of brokers and workers.
+Tests under tests/simulation and tests/chaos bear those marks by where they stand, and so do those of brokers and workers, and of the service.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ BROKERS = {
     )
 }
 """Where tests talk to brokers and workers: a suite of its own, file by file, so that one process starts each server."""
+
+HTTP = {ROOT / "tests" / path for path in ("server", "runners", "client")}
+"""Where tests talk to the service over its sockets."""
 
 
 class Budget:
@@ -114,6 +117,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(mark)
         if item.path in BROKERS or any(folder in BROKERS for folder in item.path.parents):
             item.add_marker("broker")
+        if any(folder in HTTP for folder in item.path.parents):
+            item.add_marker("http")
     if config.getoption("--budget") is not None:
         outgrowing = [item for item in items if budgeted(item)]
         first = session_budget(config).start % max(1, len(outgrowing))

@@ -145,7 +145,7 @@ def _record(executor: Executor, run: Resident, command: Record) -> None:
 
 def _start_child(executor: Executor, run: Resident, command: StartChild) -> None:
     try:
-        version = command.version or executor.deps.registry.latest(command.workflow).version
+        version = command.version or executor.deps.catalog.of(run.workspace).latest(command.workflow).version
     except NotRegistered as error:
         data = ErrorData(message=str(error), code=error.code, retryable=False)
         executor.arrive(

@@ -50,8 +50,9 @@ def prepare(deps: Deps) -> None:
 
 def route(deps: Deps, run: Resident, final: Final) -> tuple[StartRun, ...]:
     """The runs to start for a dead one, in the commit that buries it."""
-    registry, settings = deps.registry, deps.settings
-    target = run.definition.dead_letter_workflow or settings.dead_letter_workflow
+    registry, settings = deps.catalog.of(run.workspace), deps.settings
+    default = settings.dead_letter_workflow if run.workspace == settings.workspace else None
+    target = run.definition.dead_letter_workflow or default
     readers = {definition.dead_letter_workflow for definition in registry.workflows()}
     if run.definition.name in {HANDLERS, settings.dead_letter_workflow, *readers}:
         log.error("run %s, which reads dead letters, is dead itself; nobody is told", run.run_id)

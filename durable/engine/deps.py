@@ -3,6 +3,8 @@ can hand in their own clock, ids, store and transport."""
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from msgspec import Struct
 
 from durable.control_plane.interface import ControlPlane
@@ -11,6 +13,7 @@ from durable.core.ids import Ids
 from durable.core.registry import Registry
 from durable.core.retention import Retention
 from durable.core.step import StepObserver
+from durable.engine.catalog import Catalog
 from durable.store.interface import Store
 from durable.store.records import DEFAULT_WORKSPACE
 from durable.transports.interface import TaskHandler
@@ -71,7 +74,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     execute: bool = True
     """False: an API node. It starts, signals and inspects runs, and never executes one."""
     workspace: str = DEFAULT_WORKSPACE
-    """Whose runs this engine sees. A run of another workspace is not found here."""
+    """The engine's own: where its application's workflows run, and what a verb means that names no workspace. A run of
+    another workspace than the one meant is not found."""
 
     @property
     def beat(self) -> float:
@@ -98,7 +102,7 @@ DURATIONS = frozenset(
 """Settings in seconds."""
 
 
-class Deps(Struct, frozen=True, kw_only=True):
+class Deps(Struct, frozen=True, kw_only=True, dict=True):
     """The parts an engine is made of."""
 
     store: Store
@@ -113,3 +117,8 @@ class Deps(Struct, frozen=True, kw_only=True):
     settings: Settings
     on_step: StepObserver | None = None
     """Told of each attempt of a local step."""
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """What this engine executes: the registry in its own workspace, and others that are put in while it runs."""
+        return Catalog(self.registry, self.settings.workspace)

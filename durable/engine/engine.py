@@ -69,7 +69,7 @@ class WorkflowEngine:
         self._mail = Mail(deps, self._nudge)
         self._results = Results(self._executor, self._mail)
         self._hearing = Hearing(self._executor, self._mail)
-        self._timeline = Timeline(deps, self._executor.residents.__contains__)
+        self._timeline = Timeline(deps, self._home)
         self._pruner = Pruner(deps)
         self._announcer = Announcer(deps.control_plane, lambda: self.incarnation)
         plane: object = deps.control_plane
@@ -81,6 +81,7 @@ class WorkflowEngine:
         self._running = False
         self._rebirth: asyncio.Task[None] | None = None
         executor = self._executor
+        deps.catalog.on_change.append(self._scheduler.nudge)
         executor.on_finished = self._timeline.finished
         executor.on_committed = self._committed
         executor.on_calm = self._recovery.calm
@@ -226,9 +227,9 @@ class WorkflowEngine:
 
     # ------------------------------------------------------------------ verbs
 
-    def definition(self, workflow: Any, version: str | None = None) -> WorkflowDefinition:
+    def definition(self, workflow: Any, version: str | None = None, workspace: str | None = None) -> WorkflowDefinition:
         """The definition meant by a name or a decorated object. Raises NotRegistered."""
-        registry = self.deps.registry
+        registry = self.deps.catalog.of(self._meant(workspace))
         if is_workflow(workflow):
             found = workflow_of(workflow)
             return registry.workflow(found.name, version or found.version)
@@ -240,14 +241,16 @@ class WorkflowEngine:
         """Start a run; options as in StartRequest. Durable when this returns."""
         request = StartRequest(workflow=workflow, input=input, **options)
         run_id, definition = await self._starter.start(request)
-        return RunHandle(self, run_id, definition.output_type)
+        return RunHandle(self, run_id, definition.output_type, request.workspace)
 
     async def start_many(self, requests: Sequence[StartRequest]) -> list[RunHandle[Any] | Exception]:
         """Start runs, each on its own: a handle, or why there is none."""
         answers = await self._starter.start_many(requests)
         return [
-            answer if isinstance(answer, Exception) else RunHandle(self, answer[0], answer[1].output_type)
-            for answer in answers
+            answer
+            if isinstance(answer, Exception)
+            else RunHandle(self, answer[0], answer[1].output_type, request.workspace)
+            for request, answer in zip(requests, answers, strict=True)
         ]
 
     async def start_and_wait(
@@ -257,61 +260,67 @@ class WorkflowEngine:
         handle = await self.start_run(workflow, input, **options)
         return await handle.result(timeout)
 
-    def handle(self, run_id: str, output_type: Any = Any) -> RunHandle[Any]:
+    def handle(self, run_id: str, output_type: Any = Any, *, workspace: str | None = None) -> RunHandle[Any]:
         """A handle to a run there is."""
-        return RunHandle(self, run_id, output_type)
+        return RunHandle(self, run_id, output_type, workspace)
 
-    async def wait(self, run_id: str, timeout: float | None = None) -> Final:
+    async def wait(self, run_id: str, timeout: float | None = None, *, workspace: str | None = None) -> Final:
         """How the run ended, wherever it executes. Raises RunNotFound, TimeoutError."""
-        return await self._timeline.wait(run_id, timeout)
+        return await self._timeline.wait(run_id, timeout, workspace=self._meant(workspace))
 
-    async def result(self, run_id: str, timeout: float | None = None, *, type: Any = Any) -> Any:
+    async def result(
+        self, run_id: str, timeout: float | None = None, *, type: Any = Any, workspace: str | None = None
+    ) -> Any:
         """What the run returned; raises what it ended with."""
-        return outcome(run_id, await self.wait(run_id, timeout), type)
+        return outcome(run_id, await self.wait(run_id, timeout, workspace=workspace), type)
 
-    async def signal(self, run_id: str, name: str, payload: Any = None, *, id: str | None = None) -> bool:
+    async def signal(
+        self, run_id: str, name: str, payload: Any = None, *, id: str | None = None, workspace: str | None = None
+    ) -> bool:
         """Send a signal: kept, in order per name, and used once, even if nothing waits yet. True if it is new; the same
         `id` again changes nothing. Raises RunNotFound, RunFinished, PayloadError."""
         data = encode(payload, what=f"the payload of signal {name!r}", limit=self.deps.store.capabilities.max_payload)
         message_id = f"signal:{id}" if id is not None else f"signal:{self.deps.ids.unique()}"
-        return await self._mail.must_send(self._message(run_id, message_id, "signal", name, data))
+        return await self._mail.must_send(self._message(run_id, message_id, "signal", name, data, workspace))
 
-    async def cancel(self, run_id: str, reason: str = "") -> bool:
+    async def cancel(self, run_id: str, reason: str = "", *, workspace: str | None = None) -> bool:
         """Ask a run to stop: its main task is cancelled and may clean up for `cancel_grace`. True if this was the first
         request. Raises RunNotFound, RunFinished."""
         data = msgspec.json.encode({"reason": reason})
-        if await self._mail.must_send(self._message(run_id, "cancel", "cancel", "", data)):
+        if await self._mail.must_send(self._message(run_id, "cancel", "cancel", "", data, workspace)):
             return True
         # It had been asked before; but a run that was reopened since begins anew in this too.
         entries = (await self.deps.store.load([run_id]))[0].entries
         reopened = [entry.seq for entry in entries if entry.kind == RUN and entry.status == "requeued"]
         if not reopened:
             return False
-        return await self._mail.must_send(self._message(run_id, f"cancel:{reopened[-1]}", "cancel", "", data))
+        return await self._mail.must_send(
+            self._message(run_id, f"cancel:{reopened[-1]}", "cancel", "", data, workspace)
+        )
 
-    async def get(self, run_id: str) -> RunRecord:
+    async def get(self, run_id: str, *, workspace: str | None = None) -> RunRecord:
         """The run as stored. Raises RunNotFound."""
         record = (await self.deps.store.get([run_id]))[0]
-        if record is None or record.workspace != self.deps.settings.workspace:
+        if record is None or record.workspace != self._meant(workspace):
             raise RunNotFound(f"There is no run {run_id!r} here. Is it another workspace's?", run_id=run_id)
         return record
 
-    async def find(self, query: RunQuery) -> RunPage:
-        """Runs of this workspace, newest first."""
-        return await self.deps.store.find(msgspec.structs.replace(query, workspace=self.deps.settings.workspace))
+    async def find(self, query: RunQuery, *, workspace: str | None = None) -> RunPage:
+        """Runs of one workspace, whatever the query says of it."""
+        return await self.deps.store.find(msgspec.structs.replace(query, workspace=self._meant(workspace)))
 
-    async def requeue(self, run_id: str) -> None:
+    async def requeue(self, run_id: str, *, workspace: str | None = None) -> None:
         """Reopen a dead or failed run, or have a blocked one looked at again."""
-        await requeue(self.deps, self.clock.now(), run_id)
+        await requeue(self.deps, self.clock.now(), run_id, workspace)
         self._nudge(run_id, None)
 
-    async def prune(self, request: PruneRequest) -> int:
-        """Delete finished runs of this workspace, one batch; how many there were. Fewer than the limit: no more may go."""
-        return await self.deps.store.prune(msgspec.structs.replace(request, workspace=self.deps.settings.workspace))
+    async def prune(self, request: PruneRequest, *, workspace: str | None = None) -> int:
+        """Delete finished runs of one workspace, one batch; how many there were. Fewer than the limit: no more may go."""
+        return await self.deps.store.prune(msgspec.structs.replace(request, workspace=self._meant(workspace)))
 
-    def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
+    def watch(self, run_id: str, after: int = 0, *, workspace: str | None = None) -> AsyncIterator[Entry]:
         """The run's journal above `after` as it grows, until the run ends. Raises RunNotFound."""
-        return self._timeline.watch(run_id, after)
+        return self._timeline.watch(run_id, after, workspace=self._meant(workspace))
 
     def on_dead(self, handler: Callable[[DeadLetter], Any]) -> None:
         """Have every dead run told to `handler`, a plain or async function, exactly once and with retries. Before `start`."""
@@ -319,8 +328,17 @@ class WorkflowEngine:
 
     # ------------------------------------------------------------------ inside
 
-    def _message(self, run_id: str, id: str, kind: str, name: str, payload: bytes) -> Message:
-        return Message(run_id, id, kind, name, payload, workspace=self.deps.settings.workspace)
+    def _home(self, run_id: str) -> str | None:
+        """The workspace of a run that is in memory here."""
+        run = self._executor.residents.get(run_id)
+        return None if run is None else run.workspace
+
+    def _meant(self, workspace: str | None) -> str:
+        """The workspace a verb is about: the engine's own, unless another is named."""
+        return self.deps.settings.workspace if workspace is None else workspace
+
+    def _message(self, run_id: str, id: str, kind: str, name: str, payload: bytes, workspace: str | None) -> Message:
+        return Message(run_id, id, kind, name, payload, workspace=self._meant(workspace))
 
     def _committed(self, run: Resident, commit: Commit) -> None:
         self._timeline.committed(run)

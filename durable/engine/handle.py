@@ -23,10 +23,14 @@ _RAISES = {Status.CANCELLED: RunCancelled, Status.DEAD: RunDead}
 class RunHandle(Generic[T]):
     """One run. Nothing is held open by it; keep the id and make another any time."""
 
-    def __init__(self, engine: WorkflowEngine, run_id: str, output_type: Any = Any) -> None:
+    def __init__(
+        self, engine: WorkflowEngine, run_id: str, output_type: Any = Any, workspace: str | None = None
+    ) -> None:
         self._engine = engine
         self._output_type = output_type
         self.id = run_id
+        self.workspace = workspace
+        """None: the engine's own."""
 
     def __repr__(self) -> str:
         return f"RunHandle({self.id!r})"
@@ -34,23 +38,23 @@ class RunHandle(Generic[T]):
     async def result(self, timeout: float | None = None) -> T:
         """What the workflow returned. Raises RunFailed, RunTimeout, RunCancelled or RunDead with the run's error; or
         TimeoutError after `timeout` seconds, while the run goes on."""
-        return outcome(self.id, await self._engine.wait(self.id, timeout), self._output_type)  # type: ignore[no-any-return]
+        return outcome(self.id, await self._engine.wait(self.id, timeout, workspace=self.workspace), self._output_type)  # type: ignore[no-any-return]
 
     async def signal(self, name: str, payload: Any = None, *, id: str | None = None) -> bool:
         """Send a signal; the same id again changes nothing (False). Raises RunFinished if it is too late."""
-        return await self._engine.signal(self.id, name, payload, id=id)
+        return await self._engine.signal(self.id, name, payload, id=id, workspace=self.workspace)
 
     async def cancel(self, reason: str = "") -> bool:
         """Ask the run to stop and clean up."""
-        return await self._engine.cancel(self.id, reason)
+        return await self._engine.cancel(self.id, reason, workspace=self.workspace)
 
     async def get(self) -> RunRecord:
         """The run as stored."""
-        return await self._engine.get(self.id)
+        return await self._engine.get(self.id, workspace=self.workspace)
 
     def watch(self, after: int = 0) -> AsyncIterator[Entry]:
         """The journal as it grows, until the run ends."""
-        return self._engine.watch(self.id, after)
+        return self._engine.watch(self.id, after, workspace=self.workspace)
 
 
 def outcome(run_id: str, final: Final, output_type: Any) -> Any:

@@ -17,10 +17,10 @@ from durable.engine.deps import Deps
 from durable.protocol.states import REOPENABLE, Activity, Status
 
 
-async def requeue(deps: Deps, now: int, run_id: str) -> None:
+async def requeue(deps: Deps, now: int, run_id: str, workspace: str | None = None) -> None:
     """Raises RunNotFound; RunFinished if it completed or was cancelled. A run that is active and well is left alone."""
     record = (await deps.store.get([run_id]))[0]
-    if record is None or record.workspace != deps.settings.workspace:
+    if record is None or record.workspace != (workspace or deps.settings.workspace):
         raise RunNotFound(f"There is no run {run_id!r} here. Is it another workspace's?", run_id=run_id)
     blocked = record.status is Status.ACTIVE and record.activity is Activity.BLOCKED
     if record.status is Status.ACTIVE and not blocked:

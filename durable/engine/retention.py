@@ -26,13 +26,15 @@ PAUSE_S = 0.05
 
 def requests(deps: Deps) -> list[PruneRequest]:
     """What the rules ask of the store: a workflow's own rule, that of its latest version, comes before the app's."""
-    registry, workspace = deps.registry, deps.settings.workspace
-    names = sorted({definition.name for definition in registry.workflows()})
-    own = {name: rule for name in names if (rule := registry.latest(name).retention) is not None}
-    asked = [_request(rule, workspace, workflow=name) for name, rule in own.items() if not rule.for_ever]
-    rule = deps.settings.retention
-    if rule is not None and not rule.for_ever:
-        asked.append(_request(rule, workspace, but=tuple(own)))
+    asked = []
+    for workspace in deps.catalog.workspaces():
+        registry = deps.catalog.of(workspace)
+        names = sorted({definition.name for definition in registry.workflows()})
+        own = {name: rule for name in names if (rule := registry.latest(name).retention) is not None}
+        asked += [_request(rule, workspace, workflow=name) for name, rule in own.items() if not rule.for_ever]
+        rule = deps.settings.retention
+        if rule is not None and not rule.for_ever:
+            asked.append(_request(rule, workspace, but=tuple(own)))
     return asked
 
 
@@ -49,10 +51,9 @@ class Pruner:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin, if there is a rule. What is registered later has none."""
-        asked = requests(self._deps)
-        if asked:
-            self._task = asyncio.get_running_loop().create_task(self._run(asked), name="durable-retention")
+        """Begin, if there is a rule. What other workspaces register later stands under the application's."""
+        if requests(self._deps):
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="durable-retention")
 
     async def stop(self) -> None:
         """Delete nothing more. A batch under way need not be waited for: it happens or not, as a whole."""
@@ -61,12 +62,12 @@ class Pruner:
             task.cancel()
             await asyncio.wait({task})
 
-    async def _run(self, asked: list[PruneRequest]) -> None:
+    async def _run(self) -> None:
         every, random = self._deps.settings.retention_every, self._deps.ids.random
         await asyncio.sleep(every * random())  # engines that start together do not look together
         while True:
             try:
-                for request in asked:
+                for request in requests(self._deps):
                     await self._prune(request)
             except StoreError as error:
                 log.warning("cannot delete finished runs, trying again later: %s", error)

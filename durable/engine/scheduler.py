@@ -16,7 +16,7 @@ from durable.engine.recovery import Recovery, back_from_the_dead
 from durable.engine.requeue import dropped_lines
 from durable.engine.residents import Resident
 from durable.engine.resume import Resume
-from durable.store.records import ClaimedRun, ClaimRequest, InboxRow, Journal, Route
+from durable.store.records import ClaimedRun, ClaimRequest, InboxRow, Journal
 
 log = logging.getLogger("durable.scheduler")
 
@@ -121,8 +121,7 @@ class Scheduler:
             self._next_due = None
             executor.full = room <= 0
             return False
-        workspace = executor.settings.workspace
-        routes = tuple(Route(name, version, workspace) for name, version in executor.deps.registry.routes())
+        routes = executor.deps.catalog.routes()
         if not routes:
             return False
         blocked = self._blocked_after is not None
@@ -170,7 +169,7 @@ class Scheduler:
         before = executor.residents.get(record.id)
         if before is not None:
             executor.drop(before)  # an older epoch of ours, fenced by this very claim
-        definition = executor.deps.registry.workflow(record.workflow, record.version)
+        definition = executor.deps.catalog.of(record.workspace).workflow(record.workflow, record.version)
         generation = sum(1 for e in journal.entries if e.kind == "run" and e.status == "requeued")
         logs = journal.logs - dropped_lines(journal.entries)
         machine = Machine(definition, run_id=record.id, input=record.input, generation=generation, logs=logs)

@@ -29,7 +29,7 @@ from durable.engine.residents import Resident
 from durable.engine.scheduler import Scheduler
 from durable.protocol.messages import StartRunRequest
 from durable.protocol.states import Activity
-from durable.store.records import Journal, NewRun, StartOutcome, StartStatus
+from durable.store.records import Journal, Lane, NewRun, StartOutcome, StartStatus
 
 RUN_ID_MAX = 200
 """Characters of a run id that another system has given."""
@@ -50,6 +50,12 @@ class StartRequest(Struct, kw_only=True):
     priority: int | None = None
     tags: Sequence[str] = ()
     attributes: Mapping[str, str | int | float | bool] = {}
+    workspace: str | None = None
+    """Default: the engine's own."""
+    meta: bytes | None = None
+    """Where it comes from (core/origin.py)."""
+    lane: Lane | None = None
+    """What limits it; such a run is never born claimed."""
     run_id: str | None = None
     """Where another system has named the run; a run of this id that is there already is the one. Default: a fresh id."""
 
@@ -136,8 +142,10 @@ class Starter:
     def _new(self, request: StartRequest) -> tuple[NewRun, WorkflowDefinition]:
         if not self.open:
             raise EngineStopped("This engine is stopping or has not been started; start runs on another.")
-        definition = self._resolve(request.workflow, request.version)
-        given = request.input if request.input is not None else self._executor.deps.registry.default_input(definition)
+        definition = self._resolve(request.workflow, request.version, request.workspace)
+        workspace = request.workspace or self._executor.settings.workspace
+        registry = self._executor.deps.catalog.of(workspace)
+        given = request.input if request.input is not None else registry.default_input(definition)
         if isinstance(given, Raw):
             data = bytes(given)
             definition.check_input(data)
@@ -148,6 +156,8 @@ class Starter:
         hot = (
             self.hot
             and request.at is None
+            and request.lane is None
+            and self._executor.deps.catalog.ready(workspace, definition)
             and request.run_id is None  # it may be there, and somebody's
             and executor.lease.safe()
             and executor.running + len(self._scheduler.starting) < executor.settings.max_running
@@ -160,7 +170,7 @@ class Starter:
             workflow=definition.name,
             version=definition.version,
             input=data,
-            workspace=executor.settings.workspace,
+            workspace=workspace,
             input_hash=fingerprint(data),
             idempotency_key=request.key,
             priority=definition.priority if request.priority is None else request.priority,
@@ -169,6 +179,8 @@ class Starter:
             owner=executor.lease.incarnation if hot else None,
             entries=(Entry(1, now, RUN, "started", name=definition.name, payload=STARTED),) if hot else (),
             wake_at=request.at,
+            lane=request.lane,
+            meta=request.meta,
         )
         return new, definition
 

@@ -28,9 +28,9 @@ _LAST = frozenset(status.value for status in TERMINAL)
 class Timeline:
     """Who waits for which run, in this process."""
 
-    def __init__(self, deps: Deps, is_here: Callable[[str], bool]) -> None:
+    def __init__(self, deps: Deps, home: Callable[[str], str | None]) -> None:
         self._deps = deps
-        self._is_here = is_here
+        self._home = home
         """Whether a run is resident: then its end will be told, and the store need not be asked."""
         self._waiting: dict[str, set[asyncio.Future[Final]]] = defaultdict(set)
         self._watching: dict[str, set[asyncio.Event]] = defaultdict(set)
@@ -78,37 +78,37 @@ class Timeline:
 
     # -- questions
 
-    async def wait(self, run_id: str, timeout: float | None = None) -> Final:
+    async def wait(self, run_id: str, timeout: float | None = None, *, workspace: str) -> Final:
         """How the run ended. Raises RunNotFound, or TimeoutError after `timeout` seconds (the run goes on)."""
         future: asyncio.Future[Final] = asyncio.get_running_loop().create_future()
         self._waiting[run_id].add(future)
         try:
             if timeout is None:
-                return await self._outcome(run_id, future)
+                return await self._outcome(run_id, workspace, future)
             async with asyncio.timeout(timeout):
-                return await self._outcome(run_id, future)
+                return await self._outcome(run_id, workspace, future)
         finally:
             waiting = self._waiting[run_id]
             waiting.discard(future)
             if not waiting:
                 del self._waiting[run_id]
 
-    async def _outcome(self, run_id: str, future: asyncio.Future[Final]) -> Final:
-        if not self._is_here(run_id):
+    async def _outcome(self, run_id: str, workspace: str, future: asyncio.Future[Final]) -> Final:
+        if self._home(run_id) != workspace:
             # After registering: an outcome between the look and the wait is not missed.
-            final = await self._look(run_id)
+            final = await self._look(run_id, workspace)
             if final is not None:
                 return final
         self._poll()
         return await future
 
-    async def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
+    async def watch(self, run_id: str, after: int = 0, *, workspace: str) -> AsyncIterator[Entry]:
         """The journal above `after`, every kind, in order, without gap or repeat; ends with the run."""
         event = asyncio.Event()
         self._watching[run_id].add(event)
         try:
             record = await self._patiently(partial(self._record, run_id))
-            if record is None or record.workspace != self._deps.settings.workspace:
+            if record is None or record.workspace != workspace:
                 raise _unknown(run_id)
             while True:
                 event.clear()
@@ -146,9 +146,9 @@ class Timeline:
                 log.warning("cannot read a journal, trying again: %s", error)
                 await asyncio.sleep(self._deps.settings.poll_every)
 
-    async def _look(self, run_id: str) -> Final | None:
+    async def _look(self, run_id: str, workspace: str) -> Final | None:
         record = await self._record(run_id)
-        if record is None or record.workspace != self._deps.settings.workspace:
+        if record is None or record.workspace != workspace:
             raise _unknown(run_id)
         if record.status not in TERMINAL:
             return None
@@ -173,7 +173,7 @@ class Timeline:
                 run_ids = [
                     run_id
                     for run_id in (self._waiting if hinted is None else hinted)
-                    if run_id in self._waiting and not self._is_here(run_id)
+                    if run_id in self._waiting and self._home(run_id) is None
                 ]
                 for start in range(0, len(run_ids), PAGE):
                     part = run_ids[start : start + PAGE]

@@ -9,8 +9,9 @@ import pytest
 
 from durable.testing.suites.transport import TransportSuite
 from durable.transports.interface import Transport
+from tests.servers.services import require
 
-pytest.importorskip("aiobotocore", reason="pip install 'durable[sqs]'")
+require("sqs")
 
 
 class TestSqs(TransportSuite):

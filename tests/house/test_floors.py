@@ -12,7 +12,7 @@ FLOORS = {
     "durable.core.errors": 0,  # error codes are words of the wire
     "durable.core": 1,
     "durable.protocol.codec": 1,  # checks payloads on their way in
-    **dict.fromkeys(["durable.store.interface", "durable.store.records"], 2),
+    **dict.fromkeys([f"durable.store.{name}" for name in ("interface", "records", "items", "admission", "lanes")], 2),
     **dict.fromkeys(["durable.transports.interface", "durable.transports.pool", "durable.transports.answers"], 2),
     "durable.control_plane.interface": 2,
     **dict.fromkeys(["durable.runners", "durable.client", "durable.telemetry"], 3),

@@ -31,7 +31,8 @@ def service(name: str, at_hand: Callable[[], bool] | str, remedy: str, *, option
 
 
 def require(name: str) -> None:
-    """Go on if the service is at hand. Otherwise skip with its remedy; with DURABLE_TEST_REQUIRE=all (or naming it), fail."""
+    """Go on if the service is at hand. Otherwise skip with its remedy; with DURABLE_TEST_REQUIRE=all (or naming it), fail. At
+    the top of a module it is about all of its tests."""
     if name not in SERVICES:
         raise LookupError(
             f"unknown service {name!r}: register it with tests.servers.services.service(name, check, remedy)"
@@ -43,4 +44,4 @@ def require(name: str) -> None:
     required = os.environ.get("DURABLE_TEST_REQUIRE", "").replace(",", " ").split()
     if ("all" in required and name not in OPTIONAL) or name in required:
         pytest.fail(sentence, pytrace=False)
-    pytest.skip(sentence)
+    pytest.skip(sentence, allow_module_level=True)

@@ -13,13 +13,12 @@ import pytest
 from tests.servers.process import ServerProcess, free_port
 from tests.servers.services import require, service
 
-REMEDY = "pip install 'moto[sqs]' flask flask-cors, or name an endpoint as SQS_ENDPOINT_URL"
+REMEDY = "pip install 'durable[sqs]' 'moto[sqs]' flask flask-cors, or name an endpoint as SQS_ENDPOINT_URL"
 
 
 def at_hand() -> bool:
-    return bool(os.environ.get("SQS_ENDPOINT_URL")) or all(
-        importlib.util.find_spec(name) is not None for name in ("moto", "flask", "flask_cors")
-    )
+    needed = ("aiobotocore",) if os.environ.get("SQS_ENDPOINT_URL") else ("aiobotocore", "moto", "flask", "flask_cors")
+    return all(importlib.util.find_spec(name) is not None for name in needed)
 
 
 service("sqs", at_hand, REMEDY)

@@ -1,5 +1,7 @@
 """What is SQS's own: visibility, redrive, batches, shared queues, and what is said when something is missing."""
 
+# ruff: noqa: E402  what is imported below needs the service
+
 from __future__ import annotations
 
 import asyncio
@@ -18,7 +20,9 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-pytest.importorskip("aiobotocore", reason="pip install 'durable[sqs]'")
+from tests.servers.services import require
+
+require("sqs")
 
 from aiobotocore.session import get_session
 from botocore.exceptions import ClientError
@@ -31,7 +35,6 @@ from durable.testing.suites.transport import ECHO, Gate, Results, answer, echo, 
 from durable.transports.sqs import SqsTransport
 from durable.transports.sqs.batches import Batches, EntryRefused
 from tests.servers.process import free_port
-from tests.servers.services import require
 from tests.servers.sqs import SqsServer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -104,6 +104,9 @@ class Events(Rows):
         if trigger.rate is not None and not self._open(trigger.rate, now):
             return Admission(new.workflow, Verdict.DROPPED)
         window = self._window(trigger.debounce or trigger.batch, now)
+        if window is not None and trigger.batch is not None and not self._fits(window, trigger.batch):
+            self._move(self._tables.runs[window.run_id], now, now)
+            window = None
         old = None if trigger.singleton is None else self._unfinished(trigger.singleton)
         if window is not None and window.run_id == old:
             old = None  # the run that this event joins is not in its way
@@ -172,16 +175,16 @@ class Events(Rows):
     def _batch(self, new: NewRun, rule: Batch, window: Window | None, now: int) -> tuple[str, bool]:
         if window is not None:
             run = self._tables.runs[window.run_id]
-            grown = run.input[:-2] + b"," + rule.member + b"]}"
-            if len(grown) <= self._capabilities.max_payload:
-                run.input, run.updated_at = grown, now
-                window.members += 1
-                if window.members >= rule.max_size:
-                    self._move(run, now, now)
-                return run.id, False
-            self._move(run, now, now)
+            run.input, run.updated_at = _grown(run.input, rule.member), now
+            window.members += 1
+            if window.members >= rule.max_size:
+                self._move(run, now, now)
+            return run.id, False
         until = now if rule.max_size <= 1 else now + rule.timeout_us
         return self._open_window(new, rule.key, until, now)
+
+    def _fits(self, window: Window, rule: Batch) -> bool:
+        return len(_grown(self._tables.runs[window.run_id].input, rule.member)) <= self._capabilities.max_payload
 
     def _open_window(self, new: NewRun, key: str, until: int, now: int) -> tuple[str, bool]:
         run_id, fresh = self._begin(replace(new, owner=None, wake_at=until), now)
@@ -190,9 +193,14 @@ class Events(Rows):
         return run_id, fresh
 
     def _move(self, run: RunRecord, wake_at: int, now: int) -> None:
+        run.updated_at = now
         if wake_at <= now:
             run.activity = Activity.QUEUED
         self._due(run, wake_at)
+
+
+def _grown(batch: bytes, member: bytes) -> bytes:
+    return batch[:-2] + b"," + member + b"]}"
 
 
 def _matches(event: EventRecord, query: EventQuery) -> bool:
