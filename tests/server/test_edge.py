@@ -91,6 +91,8 @@ def test_a14_wildcards_are_letters(client: httpx2.Client, service: Running) -> N
         "limit=-1",
         "limit=1e9",
         "limit=ten",
+        "limit=1e1",
+        "status=null",
         "nothing=1",
         "limit=1&limit=2",
         "since=never",
