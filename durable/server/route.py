@@ -171,6 +171,10 @@ class Opaque(Struct, frozen=True):
     """A body that its handler reads itself, from `raw`."""
 
 
+class Bytes(Struct, frozen=True):
+    """A body of any kind, from `raw`."""
+
+
 class Nothing(Struct, frozen=True):
     """No query, no body."""
 
