@@ -133,12 +133,33 @@ def hooked() -> Iterator[Running]:
 
     @app.workflow
     async def hooks(ctx: Context) -> Any:
-        hook = ctx.webhook("paid")
+        hook = await ctx.webhook("paid")
         ctx.log("posted to", url=hook.url)
-        return await hook.wait()
+        return await hook.received
 
     with Running(app, ServerSettings(host="127.0.0.1", port=0, production=True, admin_token=ADMIN)) as found:
         yield found
+
+
+def test_n22_a_wait_with_a_url(hooked: Running) -> None:
+    """N22: whoever knows the address posts to it, without a key and in any content type; the first post counts, and the run
+    goes on with it."""
+    key = hooked.make_app("shop")
+    engine = hooked.app.engine
+    run_id = hooked.do(engine.start_run("hooks")).id
+
+    def lines() -> list[Any]:
+        rows = hooked.do(engine.deps.store.page(run_id, 0, 100))
+        return [json.loads(row.payload) for row in rows if row.kind == "log" and row.payload]
+
+    until(lambda: lines())
+    path = lines()[0]["fields"]["url"].removeprefix("http://127.0.0.1")
+    with hooked.client() as stranger:
+        first = stranger.post(path, content=b'{"paid": 7}', headers={"content-type": "text/plain"})
+        assert (first.status_code, first.json()) == (200, {"ok": True, "settled": True})
+        assert hooked.do(engine.result(run_id, 20)) == {"paid": 7}
+        assert stranger.post(path[:-1] + "0", content=b"{}").status_code in (404, 409)
+    assert key not in path
 
 
 @pytest.mark.parametrize("token", ["x", "..", "a" * 2_000, "%00", "a.b.c"])

@@ -277,7 +277,7 @@ async def retry_failure(call: Call) -> Answer:
 async def hook(call: Call) -> Answer:
     """What somebody posts to a wait's address. The address is the credential."""
     token = call.params["token"]
-    if len(token) > 1_000:
+    if len(token) > 4_000:
         raise ApiError(404, "not_found", "There is no such address.")
     return Answer(Delivered(True, await call.engine.deliver_webhook(token, call.raw)))
 
