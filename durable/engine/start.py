@@ -212,8 +212,7 @@ class Starter:
         if new.owner != executor.lease.incarnation:
             return  # the lease was lost meanwhile; whoever claims it goes on
         machine = Machine(definition, run_id=new.id, input=new.input)
-        seq, born = len(new.entries), new.entries[0].at
-        run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, seq, Activity.EXECUTING, born=born)
+        run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, len(new.entries), Activity.EXECUTING)
         executor.admit(run, Journal(list(new.entries)))
 
 
