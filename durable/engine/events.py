@@ -323,8 +323,8 @@ class Events:
         """For each wait the oldest event that it asks for and that the run has not had."""
         found: dict[str, Arrival] = {}
         if run.born is None:
-            record = (await self._store.get([run.run_id]))[0]
-            run.born = 0 if record is None else record.created_at
+            stored = (await self._store.get([run.run_id]))[0]
+            run.born = 0 if stored is None else stored.created_at
         born = run.born
         for name in dict.fromkeys(wait.name for wait in waits):
             left = [wait for wait in waits if wait.name == name]
