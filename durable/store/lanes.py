@@ -12,8 +12,9 @@ it never was. Only the head of a queue may go; behind it nobody overtakes.
 
 **A head fits** if each slot it lacks (`slots` rules whose key it does not hold) has a free place, that is fewer than `limit`
 holders, and, for a new run, each `throttle` is open: fewer than `limit` of its begin times are later than
-`now - period_us`. A lane whose head does not fit is passed over for the rest of the claim. If throttles alone close it, it
-opens at the latest of their `limit`-th last begin times plus period; else nobody knows when.
+`now - period_us`. A lane whose head does not fit is passed over for the rest of the claim. If throttles alone close it (as
+things stand after the last turn), it opens at the latest of their `limit`-th last begin times plus period; else nobody
+knows when.
 
 **Between the lanes of one workflow** (and workspace), looking at heads that fit: they are grouped by priority. The group with
 the lowest rank in it goes first (equal: the higher priority). In it goes the lane that has been served least:
@@ -33,6 +34,7 @@ runs are in their own order, priority descending, then wake_at; only their first
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 
 from msgspec import Struct
 
@@ -144,7 +146,11 @@ def choose(free: Iterable[Free], queues: Iterable[Queue], ledger: Ledger, limit:
 
 
 class _Round:
-    """One claim's deliberation. Writes nothing but its own notes."""
+    """One claim's deliberation. Writes nothing but its own notes.
+
+    A head that does not fit never fits again in this claim, and the start of one that waits does not change by the turns
+    of others (the clock never gets above it). So heaps will do, with what stands on top looked at when it is met.
+    """
 
     def __init__(self, free: Iterable[Free], queues: Iterable[Queue], ledger: Ledger, now: int) -> None:
         self.now = now
@@ -155,67 +161,81 @@ class _Round:
         self.begun: dict[str, list[int]] = {}
         self.finish: dict[tuple[LaneId, int], float] = {}
         self.clock: dict[tuple[Workflow, int], float] = {}
-        self.opens_at: int | None = None
-        self.lanes: dict[Workflow, list[_Head]] = {}
+        self.groups: dict[Workflow, dict[int, _Group]] = {}
+        self.passed_over: list[_Head] = []
         for queue in queues:
-            waiting = iter(queue.waiting)
-            head = next(waiting, None)
-            if head is not None:
-                self.lanes.setdefault(queue.id[:2], []).append(_Head(queue, waiting, head))
+            self._advance(queue, iter(queue.waiting))
 
     def run(self, limit: int) -> Choice:
         picks: list[Pick] = []
-        best: _Head | None = None
-        known = False
         while True:
-            if not known:
-                best, known = self._best(), True
-            one = self.first_free
+            best, one = self._best(), self.first_free
             if best is None and one is None:
-                return Choice(picks, False, self.opens_at)
+                return Choice(picks, False, self._opens_at())
             if len(picks) >= limit:
-                return Choice(picks, True, self.opens_at)
+                return Choice(picks, True, self._opens_at())
             if best is None or (one is not None and one.rank <= best.run.rank):
                 assert one is not None
                 picks.append(Pick(one.run_id))
                 self.first_free = next(self.free, None)
             else:
                 picks.append(self._turn(best))
-                known = False
 
     def _best(self) -> _Head | None:
-        found: _Head | None = None
-        for workflow, heads in self.lanes.items():
-            heads[:] = [head for head in heads if self._fits(head)]
-            if heads:
-                best = self._first(workflow, heads)
-                if found is None or (best.run.rank, best.run.run_id) < (found.run.rank, found.run.run_id):
-                    found = best
-        return found
+        """The first of the workflows' firsts."""
+        firsts = [first for workflow in list(self.groups) if (first := self._first(workflow)) is not None]
+        return min(firsts, key=lambda head: (head.run.rank, head.run.run_id), default=None)
 
-    def _first(self, workflow: Workflow, heads: list[_Head]) -> _Head:
-        _, negative = min((head.run.rank, -head.run.priority) for head in heads)
-        group = [head for head in heads if head.run.priority == -negative]
-        return min(group, key=lambda head: (self._start(head), head.run.rank, head.run.run_id))
+    def _first(self, workflow: Workflow) -> _Head | None:
+        groups = self.groups[workflow]
+        lowest: list[tuple[int, int]] = []
+        for priority, group in list(groups.items()):
+            oldest = self._top(group.by_rank)
+            if oldest is None:
+                del groups[priority]
+            else:
+                lowest.append((oldest.run.rank, -priority))
+        if not lowest:
+            del self.groups[workflow]
+            return None
+        return self._top(groups[-min(lowest)[1]].by_start)
 
-    def _start(self, head: _Head) -> float:
-        lane, priority = (head.queue.id, head.run.priority), (head.queue.id[:2], head.run.priority)
-        finish = self.finish.get(lane, self.ledger.finish.get(lane, 0.0))
-        return max(finish, self.clock.get(priority, self.ledger.clock.get(priority, 0.0)))
+    def _top(self, heap: list[tuple[float, int, str, _Head]]) -> _Head | None:
+        """The first that has not had its turn and fits. One that does not is passed over for good."""
+        while heap:
+            head = heap[0][-1]
+            if head.waits and not self._fits(head):
+                head.waits = False
+                self.passed_over.append(head)
+            if head.waits:
+                return head
+            heappop(heap)
+        return None
 
     def _fits(self, head: _Head) -> bool:
-        opens: int | None = None
-        for rule in head.queue.rules:
-            if rule.kind == SLOTS:
-                if rule.key in head.run.lacks and self._used(rule.key) >= rule.limit:
-                    return False
-            elif head.run.new:
-                at = opens_at(rule, self._begun(rule.key), self.now)
-                if at is not None and (opens is None or at > opens):
-                    opens = at
-        if opens is not None and (self.opens_at is None or opens < self.opens_at):
-            self.opens_at = opens
-        return opens is None
+        return self._has_places(head) and not self._closed(head)
+
+    def _has_places(self, head: _Head) -> bool:
+        lacks = head.run.lacks
+        rules = head.queue.rules
+        return not any(
+            rule.kind == SLOTS and rule.key in lacks and self._used(rule.key) >= rule.limit for rule in rules
+        )
+
+    def _closed(self, head: _Head) -> int | None:
+        """When the throttles that close it are all open; None: they are."""
+        if not head.run.new:
+            return None
+        times = [
+            at
+            for rule in head.queue.rules
+            if rule.kind == THROTTLE and (at := opens_at(rule, self._begun(rule.key), self.now)) is not None
+        ]
+        return max(times, default=None)
+
+    def _opens_at(self) -> int | None:
+        times = [self._closed(head) for head in self.passed_over if self._has_places(head)]
+        return min((at for at in times if at is not None), default=None)
 
     def _used(self, key: str) -> int:
         return self.used.get(key, self.ledger.used.get(key, 0))
@@ -223,9 +243,22 @@ class _Round:
     def _begun(self, key: str) -> Sequence[int]:
         return self.begun.get(key, self.ledger.begun.get(key, ()))
 
+    def _advance(self, queue: Queue, waiting: Iterator[Waiting]) -> None:
+        """The next of this lane stands at its head."""
+        run = next(waiting, None)
+        if run is None:
+            return
+        lane, workflow = (queue.id, run.priority), (queue.id[:2], run.priority)
+        finish = self.finish.get(lane, self.ledger.finish.get(lane, 0.0))
+        start = max(finish, self.clock.get(workflow, self.ledger.clock.get(workflow, 0.0)))
+        head = _Head(queue, waiting, run, start)
+        group = self.groups.setdefault(queue.id[:2], {}).setdefault(run.priority, _Group())
+        heappush(group.by_rank, (0.0, run.rank, run.run_id, head))
+        heappush(group.by_start, (start, run.rank, run.run_id, head))
+
     def _turn(self, head: _Head) -> Pick:
-        run, lane = head.run, head.queue.id
-        start = self._start(head)
+        run, lane, start = head.run, head.queue.id, head.start
+        head.waits = False
         finish = start + 1.0 / head.queue.weight
         begins: tuple[str, ...] = ()
         if run.new:
@@ -236,20 +269,28 @@ class _Round:
             self.begun[key] = sorted([*self._begun(key), self.now])
         self.finish[lane, run.priority] = finish
         self.clock[lane[:2], run.priority] = start
-        following = next(head.waiting, None)
-        if following is None:
-            self.lanes[lane[:2]].remove(head)
-        else:
-            head.run = following
+        self._advance(head.queue, head.waiting)
         return Pick(run.run_id, lane, run.priority, run.lacks, begins, start, finish)
 
 
+class _Group:
+    """Heads of one workflow and priority."""
+
+    __slots__ = ("by_rank", "by_start")
+
+    def __init__(self) -> None:
+        self.by_rank: list[tuple[float, int, str, _Head]] = []
+        self.by_start: list[tuple[float, int, str, _Head]] = []
+
+
 class _Head:
-    """A lane whose first run may be next."""
+    """The first run of a lane, until its turn."""
 
-    __slots__ = ("queue", "run", "waiting")
+    __slots__ = ("queue", "run", "start", "waiting", "waits")
 
-    def __init__(self, queue: Queue, waiting: Iterator[Waiting], run: Waiting) -> None:
+    def __init__(self, queue: Queue, waiting: Iterator[Waiting], run: Waiting, start: float) -> None:
         self.queue = queue
         self.waiting = waiting
         self.run = run
+        self.start = start
+        self.waits = True

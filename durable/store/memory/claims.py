@@ -86,9 +86,11 @@ class Claims(Rows):
                     self._disown(run)
                     self._free_slots(run.id)
                     run.epoch += 1
+                    run.updated_at = now
                 elif self._lacks(run):
                     self._disown(run)
                     run.epoch += 1
+                    run.updated_at = now
                     if run.activity is Activity.EXECUTING:
                         run.recovery_attempts += 1
                         run.activity = Activity.QUEUED
@@ -173,7 +175,7 @@ class Claims(Rows):
         for rule in tables.lanes[lane].rules:
             next_at = None
             if rule.kind == lanes.SLOTS:
-                used = len(tables.holders.get(rule.key, ()))
+                used = self._used(rule.key)
                 queued = sum(rule.key in self._lacks(run) for run in due)
             else:
                 history = tables.begun.get(rule.key, History(rule.period_us))

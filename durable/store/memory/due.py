@@ -82,21 +82,27 @@ class Due:
     def _rank(self, run: RunRecord) -> int:
         return lanes.rank(self.tables.first_due[run.id], run.priority)
 
-    def _pop(self, line: Line) -> tuple[Ready, RunRecord] | None:
-        """The first that is due and was not seen in this claim. Stale entries are dropped."""
+    def _head(self, line: Line) -> RunRecord | None:
+        """The first that is due and was not seen in this claim. Stale entries before it are dropped."""
         while line.ready:
-            entry = heapq.heappop(line.ready)
-            _, _, run_id, wake_at = entry
+            _, _, run_id, wake_at = line.ready[0]
             run = self.tables.runs.get(run_id)
-            if run is None or not waits(run, wake_at) or run_id in self.seen:
-                continue
-            if wake_at > self.now:
+            if run is not None and waits(run, wake_at) and run_id not in self.seen:
+                if wake_at <= self.now:
+                    return run
                 heapq.heappush(line.later, (wake_at, run_id))
-                continue
-            self.seen.add(run_id)
-            self.out.append((line, entry))
-            return entry, run
+            heapq.heappop(line.ready)
         return None
+
+    def _pop(self, line: Line) -> tuple[Ready, RunRecord] | None:
+        """The same, taken out of its line."""
+        run = self._head(line)
+        if run is None:
+            return None
+        entry = heapq.heappop(line.ready)
+        self.seen.add(run.id)
+        self.out.append((line, entry))
+        return entry, run
 
     def _first(self, line: Line, most: int) -> Iterator[tuple[Ready, RunRecord]]:
         for _ in range(most):
@@ -124,7 +130,7 @@ class Due:
     def _in_turn(self, heads: list[Waiting], lines: list[Line]) -> Iterator[Waiting]:
         yield from heads
         while True:
-            ready = [line for line in lines if line.ready]
+            ready = [line for line in lines if self._head(line) is not None]
             if not ready:
                 return
             found = self._pop(min(ready, key=lambda line: line.ready[0]))
@@ -137,7 +143,7 @@ class Due:
     def _ledger(self) -> Ledger:
         tables = self.tables
         rules: list[Rule] = [rule for queue in self.queues for rule in queue.rules]
-        used = {rule.key: len(tables.holders.get(rule.key, ())) for rule in rules if rule.kind == lanes.SLOTS}
+        used = {rule.key: self.rows._used(rule.key) for rule in rules if rule.kind == lanes.SLOTS}
         begun = {
             rule.key: tables.begun[rule.key].times
             for rule in rules

@@ -198,6 +198,7 @@ class Events(Rows):
         return run_id, fresh
 
     def _move(self, run: RunRecord, wake_at: int, now: int) -> None:
+        run.updated_at = now
         if wake_at <= now:
             run.activity = Activity.QUEUED
         self._due(run, wake_at)

@@ -76,7 +76,7 @@ class Retention(Rows):
                     if event.dedupe_id is not None:
                         del tables.dedupe_ids[event.workspace, event.dedupe_id]
         for key, run_id in list(tables.singletons.items()):
-            if not self._active(run_id):
+            if run_id not in tables.runs:  # a finished one may be requeued
                 del tables.singletons[key]
         for key, window in list(tables.windows.items()):
             if not self._active(window.run_id):

@@ -8,7 +8,7 @@ from durable.core.clock import Clock
 from durable.protocol.states import PARKED, Activity, Status
 from durable.store.interface import Capabilities
 from durable.store.lanes import LaneId, lacking
-from durable.store.memory.tables import Line, Tables
+from durable.store.memory.tables import Line, Places, Tables
 from durable.store.records import (
     InboxRow,
     Message,
@@ -97,10 +97,7 @@ class Rows:
 
     def _hold(self, run_id: str, key: str, number: int | None = None) -> None:
         """Give the run a slot: the lowest number that is free."""
-        holders = self._tables.holders.setdefault(key, {})
-        if number is None:
-            number = next(n for n in range(len(holders) + 1) if n not in holders)
-        holders[number] = run_id
+        number = self._tables.places.setdefault(key, Places()).take(run_id, number)
         self._tables.slots.setdefault(run_id, []).append((key, number))
 
     def _free_slots(self, run_id: str, keys: tuple[str, ...] | None = None) -> None:
@@ -111,10 +108,15 @@ class Rows:
             self._tables.slots[run_id] = kept
         for key, number in held:
             if (key, number) not in kept:
-                holders = self._tables.holders[key]
-                del holders[number]
-                if not holders:
-                    del self._tables.holders[key]
+                places = self._tables.places[key]
+                places.free(number)
+                if not places.holders:
+                    del self._tables.places[key]
+
+    def _used(self, key: str) -> int:
+        """How many hold a slot of this key."""
+        places = self._tables.places.get(key)
+        return 0 if places is None else len(places.holders)
 
     # ------------------------------------------------------------------ waits
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right, insort
+from heapq import heappop, heappush
+from itertools import count
 
 from msgspec import Struct, field
 
@@ -63,6 +65,29 @@ class History(Struct):
         insort(self.times, now)
 
 
+class Places:
+    """Slots of one key: number → holder."""
+
+    __slots__ = ("_freed", "holders")
+
+    def __init__(self) -> None:
+        self.holders: dict[int, str] = {}
+        self._freed: list[int] = []
+
+    def take(self, run_id: str, number: int | None = None) -> int:
+        """This one, or the lowest that is free."""
+        if number is None:
+            number = heappop(self._freed) if self._freed else len(self.holders)
+            if number in self.holders:  # it was given by number
+                number = next(n for n in count() if n not in self.holders)
+        self.holders[number] = run_id
+        return number
+
+    def free(self, number: int) -> None:
+        del self.holders[number]
+        heappush(self._freed, number)
+
+
 class Tables:
     """What handles on the same data share."""
 
@@ -90,8 +115,8 @@ class Tables:
         """By run with a lane: the wake time it had when it first began, or has now."""
         self.slots: dict[str, list[tuple[str, int]]] = {}
         """By holder: (key, number)."""
-        self.holders: dict[str, dict[int, str]] = {}
-        """The same by key: number → holder."""
+        self.places: dict[str, Places] = {}
+        """The same by key."""
         self.begun: dict[str, History] = {}
         """By throttle: when runs began."""
         self.finish: dict[tuple[LaneId, int], float] = {}
