@@ -1,6 +1,6 @@
 """Events: what they start, how a run waits for one, and how many runs go at once.
 
-    python examples/events.py
+python examples/events.py
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -41,6 +42,8 @@ MARGIN = 2_048
 PAGE = 50
 """Events read at once when looking back, and in a sweep."""
 RETRY_SECONDS = 0.1
+CLOSE_SECONDS = 1.0
+"""What an engine that stops waits for those to be told whose event it has just stored."""
 SETTLED_AFTER = 1_000_000
 """µs after which a publisher is taken to have died before it told the waiters."""
 
@@ -118,6 +121,10 @@ class Events:
         self._settling: Group[str, None] = Group("settled events", self._settle, max_items=most)
         self._looking: dict[Resident, set[str]] = {}
         """Runs that are looked back for, and for which of their waits by key."""
+        self._telling = 0
+        self._told = asyncio.Event()
+        """Set while nobody is being told of an event."""
+        self._told.set()
         self._sweeping = False
 
     @property
@@ -132,8 +139,11 @@ class Events:
         return list(await asyncio.gather(*(self._store_event(event) for event in events)))
 
     async def close(self) -> None:
-        """Publish what is queued."""
+        """Publish what is queued, and tell who waits; what cannot be told now is left to the sweep of another engine."""
         await self._group.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._told.wait()
         await self._settling.close()
 
     # ------------------------------------------------------------------ publishing
@@ -198,6 +208,8 @@ class Events:
 
         def stored(answer: EventOutcome | BaseException) -> None:
             if not isinstance(answer, BaseException):
+                self._telling += 1
+                self._told.clear()
                 self._executor.keep(self._follow(event, answer, published))
             elif not published.done():
                 published.set_exception(answer)
@@ -216,6 +228,10 @@ class Events:
         except DurableError as error:
             log.warning("the waiters of event %s could not be told; the sweep will: %s", record.id, error)
             woke = 0
+        finally:
+            self._telling -= 1
+            if not self._telling:
+                self._told.set()
         if not published.done():
             published.set_result(Published(record.id, duplicate, woke, record.admissions))
 

@@ -557,6 +557,19 @@ async def test_a_hundred_runs_wait_each_for_its_own(world: World) -> None:
     assert await all_results(handles) == list(range(100))
 
 
+async def test_an_engine_that_stops_tells_who_waits_first(world: World) -> None:
+    """An event is stored in the moment the engine is drained: the run that waits elsewhere hears of it, with no sweep."""
+    leaving, staying = await world.engine(wait), await world.engine(wait, beat_every=30)
+    handle = await staying.start(wait, 1)
+    await world.waits(handle.id)
+    publishing = asyncio.create_task(leaving.send_event("tick", "last words"))
+    await asyncio.sleep(0)
+    await leaving.close()
+    assert (await publishing).woke == 1
+    world.apps.remove(leaving)
+    assert await handle.result(5) == ["last words"]
+
+
 # ------------------------------------------------------------------ events of runs
 
 
