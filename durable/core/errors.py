@@ -95,6 +95,12 @@ class DefinitionError(DurableError):
     code = "bad_definition"
 
 
+class TooCostly(DurableError):
+    """An expression looked at more of an event than its budget allows; a condition counts as not met then."""
+
+    code = "expression_budget"
+
+
 class DuplicateDefinition(DefinitionError):
     code = "duplicate_definition"
 

@@ -293,7 +293,7 @@ def _wait_event(executor: Executor, run: Resident, command: WaitEvent) -> None:
 
 def _look_back(executor: Executor, run: Resident, command: WaitEvent) -> None:
     run.unlooked.add(command.key)
-    run.actions.append(lambda: executor.on_look_back(run))
+    run.actions.append(lambda: executor.on_look_back(run, (command.key,)))
 
 
 def _waiter(command: WaitEvent) -> OpenWaiter:

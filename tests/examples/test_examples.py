@@ -28,6 +28,7 @@ SAYS: dict[str, list[str]] = {
     ],
     "sleep": ["the engine stops", "a new engine is up", "result: drink water (after 1 s)"],
     "signals": ["sent: True, the same id again: False", "120: approved by ann", "80: nobody decided"],
+    "events": ["the same id again: True", "fulfil → A1: shipped", "thank → ann gets a card"],
     "children": ["page 1\npage 2\nfailed: ", "page 3 is torn", "child print_page: failed"],
     "gather": ["best of [30, 20]: 20; first to answer: 30"],
     "patched": ["the lamp packed", "the vase, insured packed"],
