@@ -1304,6 +1304,14 @@ BEGIN
     WHERE p.key = v_window AND r.status = 'active' AND r.owner IS NULL AND r.epoch = 0 AND r.activity = 'scheduled'
       AND r.wake_at > p_now;
   END IF;
+  IF v_waits IS NOT NULL AND jsonb_typeof(v_batch) = 'object' THEN
+    -- A batch that has no room for it is full: due, and an unfinished run like any other.
+    UPDATE @schema@.runs r SET wake_at = p_now, activity = 'queued', updated_at = p_now
+    WHERE r.id = v_waits AND length(r.input) + 1 + length(decode(v_batch->>'member', 'base64')) > p_max_payload;
+    IF FOUND THEN
+      v_waits := NULL;
+    END IF;
+  END IF;
   IF jsonb_typeof(v_singleton) = 'object' THEN
     SELECT r.id INTO v_in_the_way FROM @schema@.policies p JOIN @schema@.runs r ON r.id = p.run_id
     WHERE p.key = 'singleton:' || (v_singleton->>'key') AND r.status = 'active';
@@ -1346,13 +1354,11 @@ BEGIN
       IF v_waits IS NOT NULL THEN
         UPDATE @schema@.runs r SET
           input = substr(r.input, 1, length(r.input) - 2) || ','::bytea || v_member || ']}'::bytea, updated_at = p_now
-        WHERE r.id = v_waits AND length(r.input) + 1 + length(v_member) <= p_max_payload;
-        IF FOUND THEN
-          v_run_id := v_waits;
-          v_members := v_members + 1;
-          UPDATE @schema@.policies p SET members = v_members, used_at = p_now WHERE p.key = v_window;
-        END IF;
-        IF v_run_id IS NULL OR v_members >= (v_batch->>'max_size')::integer THEN
+        WHERE r.id = v_waits;
+        v_run_id := v_waits;
+        v_members := v_members + 1;
+        UPDATE @schema@.policies p SET members = v_members, used_at = p_now WHERE p.key = v_window;
+        IF v_members >= (v_batch->>'max_size')::integer THEN
           UPDATE @schema@.runs r SET wake_at = p_now, activity = 'queued', updated_at = p_now WHERE r.id = v_waits;
         END IF;
       END IF;
