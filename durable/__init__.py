@@ -28,10 +28,22 @@ if TYPE_CHECKING:
         StepTimeout,
         WaitTimeout,
     )
+    from durable.core.event import Event
+    from durable.core.flow import (
+        Batch,
+        Concurrency,
+        Debounce,
+        Fairness,
+        RateLimit,
+        Singleton,
+        Throttle,
+        Trigger,
+    )
     from durable.core.hosted import remote_workflow
     from durable.core.retention import Retention
     from durable.core.retry import RetryPolicy
     from durable.core.step import current_step
+    from durable.engine.events import Publication, Published
     from durable.engine.handle import RunHandle
     from durable.engine.start import StartRequest
     from durable.worker.adaptive import Adaptive
@@ -41,14 +53,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adaptive",
+    "Batch",
     "ChildFailed",
     "ChildHandle",
+    "Concurrency",
     "Context",
     "DeadLetter",
+    "Debounce",
     "Durable",
     "DurableError",
+    "Event",
+    "Fairness",
     "IdempotencyConflict",
     "NonRetryable",
+    "Publication",
+    "Published",
+    "RateLimit",
     "Retention",
     "RetryAfter",
     "RetryPolicy",
@@ -57,10 +77,13 @@ __all__ = [
     "RunFailed",
     "RunHandle",
     "RunTimeout",
+    "Singleton",
     "StartRequest",
     "StepCancelled",
     "StepFailed",
     "StepTimeout",
+    "Throttle",
+    "Trigger",
     "WaitTimeout",
     "Worker",
     "current_step",
@@ -84,6 +107,17 @@ _HOME = {
     "Retention": "durable.core.retention",
     "RetryPolicy": "durable.core.retry",
     "current_step": "durable.core.step",
+    "Batch": "durable.core.flow",
+    "Concurrency": "durable.core.flow",
+    "Debounce": "durable.core.flow",
+    "Event": "durable.core.event",
+    "Fairness": "durable.core.flow",
+    "RateLimit": "durable.core.flow",
+    "Singleton": "durable.core.flow",
+    "Throttle": "durable.core.flow",
+    "Trigger": "durable.core.flow",
+    "Publication": "durable.engine.events",
+    "Published": "durable.engine.events",
     "RunHandle": "durable.engine.handle",
     "StartRequest": "durable.engine.start",
 }

@@ -6,7 +6,7 @@ It puts the parts together: a store by URL, transports, an engine, or of a worke
 from __future__ import annotations
 
 import difflib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -18,6 +18,7 @@ from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, durable_step, workflow, workflow_name
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, DurableError, EngineStopped
+from durable.core.flow import Batch, Concurrency, Debounce, Fairness, RateLimit, Singleton, Throttle, Trigger
 from durable.core.ids import Ids, SystemIds
 from durable.core.journal import Entry
 from durable.core.registry import Registry
@@ -27,6 +28,7 @@ from durable.core.step import StepObserver
 from durable.engine.dead_letter import listen
 from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
+from durable.engine.events import Publication, Published
 from durable.engine.handle import RunHandle
 from durable.engine.start import StartRequest
 from durable.opening import Transports, default_control_plane, open_pool, open_store
@@ -125,12 +127,21 @@ class Durable:
         timeout: Duration | None = None,
         tags: Sequence[str] = (),
         category: str | None = None,
-        priority: int = 0,
+        priority: int | str = 0,
         dead_letter_workflow: Any = None,
         retention: Retention | Duration | None = None,
+        on: str | Trigger | Sequence[str | Trigger] | None = None,
+        cron: str | Trigger | Sequence[str | Trigger] | None = None,
+        concurrency: int | Concurrency | Sequence[Concurrency] | None = None,
+        throttle: Throttle | None = None,
+        rate_limit: RateLimit | None = None,
+        debounce: Duration | Debounce | None = None,
+        batch: Batch | None = None,
+        singleton: bool | str | Singleton | None = None,
+        weight: float | Fairness | Mapping[str, float] | None = None,
     ) -> Callable[[F], F]: ...
     def workflow(self, name: Any = None, **options: Any) -> Any:
-        """Register an async function `(ctx, input)`, or a class with such a `run`, as a workflow."""
+        """Register an async function `(ctx, input)`, or a class with such a `run`, as a workflow; options as of `@workflow`."""
         return self._register(workflow, name, options)
 
     @overload
@@ -375,6 +386,15 @@ class Durable:
         """Start a run and wait for what it returns."""
         handle = await self.start(workflow, input, **options)
         return await handle.result(timeout)
+
+    async def send_event(self, name: str, data: Any = None, *, id: str | None = None, **options: Any) -> Published:
+        """Publish an event: what it starts, and whom it woke. The same `id` again answers with what happened then. Options
+        as in Publication. Raises DefinitionError for a name, PayloadError."""
+        return await self.engine.send_event(name, data, id=id, **options)
+
+    async def publish(self, events: Sequence[Publication]) -> list[Published]:
+        """Publish several events, in order."""
+        return await self.engine.publish(events)
 
     def run(self, run_id: str) -> RunHandle[Any]:
         """A handle to a run by id."""

@@ -1,26 +1,29 @@
-"""`durable dev`: an app's engine in the foreground, and a line for everything that happens in its store."""
+"""`durable dev`: engine and HTTP API in the foreground, and a line for everything that happens in the store."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from durable.cli.node import DEFAULT_STORE, json_option, private_server
+from durable.cli.node import DEFAULT_STORE, json_option
 from durable.cli.output import EXIT_HELP, Exit, console, show_json
-from durable.cli.target import closing, load_app, logs_to_stderr, stop_signals
+from durable.cli.service import ServiceNode
+from durable.cli.target import closing, logs_to_stderr, stop_signals
 from durable.cli.text import safe, shown_url
 
 if TYPE_CHECKING:
-    from durable.app import Durable
     from durable.core.journal import Entry
-    from durable.module.application import Application
+    from durable.server.connections import HttpServer
+    from durable.server.settings import ServerSettings
     from durable.store.interface import Capabilities, Store
     from durable.store.records import RunRecord
 
+NEXT_PORTS = 10
+"""Tried when the usual port is taken: several apps in development on one machine."""
 LOOK_EVERY = 0.1
 """Seconds between two looks at the store."""
 DRAINING = "Draining: steps under way finish, runs are handed over."
@@ -37,12 +40,19 @@ FORCED = "Stopped at once. Steps that were running will run again."
     help=f"Run on this store instead of the app's own (without an app: {DEFAULT_STORE}). postgres, without a URL, is a "
     "private server with its data in .durable/postgres.",
 )
+@click.option(
+    "--port", metavar="N", type=click.IntRange(0, 65_535), help="Of the API; 0 takes a free one.  [default: 3030]"
+)
+@click.option("--config", metavar="FILE", type=click.Path(dir_okay=False), help="Settings in TOML; docs/service.md.")
 @json_option
-def dev(app: str | None, store: str | None, as_json: bool) -> None:
-    """Run an app's engine here, with a line for everything that happens.
+def dev(app: str | None, store: str | None, port: int | None, config: str | None, as_json: bool) -> None:
+    """Run an engine and its API here, with a line for everything that happens.
 
     MODULE:APP names a module (or a .py file) and the Durable object or root module class in it; ":APP" may be left out
-    when there is only one. Without it nothing is executed: a look at what other engines do on the store.
+    when there is only one. Without it only what remote apps have registered is executed; what other engines do on the
+    store is shown.
+
+    From this machine the API needs no key. `durable serve` is the same for production.
 
     Ctrl-C drains: steps under way finish, runs are handed over. A second Ctrl-C stops at once; nothing is lost then
     either, but steps that were running run again.
@@ -50,33 +60,31 @@ def dev(app: str | None, store: str | None, as_json: bool) -> None:
     \b
     Examples:
       durable dev orders:app
+      durable dev orders:app --port 8080
       durable dev examples/orders.py --store sqlite:///try.db
       durable dev orders:app --store postgres
       durable dev --store sqlite:////var/lib/orders/durable.db
     """
-    code = asyncio.run(_dev(app, store, as_json))
+    from durable.server.settings import load_settings
+
+    settings = load_settings({"port": port}, config=config)
+    code = asyncio.run(_dev(app, store, settings, as_json))
     if code:
         raise click.exceptions.Exit(code)
 
 
-async def _dev(target: str | None, store: str | None, as_json: bool) -> int:
-    from durable.app import Durable
-
-    found = load_app(target) if target else None
-    loaded = found if found is None or isinstance(found, Durable) else await found.prepare()
-    place = store or (loaded.store if loaded else DEFAULT_STORE)
+async def _dev(target: str | None, store: str | None, settings: ServerSettings, as_json: bool) -> int:
+    node = await ServiceNode.load(target, store, settings)
     logs_to_stderr()
-    async with closing(found):
-        with private_server(place) if isinstance(place, str) else nullcontext(place) as url:
-            await _serve(found, loaded, url, as_json)
-    if found is not None and not as_json:
+    async with closing(node.found):
+        with node.place() as url:
+            await _serve(node, url, as_json)
+    if not as_json:
         click.echo("Stopped. Nothing is lost: runs go on when an engine serves them again.")
     return Exit.OK
 
 
-async def _serve(
-    found: Durable | Application | None, loaded: Durable | None, place: Store | str, as_json: bool
-) -> None:
+async def _serve(node: ServiceNode, place: Store | str, as_json: bool) -> None:
     from durable.app import Durable
     from durable.cli.feed import Feed
     from durable.opening import open_store
@@ -89,15 +97,12 @@ async def _serve(
             feed = Feed(looker)
             active = await feed.skip()
             printer = _printer(as_json)
-            if found is None or loaded is None:
-                _greet(None, place, opened.capabilities, active, as_json)
+            node.durable.store = opened
+            async with node.found:
+                http = await node.open_http(or_next=NEXT_PORTS)
+                _greet(node, http, place, opened.capabilities, active, as_json)
                 await _follow(feed, printer, stopping.wait())
-                return
-            loaded.store = opened
-            async with found:
-                _greet(loaded, place, opened.capabilities, active, as_json)
-                await _follow(feed, printer, stopping.wait())
-                await _follow(feed, printer, found.close())
+                await _follow(feed, printer, node.stop(http))
 
 
 async def _follow(feed: Any, printer: Callable[[RunRecord, Entry], None], until: Any) -> None:
@@ -116,7 +121,9 @@ async def _follow(feed: Any, printer: Callable[[RunRecord, Entry], None], until:
         await asyncio.wait({done}, timeout=LOOK_EVERY)
 
 
-def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as_json: bool) -> None:
+def _greet(
+    node: ServiceNode, http: HttpServer | None, place: Any, store: Capabilities, active: int, as_json: bool
+) -> None:
     if as_json:
         return
     from durable import __version__
@@ -124,13 +131,21 @@ def _greet(app: Durable | None, place: Any, store: Capabilities, active: int, as
     click.echo(
         f"Durable {__version__} on {shown_url(place) if isinstance(place, str) else safe(store.name)}. {store.durability}"
     )
-    if app is None:
-        click.echo(f"Nothing is executed here; {active} runs are active. What other engines do is shown. Ctrl-C ends.")
+    app = node.durable
+    if node.target is None:
+        click.echo(f"No app is given: only functions of remote apps are executed here. Runs active: {active}.")
+        _greet_api(http)
         return
     workflows = ", ".join(f"{name}@{version}" for name, version in app.registry.routes()) or "none"
     served = app.registry.steps() if app.settings.serve_steps else ()
     steps = ", ".join(step.name for step in served) or "none"
     click.echo(f"Workflows: {safe(workflows)}. Remote steps served: {safe(steps)}. Runs active: {active}.")
+    _greet_api(http)
+
+
+def _greet_api(http: HttpServer | None) -> None:
+    if http is not None:
+        click.echo(f"API: {http.url}, without a key from this machine. {http.url}/openapi.json says what there is.")
     click.echo("The engine is up. Ctrl-C drains it.")
 
 

@@ -11,7 +11,9 @@ from durable.cli.dev import dev
 from durable.cli.doctor import doctor
 from durable.cli.modules import modules
 from durable.cli.output import EXIT_HELP, Exit, Problem
+from durable.cli.runner import runner
 from durable.cli.runs import runs
+from durable.cli.serve import serve
 from durable.cli.worker import worker
 
 
@@ -61,8 +63,10 @@ def cli() -> None:
     """Workflows that survive crashes.
 
     \b
-      durable dev orders:app           run an app's engine here, and watch it work
+      durable dev orders:app           run an engine and its API here, and watch it work
+      durable serve orders:app         the same in production
       durable worker orders:app        serve an app's steps to engines elsewhere
+      durable runner orders:app        run an app's workflows for an engine elsewhere
       durable runs list                what runs there are
       durable runs show 7f3a           one run: its state, its timeline, its errors
       durable modules shop:AppModule   what an app is made of
@@ -71,7 +75,9 @@ def cli() -> None:
 
 
 cli.add_command(dev)
+cli.add_command(serve)
 cli.add_command(worker)
+cli.add_command(runner)
 cli.add_command(runs)
 cli.add_command(doctor)
 cli.add_command(modules)

@@ -50,9 +50,9 @@ async def api_node(store: str) -> AsyncIterator[Durable]:
 
 
 @contextmanager
-def private_server(store: str) -> Iterator[str]:
-    """The URL of the store. `postgres` is the server in .durable/postgres: made or started if need be, and stopped at the
-    end by the last who uses it, so that a look at the runs works beside `durable dev` and without it.
+def private_server(store: str, folder: Path = PRIVATE_FOLDER) -> Iterator[str]:
+    """The URL of the store. `postgres` is the server in .durable/postgres, or in another folder: made or started if need
+    be, and stopped at the end by the last who uses it, so that a look at the runs works beside `durable dev` and without it.
 
     Raises StoreError.
     """
@@ -67,7 +67,7 @@ def private_server(store: str) -> Iterator[str]:
             code="store_error",
             exit=Exit.STORE,
         ) from error
-    with EmbeddedPostgres(PRIVATE_FOLDER) as server:
+    with EmbeddedPostgres(folder) as server:
         yield server.url
 
 

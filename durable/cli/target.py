@@ -58,6 +58,7 @@ def logs_to_stderr() -> None:
     # They tell of every connection and every attempt while a server is away; the engine tells it once.
     for name in ("psycopg.pool", "aiormq.connection"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # that it starts and stops, we say ourselves
     logging.getLogger("aiobotocore.credentials").setLevel(logging.WARNING)  # where it found some is no news
     for handler in logging.getLogger().handlers:
         handler.addFilter(_not_twice())

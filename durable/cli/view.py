@@ -17,7 +17,7 @@ from rich.text import Text
 from durable.cli.output import show_hanging, unicode_output
 from durable.cli.text import clock, preview, safe, safe_lines, shorten, span
 from durable.core.errors import ErrorData
-from durable.core.journal import CHILD, COMMAND_KINDS, LOG, PATCHED, RUN, SIGNAL, TIMER, Entry
+from durable.core.journal import CHILD, COMMAND_KINDS, EVENT, LOG, PATCHED, RUN, SIGNAL, TIMER, WAIT, Entry
 from durable.core.payload import decode_error
 from durable.protocol.states import TERMINAL
 from durable.store.records import RunRecord
@@ -147,7 +147,7 @@ class Teller:
         if entry.started_at is not None and entry.finished_at is not None:
             row.ran = max(0, entry.finished_at - entry.started_at)
             self.executing.append((entry.started_at, max(entry.started_at, entry.finished_at)))
-        if entry.kind in (TIMER, SIGNAL):
+        if entry.kind in (TIMER, SIGNAL, EVENT):
             row.waited = None if self._previous is None else max(0, entry.at - self._previous)
         elif entry.kind in COMMAND_KINDS:
             since = entry.enqueued_at or self._since.get(command)
@@ -175,8 +175,10 @@ def _what(entry: Entry) -> str:
         return f"run {entry.status.replace('_', ' ')}"
     if entry.kind == LOG:
         return f"log {safe(entry.key)}" if entry.key else "log"
-    if entry.kind == SIGNAL:
-        return f"signal {safe(entry.name)}"
+    if entry.kind in (SIGNAL, EVENT):
+        return f"{entry.kind} {safe(entry.name)}"
+    if entry.kind == WAIT:
+        return f"wait for event {safe(entry.name)}" + ("" if entry.status == "opened" else f", {entry.status}")
     if entry.kind == TIMER:
         return f"timer {safe(entry.name)}" if entry.name else "timer"
     if entry.kind == PATCHED:

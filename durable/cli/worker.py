@@ -1,4 +1,5 @@
-"""`durable worker`: an app's steps served in the foreground to engines elsewhere, with a line for each task."""
+"""`durable worker`: an app's steps served in the foreground to engines elsewhere, with a line for each task; or, with
+`--pure`, an engine that executes runs and has no API."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ FORCED = "Stopped at once. Tasks that were under way will run again."
 
 
 @click.command(epilog=EXIT_HELP)
-@click.argument("app", metavar="MODULE:APP")
+@click.argument("app", metavar="[MODULE:APP]", required=False)
 @click.option(
     "--transport",
     "transports",
@@ -83,9 +84,22 @@ FORCED = "Stopped at once. Tasks that were under way will run again."
     is_flag=True,
     help="Host the app's workflows too, for engines that know them by remote_workflow.",
 )
+@click.option(
+    "--pure",
+    is_flag=True,
+    help="Capacity only: an engine on the store that executes runs, those of the app given here and of remote apps. No API.",
+)
+@click.option(
+    "--store",
+    metavar="URL",
+    envvar="DURABLE_STORE",
+    show_envvar=True,
+    help="With --pure: where the runs are; or DATABASE_URL.",
+)
+@click.option("--config", metavar="FILE", type=click.Path(dir_okay=False), help="With --pure: settings in TOML.")
 @json_option
 def worker(
-    app: str,
+    app: str | None,
     transports: Sequence[str],
     control_plane: str | None,
     partition: str | None,
@@ -94,6 +108,9 @@ def worker(
     prefix: str | None,
     namespace: str | None,
     hosts: bool,
+    pure: bool,
+    store: str | None,
+    config: str | None,
     as_json: bool,
 ) -> None:
     """Serve an app's steps to engines in other processes: no engine and no store in here.
@@ -104,13 +121,25 @@ def worker(
     Ctrl-C or SIGTERM drains: no new task is taken, those under way finish, and what does not finish in time is given back.
     A second one stops at once; nothing is lost then either, but the tasks run again elsewhere.
 
+    With --pure it is an engine without an API: more capacity beside `durable serve`, on the same store.
+
     \b
     Examples:
       durable worker orders:app --transport redis://localhost
       durable worker shop:AppModule --transport bullmq://localhost --concurrency auto
       durable worker orders.py --transport fast=redis://localhost --transport slow=sqs://eu-west-1
       durable worker orders:app --transport sqs://eu-west-1 --control-plane postgresql://app@db/app
+      durable worker --pure --store postgresql://app@db/app
     """
+    if pure:
+        if transports or control_plane or partition or hosts or prefix or namespace:
+            raise click.UsageError("--pure executes runs; it takes --store and --config, and no transports.")
+        from durable.cli.capacity import capacity
+
+        capacity(app, store, config, drain_timeout, as_json)
+        return
+    if app is None:
+        raise click.UsageError("Give MODULE:APP, whose steps to serve; or --pure for an engine without an API.")
     options: dict[str, Any] = {
         "control_plane": control_plane,
         "partition": partition,

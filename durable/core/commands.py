@@ -1,6 +1,6 @@
 """What a turn asks for. Pure data: `engine/apply.py` has one function for each.
 
-Every command but notes (`Patch`, `WriteLog`, `Abandon`) takes the next ordinal and a key at the call, synchronously.
+Every command but notes (`Patch`, `WriteLog`, `Settled`, `Abandon` …) takes the next ordinal and a key at the call, synchronously.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ class RunStep(Command):
     """A copy of the context variables at the call; the body runs in it."""
 
     kind = "step"
+
+
+class Invoke(RunStep):
+    """Ask an app for a pass of its function. The body gives the answer's bytes; the journal keeps `strip` of them, the
+    workflow is handed the whole."""
+
+    strip: Callable[[bytes], bytes]
 
 
 class SendTask(Command):
@@ -82,6 +89,12 @@ class Record(Command):
     kind = "step"
 
 
+class AppStep(Command):
+    """A step that an app runs within its passes, and tells of: `Report`. Asking for it writes nothing."""
+
+    kind = "step"
+
+
 class StartChild(Command):
     """Start another run, told of by the same commit. Its outcome comes back through the inbox."""
 
@@ -91,6 +104,8 @@ class StartChild(Command):
     child_id: str
     options: ChildOptions
     returns: Any
+    meta: bytes | None = None
+    """The child's origin (core/origin.py)."""
 
     kind = "child"
 
@@ -101,10 +116,71 @@ class WaitSignal(Command):
     kind = "signal"
 
 
+class AskApproval(WaitSignal):
+    """Wait for somebody's decision, which comes as a signal. While it waits, an item of kind `approval` tells people of it."""
+
+    item_id: str
+    item: bytes
+    expires_at: int | None = None
+    """When the wait gives up, µs."""
+
+
+class WaitEvent(Command):
+    """Wait for an event. Events are journaled as they come, as signals are, and given to every wait that asks for them."""
+
+    condition: bytes | None
+    """Of core/match.py; None: any of that name."""
+    since: int | None
+    """Only events accepted at or after this moment, µs; None: since the run began."""
+    deadline: int | None
+    """Only events accepted up to this moment, µs."""
+
+    kind = "wait"
+
+
+class SendEvent(Command):
+    """Publish an event and be answered with its id. Done again after a crash, under the same id: there is one event."""
+
+    event_id: str
+    dedupe_id: str | None
+    data: bytes
+    workspace: str | None = None
+    """Another one than the run's."""
+
+    kind = "emit"
+
+
+class Settled(Struct):
+    """A wait for an event is over: it came, or its time is up."""
+
+    command: WaitEvent
+
+
 class Abandon(Struct):
     """The wait on `command` was cancelled inside the run: journal it, tell the body, worker or child."""
 
     command: Command
+
+
+class Report(Struct):
+    """What came of an attempt of an `AppStep`. On replay the entry behind it has it."""
+
+    command: AppStep
+    status: str
+    """completed, failed or retrying."""
+    attempt: int
+    payload: bytes
+    """The result; an encoded ErrorData; of `retrying` a RetryNote."""
+    lines: list[bytes]
+    started_at: int | None = None
+    finished_at: int | None = None
+    """µs."""
+
+
+class CloseApproval(Struct):
+    """Nobody waits for this decision any more: its item goes."""
+
+    command: AskApproval
 
 
 class Patch(Struct):
@@ -122,7 +198,7 @@ class WriteLog(Struct):
     fields: bytes | None
 
 
-Note = Abandon | Patch | WriteLog
+Note = Abandon | Report | CloseApproval | Settled | Patch | WriteLog
 
 
 class Completed(Struct):

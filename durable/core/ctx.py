@@ -13,7 +13,7 @@ import functools
 import inspect
 import typing
 from asyncio import Future
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime, timedelta
 from random import Random
 from types import FunctionType
@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, Type
 from uuid import UUID
 
 from durable.core import payload
-from durable.core.commands import RunStep, SendTask, StartChild, WaitSignal
+from durable.core.commands import RunStep, SendEvent, SendTask, StartChild, WaitEvent, WaitSignal
 from durable.core.definition import StepDefinition, check_name, is_step, is_workflow, step_of, workflow_of
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError, WaitTimeout
+from durable.core.event import Event, check_event_name, event_reader
+from durable.core.match import condition_of
 from durable.core.options import ChildOptions, RemoteOptions, StepOptions
 from durable.core.retry import RetryPolicy
 
@@ -46,6 +48,7 @@ _REMOTE_OPTIONS = RemoteOptions()
 _ONCE = StepOptions(RetryPolicy(max_attempts=1))
 _NO_ARGUMENTS = payload.fingerprint(b"[]")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_read_text: Callable[[bytes], str] = payload.decoder(str)
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
@@ -559,6 +562,117 @@ class Context:
                 promise.set_result(default)
 
         return machine.wait_signal(command, read, None if limit is None else round(limit * 1e6), give_up)
+
+    @overload
+    def wait_for_event(
+        self,
+        name: str,
+        *,
+        type: type[T],
+        match: Mapping[str, Any] | None = None,
+        where: str | None = None,
+        timeout: Duration | None = None,
+        early: bool | Duration = True,
+    ) -> Future[Event[T]]: ...
+    @overload
+    def wait_for_event(
+        self,
+        name: str,
+        *,
+        type: type[T],
+        match: Mapping[str, Any] | None = None,
+        where: str | None = None,
+        timeout: Duration | None = None,
+        default: D,
+        early: bool | Duration = True,
+    ) -> Future[Event[T] | D]: ...
+    @overload
+    def wait_for_event(
+        self,
+        name: str,
+        *,
+        match: Mapping[str, Any] | None = None,
+        where: str | None = None,
+        timeout: Duration | None = None,
+        early: bool | Duration = True,
+    ) -> Future[Event[Any]]: ...
+    @overload
+    def wait_for_event(
+        self,
+        name: str,
+        *,
+        type: Any = ...,
+        match: Mapping[str, Any] | None = None,
+        where: str | None = None,
+        timeout: Duration | None = None,
+        default: Any = ...,
+        early: bool | Duration = True,
+    ) -> Future[Any]: ...
+    def wait_for_event(
+        self,
+        name: str,
+        *,
+        type: Any = Any,
+        match: Mapping[str, Any] | None = None,
+        where: str | None = None,
+        timeout: Duration | None = None,
+        default: Any = _UNSET,
+        early: bool | Duration = True,
+    ) -> Future[Any]:
+        """An event of that name, whoever published it: one whose data holds all of `match`, or for which the expression `where`
+        is true. Each event comes to a run once, and to all of its waits that are open then.
+
+        One accepted since the run began is taken at once, unless an earlier wait has had it; `early=False` takes only those
+        accepted from now on, a duration those accepted at most so long ago. After `timeout` the wait raises WaitTimeout, or
+        gives `default` where one is given. `type`: what the event's data is read as.
+        """
+        self._loop.admit()
+        check_event_name(name)
+        condition = condition_of(match, where)
+        read = event_reader(type)
+        now = self._loop.now
+        since: int | None = None
+        if early is not True:
+            since = now - (round(seconds(early) * 1e6) if early is not False else 0)
+        limit = None if timeout is None else seconds(timeout)
+        # Never at once: what was accepted before this moment is looked for first.
+        deadline = None if limit is None else now + max(1, round(limit * 1e6))
+        machine = self._machine
+        fingerprint = payload.fingerprint(condition or b"")
+        command = WaitEvent(
+            next(self._loop.ordinals), machine.key(f"event:{name}"), name, fingerprint, condition, since, deadline
+        )
+
+        def give_up(promise: Asked) -> None:
+            if default is _UNSET:
+                promise.set_exception(WaitTimeout(f"No event {name!r} that was asked for came within {limit:g} s."))
+            else:
+                promise.set_result(default)
+
+        return machine.wait_event(command, read, give_up)
+
+    def send_event(self, name: str, data: Any = None, *, id: str | None = None) -> Future[str]:
+        """Publish an event, once for this call however often the run is replayed, and get its id. `id`: a key of yours; an
+        event of this workspace that has it already is the one."""
+        self._loop.admit()
+        check_event_name(name)
+        if id is not None:
+            check_name(id, "event's id", reserved=False)
+        encoded = payload.encode(data, what=f"the data of event {name!r}")
+        fingerprint = payload.fingerprint(payload.canonical(data, what=f"the data of event {name!r}"))
+        ordinal = next(self._loop.ordinals)
+        command = SendEvent(
+            ordinal,
+            self._machine.key(f"emit:{name}"),
+            name,
+            fingerprint,
+            f"{self.run_id}.event.{ordinal}",
+            id,
+            encoded,
+        )
+        return self._machine.send_event(command, _read_text)
+
+    emit = send_event
 
     def sleep(self, duration: Duration) -> Future[None]:
         """Sleep, for a second or a year: `ctx.sleep("3d")`. The run needs no memory meanwhile."""

@@ -9,18 +9,36 @@ only the `factory` that makes an instance.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 import typing
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any, TypeVar, overload
 
+import msgspec
+
 from durable.core import payload
 from durable.core.durations import Duration, seconds
-from durable.core.errors import DefinitionError, PayloadError, ReservedId
+from durable.core.errors import DefinitionError, PayloadError
+from durable.core.event import data_in, input_of, is_event
+from durable.core.flow import (
+    NO_FLOW,
+    Batch,
+    Concurrency,
+    Debounce,
+    Fairness,
+    Flow,
+    RateLimit,
+    Singleton,
+    Throttle,
+    Trigger,
+    flow_of,
+    triggers_of,
+)
+from durable.core.names import MAX_NAME as MAX_NAME
+from durable.core.names import check_name as check_name
 from durable.core.options import RemoteOptions
 from durable.core.retention import Retention, retention_of
 from durable.core.retry import RetryPolicy
@@ -30,14 +48,8 @@ Factory = Callable[[type[Any]], Any]
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-MAX_NAME = 200
-"""Characters in a name or version: they stand in indexes and queue names."""
-
 _WORKFLOW = "__durable_workflow__"
 STEP_MARK = "__durable_step__"
-_RESERVED = ("__", "rollback:")
-# C0 and C1 controls, line and paragraph separators, and surrogates, which no store keeps.
-_UNNAMEABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 # The definitions
@@ -77,8 +89,12 @@ class _Definition:
             if value is not None:
                 raise PayloadError(f"{self._shape.label} takes no input, but was given a {type(value).__name__}.")
             return b"null"
-        data = payload.encode(value, wanted, what=self._input, limit=limit)
+        data = self.kept(payload.encode(value, wanted, what=self._input, limit=limit))
         self._arguments(data)
+        return data
+
+    def kept(self, data: bytes) -> bytes:
+        """The input's bytes as they are stored."""
         return data
 
     def check_input(self, data: bytes, *, limit: int = payload.DEFAULT_LIMIT) -> None:
@@ -112,6 +128,10 @@ class WorkflowDefinition(_Definition):
     """Started for each run of this workflow that is dead; None: the application's default."""
     retention: Retention | None = None
     """How long its finished runs are kept; None: as the application says. The latest version's counts."""
+    triggers: tuple[Trigger, ...] = ()
+    """What starts its runs, beside those who ask for one. The latest version's count."""
+    flow: Flow = NO_FLOW
+    """What holds its runs back."""
     factory: Factory | None = field(default=None, repr=False)
     hosting: Any = field(default=None, repr=False)
     """Of a workflow whose code lives in a worker (core/hosted.py): how its turns are sent. None: the code is here."""
@@ -123,6 +143,34 @@ class WorkflowDefinition(_Definition):
             instance = (self.factory or _plain)(self.fn)
             return typing.cast(Coroutine[Any, Any, Any], instance.run(ctx, *arguments))
         return typing.cast(Coroutine[Any, Any, Any], self.fn(ctx, *arguments))
+
+    def input_from(self, event_id: str, name: str, at: int, data: bytes) -> bytes:
+        """The stored input of a run that an event starts: the event if that is what the code asks for, else its data; of a
+        batch the event with a list of one, which grows. `at` in µs."""
+        if self.flow.batch is not None:
+            return input_of(event_id, name, at, b"[%b]" % data)
+        if self.input_type is None:
+            return b"null"
+        return input_of(event_id, name, at, data) if is_event(self.input_type) else data
+
+    def as_event(self, data: bytes) -> dict[str, Any]:
+        """A stored input as keys and priorities see it, also where no event has started the run."""
+        value = msgspec.json.decode(data or b"null")
+        if (self.flow.batch is not None or is_event(self.input_type)) and isinstance(value, dict):
+            return value
+        return {"id": "", "name": "", "ts": 0, "data": value}
+
+    def kept(self, data: bytes) -> bytes:
+        """The input's bytes as they are stored: a batch's in the form that can grow."""
+        return input_of("", "", 0, data) if self._gathers else data
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether the code asks for a batch's list, and not for the event it stands in."""
+        return self.flow.batch is not None and not is_event(self.input_type)
+
+    def _arguments(self, data: bytes) -> tuple[Any, ...]:
+        return super()._arguments(data_in(data) if self._gathers and data else data)
 
     def bind(self, factory: Factory) -> WorkflowDefinition:
         """The same workflow, its instances made by `factory(cls)`."""
@@ -198,9 +246,18 @@ def workflow(
     timeout: Duration | None = None,
     tags: Iterable[str] = (),
     category: str | None = None,
-    priority: int = 0,
+    priority: int | str = 0,
     dead_letter_workflow: Any = None,
     retention: Retention | Duration | None = None,
+    on: str | Trigger | Sequence[str | Trigger] | None = None,
+    cron: str | Trigger | Sequence[str | Trigger] | None = None,
+    concurrency: int | Concurrency | Sequence[Concurrency] | None = None,
+    throttle: Throttle | None = None,
+    rate_limit: RateLimit | None = None,
+    debounce: Duration | Debounce | None = None,
+    batch: Batch | None = None,
+    singleton: bool | str | Singleton | None = None,
+    weight: float | Fairness | Mapping[str, float] | None = None,
 ) -> Callable[[T], T]: ...
 def workflow(
     name: Any = None,
@@ -209,11 +266,26 @@ def workflow(
     timeout: Duration | None = None,
     tags: Iterable[str] = (),
     category: str | None = None,
-    priority: int = 0,
+    priority: int | str = 0,
     dead_letter_workflow: Any = None,
     retention: Retention | Duration | None = None,
+    on: str | Trigger | Sequence[str | Trigger] | None = None,
+    cron: str | Trigger | Sequence[str | Trigger] | None = None,
+    concurrency: int | Concurrency | Sequence[Concurrency] | None = None,
+    throttle: Throttle | None = None,
+    rate_limit: RateLimit | None = None,
+    debounce: Duration | Debounce | None = None,
+    batch: Batch | None = None,
+    singleton: bool | str | Singleton | None = None,
+    weight: float | Fairness | Mapping[str, float] | None = None,
 ) -> Any:
-    """Make an async function `(ctx, input?)`, or a class with `async def run(self, ctx, input?)`, a workflow."""
+    """Make an async function `(ctx, input?)`, or a class with `async def run(self, ctx, input?)`, a workflow.
+
+    `on`, `cron`: what starts its runs (core/flow.py). A run that an event starts gets the event if its input is an `Event`, else
+    the event's data. `concurrency`, `throttle`, `rate_limit`, `debounce`, `batch`, `singleton` hold runs back, each for all or
+    for each value of a key. `priority`: a number, or an expression over the event; higher runs first. `weight`: how places are
+    shared between keys.
+    """
     scope = _Scope.of(sys._getframe(1))
 
     def decorate(target: T) -> T:
@@ -231,9 +303,22 @@ def workflow(
             timeout=_optional(timeout, "timeout", shape),
             tags=_tags(tags, shape),
             category=category,
-            priority=_priority(priority, shape),
+            priority=0 if isinstance(priority, str) else _priority(priority, shape),
             dead_letter_workflow=workflow_name(dead_letter_workflow),
             retention=retention_of(retention),
+            **_policies(
+                shape,
+                on=on,
+                cron=cron,
+                concurrency=concurrency,
+                throttle=throttle,
+                rate_limit=rate_limit,
+                debounce=debounce,
+                batch=batch,
+                singleton=singleton,
+                weight=weight,
+                priority=priority if isinstance(priority, str) else None,
+            ),
         )
         setattr(target, _WORKFLOW, definition)
         return target
@@ -337,20 +422,6 @@ def steps_in(provider: Any) -> list[StepDefinition]:
 # Names and numbers
 
 
-def check_name(name: object, what: str, *, reserved: bool = True) -> None:
-    """Refuse a name that a store, a queue or a log line would choke on, or that is ours. Raises DefinitionError."""
-    if not isinstance(name, str):
-        raise DefinitionError(f"A {what} is text, not {name!r}.")
-    if not name or name != name.strip():
-        raise DefinitionError(f"A {what} is not empty and has no space around it: {name!r}.")
-    if len(name) > MAX_NAME:
-        raise DefinitionError(f"A {what} has at most {MAX_NAME} characters, this one {len(name)}: {name[:40]!r}...")
-    if found := _UNNAMEABLE.search(name):
-        raise DefinitionError(f"A {what} is one line of plain text; {name!a} contains {found[0]!a}.")
-    if reserved and name.startswith(_RESERVED):
-        raise ReservedId(f"A {what} may not begin with {' or '.join(_RESERVED)}; the engine uses those: {name!r}.")
-
-
 def _default_name(target: Any) -> str:
     qualname: str = getattr(target, "__qualname__", "")
     return qualname.rpartition("<locals>.")[2]
@@ -383,6 +454,13 @@ def _priority(priority: object, shape: _Shape) -> int:
     if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
         raise DefinitionError(f"priority of {shape.label} is a 32-bit number; higher runs first. Not {priority!r}.")
     return priority
+
+
+def _policies(shape: _Shape, *, on: Any, cron: Any, **given: Any) -> dict[str, Any]:
+    try:
+        return {"triggers": triggers_of(on, cron), "flow": flow_of(**given)}
+    except DefinitionError as error:
+        raise type(error)(f"{shape.label}: {error}") from None
 
 
 def _retry(retries: object, shape: _Shape) -> RetryPolicy:

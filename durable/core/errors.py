@@ -41,6 +41,12 @@ DurableError
 │   └── MessageRefused         message_refused: a message that nobody may take in, however often it comes
 │                              (bad_decision: in `error.code`, of a hosted run whose worker answers nonsense)
 │                              (worker_failed: in `error.code`, of a task the broker has given up on)
+├── RunnerError                runner_error: an app's function could not be asked for a pass
+│   ├── RunnerGone             runner_gone: no live runner has it, or the one the run is pinned to is away
+│   ├── RunnerTimeout          runner_timeout: no answer within the bound of a call
+│   ├── RunnerRefused          runner_refused: the app refused the call, or its answer is refused (signature, status, size)
+│   └── BadAnswer              bad_answer: an answer that cannot be understood
+├── CallRefused                call_refused: an address this engine does not call (runners/outgoing.py)
 ├── Fenced                     fenced: another engine owns the run now
 └── EngineStopped              engine_stopped
 
@@ -283,6 +289,40 @@ class MessageRefused(TransportError):
     """Raised by a result handler: the message is put away where an operator finds it, and never delivered again."""
 
     code = "message_refused"
+
+
+class RunnerError(DurableError):
+    """A pass of an app's function came to nothing. `retryable`: whether asking again may help."""
+
+    code = "runner_error"
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class RunnerGone(RunnerError):
+    """Nobody is there to be asked. Not retryable: the run is pinned to a runner that is away."""
+
+    code = "runner_gone"
+
+
+class RunnerTimeout(RunnerError):
+    code = "runner_timeout"
+
+
+class RunnerRefused(RunnerError):
+    code = "runner_refused"
+
+
+class BadAnswer(RunnerError):
+    code = "bad_answer"
+
+
+class CallRefused(DurableError):
+    """An address that must not be called from here. The message says which rule, and the setting that allows it, if any."""
+
+    code = "call_refused"
 
 
 class Fenced(DurableError):

@@ -8,6 +8,9 @@ An entry is written once, by the run's owner, at a dense `seq` from 1. `(kind, s
     child    started · completed · failed · cancelled · late
     timer    fired                                                       keyed by ordinal; setting one writes nothing
     signal   received                                                    whether or not anything waits for it
+    wait     opened · looked · cancelled                                 for an event; `looked`: at those that came before
+    event    received                                                    one that a wait asked for
+    emit     completed · failed · cancelled · late                       an event of the run's own
     patched  marked
     log      written
 
@@ -25,13 +28,18 @@ REMOTE = "remote"
 CHILD = "child"
 TIMER = "timer"
 SIGNAL = "signal"
+WAIT = "wait"
+EVENT = "event"
+EMIT = "emit"
 PATCHED = "patched"
 LOG = "log"
 
 NOT_REPLAYED = frozenset({LOG})
 """Kinds that `Store.load` leaves out. Everything else is loaded."""
 
-COMMAND_KINDS = frozenset({STEP, REMOTE, CHILD})
+COMMAND_KINDS = frozenset({STEP, REMOTE, CHILD, WAIT, EMIT})
+MAIL_KINDS = frozenset({SIGNAL, EVENT})
+"""What others send a run, whatever it is doing: it stays when a requeue asks the rest again."""
 
 _DELIVERED = frozenset(
     {
@@ -46,6 +54,9 @@ _DELIVERED = frozenset(
         (CHILD, "failed"),
         (TIMER, "fired"),
         (SIGNAL, "received"),
+        (EVENT, "received"),
+        (EMIT, "completed"),
+        (EMIT, "failed"),
     }
 )
 
@@ -64,6 +75,9 @@ class Entry(Struct, frozen=True, gc=False):
       run failed, run dead   `{"cut": seq}`, or None: from where a requeue asks again
       child started  `{"run_id", "workflow", "version", "on_parent_close"}`
       signal         what was sent
+      wait opened    `{"condition"?, "until"?}`: of core/match.py; the deadline in µs
+      event          a Fact (core/event.py)
+      emit completed the event's id
       log            `{"level", "message", "fields"}`
     """
 
@@ -72,7 +86,7 @@ class Entry(Struct, frozen=True, gc=False):
     kind: str
     status: str
     key: str | None = None
-    """The command's key; a signal's message id; None where there is none."""
+    """The command's key; a signal's or an event's message id; None where there is none."""
     ordinal: int | None = None
     """The command's or timer's position by first call; for a log its index within its scope."""
     name: str | None = None

@@ -31,6 +31,7 @@ class Registry:
         self._workflows: dict[str, dict[str, WorkflowDefinition]] = {}
         self._steps: dict[str, StepDefinition] = {}
         self._default_inputs: dict[str, Any] = {}
+        self._by_event: dict[str, list[WorkflowDefinition]] | None = None
         for thing in things:
             self.add(thing)
 
@@ -61,9 +62,17 @@ class Registry:
                 "Rename one, or give it another version."
             )
         versions[new.version] = new
+        self._by_event = None
         # Sorted here, so that the latest is the last without asking again at every start.
         self._workflows[new.name] = dict(sorted(versions.items(), key=lambda item: version_key(item[0])))
         return new
+
+    def replace(self, definition: WorkflowDefinition) -> None:
+        """Have this definition instead of one of its name and version, if there is one."""
+        versions = self._workflows.setdefault(definition.name, {})
+        definition.resolve()
+        versions[definition.version] = definition
+        self._by_event = None
 
     def add_step(self, thing: Any) -> StepDefinition:
         """Raises DuplicateDefinition; the same step again, or now with its instance, is no duplicate."""
@@ -92,6 +101,23 @@ class Registry:
     def latest(self, name: str) -> WorkflowDefinition:
         """The version a start without one gets: the last by `version_key`. Raises UnknownWorkflow."""
         return next(reversed(self._versions(name).values()))
+
+    def triggered(self, event: str) -> list[WorkflowDefinition]:
+        """The workflows whose latest version has a trigger of that name, by name."""
+        if self._by_event is None:
+            self._by_event = {}
+            for definition in map(self.latest, sorted(self._workflows)):
+                for name in dict.fromkeys(trigger.event for trigger in definition.triggers):
+                    if name is not None:
+                        self._by_event.setdefault(name, []).append(definition)
+        return self._by_event.get(event, [])
+
+    def prefer(self, name: str, version: str) -> None:
+        """Have `latest` be this version, whatever the others are called. Raises UnknownWorkflow, UnknownVersion."""
+        chosen = self.workflow(name, version)
+        others = {known: one for known, one in self._workflows[name].items() if known != version}
+        self._workflows[name] = {**others, version: chosen}
+        self._by_event = None
 
     def step(self, name: str) -> StepDefinition:
         """Raises UnknownStep."""

@@ -21,14 +21,20 @@ from msgspec import Struct
 
 from durable.core.commands import (
     Abandon,
+    AskApproval,
     Cancelled,
+    CloseApproval,
     Command,
     Completed,
     Failed,
     Note,
     Outcome,
     Patch,
+    Report,
+    SendEvent,
+    Settled,
     StartChild,
+    WaitEvent,
     WaitSignal,
     WriteLog,
 )
@@ -43,8 +49,21 @@ from durable.core.errors import (
     StepFailed,
     StepTimeout,
 )
-from durable.core.journal import CHILD, COMMAND_KINDS, LOG, PATCHED, RUN, SIGNAL, TIMER, Entry
+from durable.core.event import Fact, read_fact
+from durable.core.journal import (
+    CHILD,
+    COMMAND_KINDS,
+    EVENT,
+    LOG,
+    MAIL_KINDS,
+    PATCHED,
+    RUN,
+    SIGNAL,
+    TIMER,
+    Entry,
+)
 from durable.core.loop import Alarm, Loop, Promise, WorkflowTask
+from durable.core.match import holds
 from durable.core.payload import decode_error, describe, encode_error, through
 
 logger = logging.getLogger("durable.workflow")
@@ -94,7 +113,7 @@ class Asked(Promise):
         self.command = command
         self.read = read
         self.alarm: Alarm | None = None
-        """The timeout of a wait for a signal."""
+        """The timeout of a wait for a signal or an event."""
 
     def answer(self, payload: bytes) -> None:
         """Settle it with what the journal says."""
@@ -125,6 +144,8 @@ class Machine:
         self.outcome: Outcome | None = None
         self.loop = Loop()  # type: ignore[abstract]
         self.input = input
+        self.meta: bytes | None = None
+        """The run's origin (core/origin.py), where whoever made the machine knows it."""
         self.entry: Entry | None = None
         """What the turn under way was handed; the last one between turns."""
         self._main: WorkflowTask | None = None
@@ -141,6 +162,11 @@ class Machine:
         # Signals
         self._signals: dict[str, deque[bytes]] = {}
         self._waiting: dict[str, deque[Asked]] = {}
+        # Events
+        self.events_had: set[str] = set()
+        """Message ids of all events that have come: each comes once."""
+        self._events: list[tuple[Fact, bytes]] = []
+        """Those that no wait has taken."""
         # Notes
         self._logs = 0
         self._logs_stored = logs
@@ -205,6 +231,10 @@ class Machine:
         """The names of signals that are waited for, in order of asking."""
         return [command.name for command in self.outstanding.values() if isinstance(command, WaitSignal)]
 
+    def events_waited(self) -> list[WaitEvent]:
+        """The open waits for events, in order of asking."""
+        return [command for command in self.outstanding.values() if isinstance(command, WaitEvent)]
+
     def drop(self) -> None:
         """Unwind without a trace: every wait and every ctx call raises Unwound until the code has ended.
 
@@ -253,6 +283,8 @@ class Machine:
             self._fire(entry)
         elif kind == SIGNAL:
             self._signal(entry)
+        elif kind == EVENT:
+            self._event(entry)
         elif entry.status == "started":
             self._begin(entry)
         elif self._main is not None:
@@ -308,9 +340,22 @@ class Machine:
         self._settle_wait(promise)
         promise.answer(payload)
 
+    def _event(self, entry: Entry) -> None:
+        """Every open wait that asks for it gets it; what nobody takes is kept for waits to come."""
+        payload = entry.payload or _NULL
+        fact = read_fact(payload)
+        self.events_had.add(entry.key or "")
+        takers = [command for command in self.events_waited() if asks_for(command, fact)]
+        if not takers:
+            self._events.append((fact, payload))
+        for command in takers:
+            promise = self._promises[command.key]
+            self._settle_wait(promise)
+            promise.answer(payload)
+
     def _after_the_end(self, entry: Entry) -> None:
         """What the journal may hold behind the entry that ended the code: messages that came as it ended."""
-        if entry.kind not in (SIGNAL, RUN):
+        if entry.kind not in MAIL_KINDS and entry.kind != RUN:
             raise self._mismatch(entry, "nothing: the code has finished")
 
     # ------------------------------------------------------------------ the end
@@ -414,10 +459,7 @@ class Machine:
         """The oldest signal of that name, or the next. After `timeout` µs `give_up` settles the promise."""
         early = self._signals.get(command.name)
         if early:
-            promise = Asked(self.loop, self._release, command, read)
-            promise.release = None
-            promise.answer(early.popleft())
-            return promise
+            return self._at_once(command, read, early.popleft())
         promise = self.ask(command, read)
         if self.loop.closing:
             return promise
@@ -428,19 +470,59 @@ class Machine:
             )
         return promise
 
+    def wait_event(self, command: WaitEvent, read: Callable[[bytes], Any], give_up: Callable[[Asked], None]) -> Asked:
+        """The oldest event it asks for that has come and that no wait has taken, or the next. At its deadline `give_up`
+        settles the promise."""
+        for index, (fact, payload) in enumerate(self._events):
+            if asks_for(command, fact):
+                del self._events[index]
+                return self._at_once(command, read, payload)
+        promise = self.ask(command, read)
+        if command.deadline is not None and not self.loop.closing:
+            promise.alarm = self.loop.call_at_microsecond(
+                command.deadline, f"event:{command.name}", self._give_up, promise, give_up
+            )
+        return promise
+
+    def send_event(self, command: SendEvent, read: Callable[[bytes], Any]) -> Asked:
+        """Publish an event; answered with its id."""
+        return self.ask(command, read)
+
+    def _at_once(self, command: Command, read: Callable[[bytes], Any], payload: bytes) -> Asked:
+        """What is waited for is there: nothing is asked."""
+        promise = Asked(self.loop, self._release, command, read)
+        promise.release = None
+        promise.answer(payload)
+        return promise
+
     def _give_up(self, promise: Asked, give_up: Callable[[Asked], None]) -> None:
         if not promise.done():
-            self._waiting[promise.command.name].remove(promise)
+            self._forget_wait(promise)
             self._settle_wait(promise)
             give_up(promise)
 
+    def tell(self, note: Note) -> None:
+        """Issue a note."""
+        if not self.loop.closing:
+            self._issued.append(note)
+
+    def _forget_wait(self, promise: Asked) -> None:
+        if isinstance(promise.command, WaitSignal):
+            self._waiting[promise.command.name].remove(promise)
+
     def _settle_wait(self, promise: Asked) -> None:
-        key = promise.command.key
+        command = promise.command
+        key = command.key
         del self.outstanding[key]
         del self._promises[key]
+        self._traces.pop(key, None)
         promise.release = None
         if promise.alarm is not None:
             promise.alarm.cancel()
+        if isinstance(command, WaitEvent) and not self._replaying:
+            self._issued.append(Settled(command))
+        elif isinstance(command, AskApproval) and not self._replaying:
+            self._issued.append(CloseApproval(command))
 
     def _withdraw(self, promise: Promise) -> None:
         """The wait on a command was cancelled inside the run."""
@@ -448,19 +530,20 @@ class Machine:
         command = promise.command
         if self.loop.dropping or self.outstanding.get(command.key) is not command:
             return
-        if isinstance(command, WaitSignal):
-            self._waiting[command.name].remove(promise)
-            self._settle_wait(promise)
-        else:
-            del self.outstanding[command.key]
-            del self._promises[command.key]
-            self._traces.pop(command.key, None)
+        del self.outstanding[command.key]
+        del self._promises[command.key]
+        self._traces.pop(command.key, None)
+        self._forget_wait(promise)
+        if promise.alarm is not None:
+            promise.alarm.cancel()
         for index in range(self._turn_from, len(self._issued)):
             if self._issued[index] is command:  # asked for in this very turn: as if it had never been
                 del self._issued[index]
                 return
         if not isinstance(command, WaitSignal):
             self._issued.append(Abandon(command))
+        elif isinstance(command, AskApproval) and not self._replaying:
+            self._issued.append(CloseApproval(command))
 
     def child_id(self, ordinal: int, key: str) -> str:
         """The id a child of this call has, or is to get."""
@@ -538,6 +621,11 @@ class Machine:
     def _is_news(self, item: Command | Note) -> bool:
         if isinstance(item, Command):
             return self.outstanding.get(item.key) is item and item.key not in self._traces
+        if isinstance(item, Report):
+            if self.outstanding.get(item.command.key) is not item.command:
+                return False
+            told = [entry.attempt for entry in self._traces.get(item.command.key, ())]
+            return item.status != "retrying" or item.attempt not in told
         return not isinstance(item, Abandon) or item.command.key not in self._cancelled
 
     def _sticking(self, error: NonDeterminism) -> NonDeterminism:
@@ -592,6 +680,15 @@ def _same(command: Command, entry: Entry) -> bool:
     )
 
 
+def asks_for(command: WaitEvent, fact: Fact) -> bool:
+    """Whether a wait asks for this event. By when it was accepted, whenever it was told of."""
+    if fact.name != command.name or (command.since is not None and fact.at < command.since):
+        return False
+    if command.deadline is not None and fact.at > command.deadline:
+        return False
+    return command.condition is None or holds(command.condition)(fact.plain())
+
+
 def _shown(command: Command) -> str:
     return f"{command.kind} {command.key!r} at ordinal {command.ordinal} with arguments {command.fingerprint}"
 
@@ -623,7 +720,7 @@ def _origins(error: BaseException) -> Iterator[BaseException]:
 
 
 def _without(entries: list[Entry], cut: int) -> list[Entry]:
-    """Drop what was recorded from `cut` on, signals excepted, and all traces of commands that were answered there.
+    """Drop what was recorded from `cut` on, signals and events excepted, and all traces of commands that were answered there.
 
     A command asked for before the cut and answered behind it is asked for again as if for the first time: its old
     child has ended, its old attempts are spent.
@@ -632,7 +729,7 @@ def _without(entries: list[Entry], cut: int) -> list[Entry]:
     return [
         entry
         for entry in entries
-        if (entry.seq < cut or entry.kind == SIGNAL) and not (entry.kind in COMMAND_KINDS and entry.key in again)
+        if (entry.seq < cut or entry.kind in MAIL_KINDS) and not (entry.kind in COMMAND_KINDS and entry.key in again)
     ]
 
 

@@ -13,23 +13,41 @@ import msgspec
 
 from durable.core.commands import (
     Abandon,
+    AppStep,
+    AskApproval,
+    CloseApproval,
     Command,
+    Invoke,
     Note,
     Patch,
     Record,
+    Report,
     RunStep,
+    SendEvent,
     SendTask,
+    Settled,
     StartChild,
     TakeTurn,
+    WaitEvent,
     WaitSignal,
     WriteLog,
 )
 from durable.core.errors import ErrorData, NotRegistered
-from durable.core.journal import CHILD, LOG, PATCHED, RUN, STEP, Entry
+from durable.core.journal import CHILD, LOG, PATCHED, RUN, STEP, WAIT, Entry
+from durable.core.match import probe_of
 from durable.core.payload import encode_error
-from durable.engine import children
+from durable.engine import admission, children
 from durable.engine.residents import Arrival, Resident
-from durable.store.records import NewRun, Parent, StartRun
+from durable.store.records import (
+    CloseWaiter,
+    DropItem,
+    Lane,
+    NewRun,
+    OpenWaiter,
+    Parent,
+    PutItem,
+    StartRun,
+)
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
@@ -50,6 +68,15 @@ class DispatchNote(msgspec.Struct, frozen=True):
 
     input: msgspec.Raw
     deadline: int | None = None
+
+
+class WaitNote(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Payload of an `opened` entry."""
+
+    condition: msgspec.Raw | None = None
+    """Of core/match.py."""
+    until: int | None = None
+    """The deadline, µs."""
 
 
 class PublishNote(msgspec.Struct, frozen=True):
@@ -75,7 +102,19 @@ def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[
     """Take up a command that an earlier owner of the run has begun. `trace` is what it wrote down of it."""
     last = trace[-1] if trace else None
     attempt = max((entry.attempt for entry in trace), default=1) or 1
-    if isinstance(command, WaitSignal):
+    if isinstance(command, AskApproval):
+        _ask_approval(executor, run, command)  # there is one where this run is a copy of another, and none of its own
+        return
+    if isinstance(command, WaitSignal | AppStep):
+        return
+    if isinstance(command, WaitEvent):
+        if run.machine.generation:
+            run.effects.append(_waiter(command))  # it went with the run's end
+        if last is None or last.status != "looked" or run.machine.generation:
+            _look_back(executor, run, command)
+        return
+    if isinstance(command, SendEvent):
+        _send_event(executor, run, command)
         return
     if isinstance(command, StartChild):
         # Started by the very commit that journaled it; its outcome comes through the inbox, if there was one open.
@@ -97,6 +136,8 @@ def abandon(executor: Executor, run: Resident, command: Command) -> None:
     key = command.key
     run.machine.outstanding.pop(key, None)
     run.retries.pop(key, None)
+    if isinstance(command, AskApproval):
+        run.effects.append(DropItem("approval", command.item_id))
     if isinstance(command, WaitSignal):
         return
     _note(executor, run, command, command.kind, "cancelled")
@@ -106,6 +147,8 @@ def abandon(executor: Executor, run: Resident, command: Command) -> None:
         executor.dispatch.cancel(run, key)
     elif isinstance(command, StartChild):
         run.effects.append(children.cancel(run, key, command.child_id))
+    elif isinstance(command, WaitEvent):
+        _close(run, command)
 
 
 def _note(executor: Executor, run: Resident, command: Command, kind: str, status: str, **fields: Any) -> Entry:
@@ -143,6 +186,44 @@ def _record(executor: Executor, run: Resident, command: Record) -> None:
     apply(executor, run, run.machine.deliver(entry))
 
 
+def _app_step(executor: Executor, run: Resident, command: AppStep) -> None:
+    """Nothing yet: what there is to say comes as a Report."""
+
+
+def _report(executor: Executor, run: Resident, note: Report) -> None:
+    """At once, so that it is in the commit of the answer that brought it."""
+    command = note.command
+    if run.machine.outstanding.get(command.key) is not command:
+        return
+    for line in note.lines:
+        index = run.logs.get(command.key, 0)
+        run.logs[command.key] = index + 1
+        arrival = Arrival(executor.clock.now(), LOG, "written", key=command.key, ordinal=index, payload=line)
+        arrival.attempt = note.attempt
+        executor.append(run, arrival)
+    entry = _note(
+        executor,
+        run,
+        command,
+        STEP,
+        note.status,
+        attempt=note.attempt,
+        payload=note.payload,
+        started_at=note.started_at,
+        finished_at=note.finished_at,
+    )
+    if entry.delivers:
+        apply(executor, run, run.machine.deliver(entry))
+
+
+def _ask_approval(executor: Executor, run: Resident, command: AskApproval) -> None:
+    run.effects.append(PutItem("approval", command.item_id, command.item, command.expires_at))
+
+
+def _close_approval(executor: Executor, run: Resident, note: CloseApproval) -> None:
+    run.effects.append(DropItem("approval", note.command.item_id))
+
+
 def _start_child(executor: Executor, run: Resident, command: StartChild) -> None:
     try:
         version = command.version or executor.deps.catalog.of(run.workspace).latest(command.workflow).version
@@ -164,12 +245,54 @@ def _start_child(executor: Executor, run: Resident, command: StartChild) -> None
         workspace=run.workspace,
         priority=command.options.priority or 0,
         parent=Parent(run.run_id, command.key, command.ordinal),
+        meta=command.meta,
+        lane=_lane(executor, run, command, version),
     )
     run.effects.append(StartRun(child))
 
 
+def _lane(executor: Executor, run: Resident, command: StartChild, version: str) -> Lane | None:
+    try:
+        definition = executor.deps.catalog.of(run.workspace).workflow(command.workflow, version)
+    except NotRegistered:
+        return None  # another engine's to run, and nothing is known of its limits
+    return admission.lane_of_input(definition, command.input, run.workspace)
+
+
 def _wait_signal(executor: Executor, run: Resident, command: WaitSignal) -> None:
     """A wait writes nothing: signals are journaled as they come, and replay matches them."""
+
+
+def _wait_event(executor: Executor, run: Resident, command: WaitEvent) -> None:
+    """Open the waiter with the commit that says so; then look at what came before it (B11, B12)."""
+    note = WaitNote(None if command.condition is None else msgspec.Raw(command.condition), command.deadline)
+    _note(executor, run, command, WAIT, "opened", payload=msgspec.json.encode(note))
+    run.effects.append(_waiter(command))
+    _look_back(executor, run, command)
+
+
+def _look_back(executor: Executor, run: Resident, command: WaitEvent) -> None:
+    run.unlooked.add(command.key)
+    run.actions.append(lambda: executor.on_look_back(run))
+
+
+def _waiter(command: WaitEvent) -> OpenWaiter:
+    return OpenWaiter(command.key, command.name, command.condition, command.deadline, probe_of(command.condition))
+
+
+def _settled(executor: Executor, run: Resident, note: Settled) -> None:
+    _close(run, note.command)
+
+
+def _close(run: Resident, command: WaitEvent) -> None:
+    run.unlooked.discard(command.key)
+    run.looked.discard(command.key)
+    run.effects.append(CloseWaiter(command.key))
+
+
+def _send_event(executor: Executor, run: Resident, command: SendEvent) -> None:
+    """Behind the barrier, like a body; its id makes it harmless to do it again."""
+    run.actions.append(lambda: executor.on_send_event(run, command))
 
 
 def _abandon(executor: Executor, run: Resident, note: Abandon) -> None:
@@ -192,11 +315,19 @@ def log_payload(level: str, message: str, fields: bytes | None) -> bytes:
 
 _APPLY: dict[type, Callable[[Any, Resident, Any], None]] = {
     RunStep: _run_step,
+    Invoke: _run_step,
+    AppStep: _app_step,
+    Report: _report,
+    AskApproval: _ask_approval,
+    CloseApproval: _close_approval,
     SendTask: _send_task,
     TakeTurn: _send_task,
     Record: _record,
     StartChild: _start_child,
     WaitSignal: _wait_signal,
+    WaitEvent: _wait_event,
+    Settled: _settled,
+    SendEvent: _send_event,
     Abandon: _abandon,
     Patch: _patch,
     WriteLog: _write_log,

@@ -14,7 +14,7 @@ import msgspec
 from durable.core.clock import SECOND
 from durable.core.commands import Command, RunStep, SendTask, StartChild
 from durable.core.errors import ErrorData
-from durable.core.journal import CHILD, LOG, REMOTE, RUN, Entry
+from durable.core.journal import CHILD, LOG, REMOTE, RUN, STEP, Entry
 from durable.core.payload import decode_error, encode_error
 from durable.engine.apply import RetryNote
 from durable.engine.residents import Arrival, Resident
@@ -59,7 +59,7 @@ def accepts(executor: Executor, run: Resident, arrival: Arrival) -> bool:
         if arrival.started_at is None and sent is not None:
             arrival.enqueued_at = sent.dispatched_at
         executor.dispatch.settle(run, key)
-    if arrival.status == "failed" and arrival.kind != CHILD:
+    if arrival.status == "failed" and arrival.kind in (STEP, REMOTE):
         return _gives_up(executor, run, command, arrival)
     if arrival.kind != CHILD and run.recovery_attempts:
         run.progressed = True

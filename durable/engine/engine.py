@@ -20,6 +20,7 @@ from durable.engine import collector, dead_letter
 from durable.engine.announce import Announcer, step_cancel
 from durable.engine.deps import Deps
 from durable.engine.dispatch import task_id
+from durable.engine.events import Events, Publication, Published
 from durable.engine.executor import Executor
 from durable.engine.handle import RunHandle, outcome
 from durable.engine.lease import Lease
@@ -36,6 +37,7 @@ from durable.engine.start import Starter, StartRequest
 from durable.engine.timeline import Timeline
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
+from durable.store.admission import EventQuery, EventRecord, LimitState
 from durable.store.records import Commit, Message, PruneRequest, RunPage, RunQuery, RunRecord
 from durable.transports.interface import StartsRuns
 from durable.transports.pool import TransportPool
@@ -67,6 +69,7 @@ class WorkflowEngine:
         self._scheduler = Scheduler(self._executor, self._recovery, self._resume)
         self._starter = Starter(self._executor, self._scheduler, self.definition)
         self._mail = Mail(deps, self._nudge)
+        self._events = Events(self._executor, self._mail)
         self._results = Results(self._executor, self._mail)
         self._hearing = Hearing(self._executor, self._mail)
         self._timeline = Timeline(deps, self._home)
@@ -88,6 +91,10 @@ class WorkflowEngine:
         executor.on_mail = self._resume.mail
         executor.on_due = self._scheduler.nudge
         executor.on_nudge = self._nudge
+        executor.on_mailed = lambda run_id, kind: self._nudge(run_id, None, kind)
+        executor.on_look_back = self._events.look_back
+        executor.on_send_event = self._events.send
+        executor.on_freed = self._freed
         executor.on_unwanted = self._unwanted
         executor.on_cancelling = self._cancelling
 
@@ -99,7 +106,7 @@ class WorkflowEngine:
     @property
     def trouble(self) -> StoreError | None:
         """Why the store takes nothing right now, or None."""
-        return self._executor.commits.trouble or self._starter.trouble or self._mail.trouble
+        return self._executor.commits.trouble or self._starter.trouble or self._mail.trouble or self._events.trouble
 
     # ------------------------------------------------------------------ life
 
@@ -178,6 +185,7 @@ class WorkflowEngine:
             await self._scheduler.stop()
         await self._settle_bodies(timeout)
         await self._hand_over()
+        await self._events.close()
         await self._mail.close()
         await executor.commits.close()
         self._unlisten_all()
@@ -283,6 +291,25 @@ class WorkflowEngine:
         message_id = f"signal:{id}" if id is not None else f"signal:{self.deps.ids.unique()}"
         return await self._mail.must_send(self._message(run_id, message_id, "signal", name, data, workspace))
 
+    async def publish(self, events: Sequence[Publication], *, workspace: str | None = None) -> list[Published]:
+        """Publish events: each is stored with the runs it starts, then those who wait for it are told. All are looked at
+        before any is stored. Raises DefinitionError for a name, PayloadError, PayloadTooLarge."""
+        return await self._events.publish(events, self._meant(workspace))
+
+    async def send_event(
+        self, name: str, data: Any = None, *, id: str | None = None, workspace: str | None = None, **options: Any
+    ) -> Published:
+        """Publish one event; options as in Publication. The same `id` again answers with what happened then."""
+        return (await self.publish([Publication(name=name, data=data, id=id, **options)], workspace=workspace))[0]
+
+    async def find_events(self, query: EventQuery, *, workspace: str | None = None) -> list[EventRecord]:
+        """Accepted events of one workspace, whatever the query says of it."""
+        return await self.deps.store.events(msgspec.structs.replace(query, workspace=self._meant(workspace)))
+
+    async def flow_state(self, workflow: str | None = None, *, workspace: str | None = None) -> list[LimitState]:
+        """Every limit that has a run, or had one lately: how full it is."""
+        return await self.deps.store.limits(self._meant(workspace), workflow)
+
     async def cancel(self, run_id: str, reason: str = "", *, workspace: str | None = None) -> bool:
         """Ask a run to stop: its main task is cancelled and may clean up for `cancel_grace`. True if this was the first
         request. Raises RunNotFound, RunFinished."""
@@ -339,6 +366,11 @@ class WorkflowEngine:
 
     def _message(self, run_id: str, id: str, kind: str, name: str, payload: bytes, workspace: str | None) -> Message:
         return Message(run_id, id, kind, name, payload, workspace=self._meant(workspace))
+
+    def _freed(self, run: Resident) -> None:
+        """A place has become free in some lane: whoever has room looks who is next."""
+        self._scheduler.nudge()
+        self._announcer.hint("enqueued", run.run_id)
 
     def _committed(self, run: Resident, commit: Commit) -> None:
         self._timeline.committed(run)
@@ -412,6 +444,7 @@ class WorkflowEngine:
 
     def _beaten(self) -> None:
         self._scheduler.sweep()
+        self._executor.keep(self._events.sweep())
         self._executor.steps.release_held()
         self._executor.dispatch.release_held()
         self._executor.dispatch.look_after()

@@ -20,9 +20,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from durable.core.clock import SECOND, StoreClock
-from durable.core.commands import Command
+from durable.core.commands import Command, SendEvent
 from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDeterminism
-from durable.core.journal import COMMAND_KINDS, LOG, RUN, TIMER, Entry
+from durable.core.journal import COMMAND_KINDS, EVENT, LOG, RUN, TIMER, Entry
 from durable.core.payload import describe, encode_error
 from durable.engine import apply, attempts, children
 from durable.engine.committer import Group
@@ -78,6 +78,10 @@ class Executor:
         self.on_committed: Callable[[Resident, Commit], None] = lambda run, commit: None
         self.on_calm: Callable[[Resident], None] = lambda run: None
         self.on_mail: Callable[[Resident], None] = lambda run: None
+        self.on_look_back: Callable[[Resident], None] = lambda run: None
+        self.on_send_event: Callable[[Resident, SendEvent], None] = lambda run, command: None
+        self.on_mailed: Callable[[str, str], None] = lambda run_id, kind: None
+        self.on_freed: Callable[[Resident], None] = lambda run: None
         self.on_due: Callable[[], None] = lambda: None
         self.on_nudge: Callable[[str, str | None], None] = lambda run_id, owner: None
 
@@ -232,7 +236,15 @@ class Executor:
             arrival = run.arrivals[0] if run.arrivals else None
             due = run.next_wake()
             if due is None or (arrival is not None and arrival.happened <= due) or due > self.clock.now():
-                return run.arrivals.popleft() if arrival is not None else None
+                if arrival is None or (arrival.kind == EVENT and run.unlooked):
+                    return None
+                return run.arrivals.popleft()
+            if run.unlooked:
+                return None
+            if run.looked_back_at < due and (waits := run.machine.events_waited()):
+                run.unlooked.update(wait.key for wait in waits)
+                self.on_look_back(run)
+                return None
             if run.looked_at < due and run.machine.signals_waited():
                 # What the store took before the deadline comes first, though no hint has told of it (S19).
                 if not run.looking:
@@ -269,6 +281,8 @@ class Executor:
                 return
         elif kind == RUN and (run.cancel_deadline is not None):
             return  # cancelled twice, or timed out while cancelling: the first one counts
+        elif kind == EVENT and arrival.key in run.machine.events_had:
+            return  # it was found looking back, and has been told of too
         elif kind == LOG and arrival.line is not None and not attempts.hears(run, arrival):
             return
         entry = self.append(run, arrival)

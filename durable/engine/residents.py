@@ -114,6 +114,7 @@ class Resident:
         "asking",
         "attempts",
         "bodies",
+        "born",
         "cancel_deadline",
         "committing",
         "deadline",
@@ -130,9 +131,12 @@ class Resident:
         "inbox_known",
         "inbox_read",
         "inbox_written",
+        "lane",
         "last_at",
         "logs",
+        "looked",
         "looked_at",
+        "looked_back_at",
         "looking",
         "machine",
         "marks",
@@ -152,6 +156,7 @@ class Resident:
         "tail",
         "timed_out",
         "told",
+        "unlooked",
         "workspace",
     )
 
@@ -167,6 +172,9 @@ class Resident:
         activity: Activity,
         inbox_read: int = 0,
         recovery_attempts: int = 0,
+        *,
+        born: int = 0,
+        lane: str | None = None,
     ) -> None:
         self.run_id = run_id
         self.workspace = workspace
@@ -182,6 +190,10 @@ class Resident:
         self.activity = activity
         """As stored."""
         self.recovery_attempts = recovery_attempts
+        self.born = born
+        """When it was started, µs: the first moment whose events are its business."""
+        self.lane = lane
+        """The key of its lane: it holds slots while anything is under way for it."""
 
         self.arrivals: deque[Arrival] = deque()
         self.pending: list[Entry] = []
@@ -199,6 +211,13 @@ class Resident:
         """A timer is due, and waits until the inbox has been read; and so does everything behind it."""
         self.looked_at = 0
         """When its inbox was last read, µs: everything stored by then is known."""
+        self.unlooked: set[str] = set()
+        """Waits for events, by key, for which events that came before are still to be looked at. Meanwhile no event and no
+        timer is delivered: an older one may be found."""
+        self.looked: set[str] = set()
+        """Those that have been looked for, and the journal does not say so yet: that rides with the next commit."""
+        self.looked_back_at = 0
+        """When the last look back began, µs: every event accepted by then is known."""
         self.progressed = False
         self.refused = False
         """A commit of it was one the store never takes; it fails with the reason, and with nothing else."""
@@ -229,7 +248,7 @@ class Resident:
         self.suspending = False
         self.fetching = False
         self.asking = 0
-        """Children being asked how they ended."""
+        """Questions under way for it, whose answers it stays for: how a child ended, an event to be published."""
         self.flushing = False
         self.ended = False
         self.dropped = False

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import msgspec
 
 from durable.core.errors import StoreError
+from durable.core.event import read_fact
 from durable.core.hosted import stripped
-from durable.core.journal import CHILD, LOG, REMOTE, RUN, SIGNAL
+from durable.core.journal import CHILD, EVENT, LOG, REMOTE, RUN, SIGNAL
 from durable.engine.executor import Executor
 from durable.engine.residents import Arrival, Line, Resident
 from durable.protocol.messages import WorkflowDecision
@@ -124,6 +125,12 @@ def decision_arrival(happened: int, task: str, status: str, data: bytes) -> Arri
     return arrival
 
 
+def event_arrival(id: str, payload: bytes, number: int | None = None) -> Arrival:
+    """An event for a run. It happened when it was accepted, whenever it was told of (S19)."""
+    fact = read_fact(payload)
+    return Arrival(fact.at, EVENT, "received", key=id, name=fact.name, payload=payload, number=number)
+
+
 def arrival_of(row: InboxRow) -> Arrival:
     """An inbox row as what it means to the run."""
     message = row.message
@@ -137,6 +144,8 @@ def arrival_of(row: InboxRow) -> Arrival:
             payload=message.payload,
             number=row.number,
         )
+    if message.kind == "event":
+        return event_arrival(message.id, message.payload or b"null", row.number)
     if message.kind == "cancel":
         return Arrival(row.created_at, RUN, "cancelling", payload=message.payload, number=row.number)
     if message.kind == "child":

@@ -173,6 +173,7 @@ class Scheduler:
         generation = sum(1 for e in journal.entries if e.kind == "run" and e.status == "requeued")
         logs = journal.logs - dropped_lines(journal.entries)
         machine = Machine(definition, run_id=record.id, input=record.input, generation=generation, logs=logs)
+        machine.meta = record.meta
         run = Resident(
             record.id,
             record.workspace,
@@ -184,6 +185,8 @@ class Scheduler:
             record.activity,
             record.inbox_read,
             record.recovery_attempts,
+            born=record.created_at,
+            lane=record.lane,
         )
         run.told = told
         self._resume.take(run, rows)  # first: a run that is buried at once is to be seen with its mail

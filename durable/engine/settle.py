@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING
 from durable.core.clock import SECOND
 from durable.core.commands import Cancelled, Completed, Failed, StartChild
 from durable.core.errors import ErrorData, NonDeterminism
-from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL, STEP
+from durable.core.journal import CHILD, EMIT, REMOTE, RUN, SIGNAL, STEP, WAIT
 from durable.core.payload import describe, encode_error
 from durable.engine import apply
 from durable.engine.children import tell_parent
 from durable.engine.residents import Arrival, Final, Resident, left, tell
 from durable.protocol.states import Activity, Status
-from durable.store.records import Commit, CommitOutcome, CommitStatus, PutMessage
+from durable.store.records import Commit, CommitOutcome, CommitStatus, FreeSlots, PutMessage
 
 if TYPE_CHECKING:
     from durable.engine.executor import Executor
 
 log = logging.getLogger("durable.settle")
+
+_KEPT = frozenset({SIGNAL, CHILD, REMOTE, WAIT, EMIT})
+"""What may come any moment: who waits for one of these stays in memory for a while."""
 
 
 class Settler:
@@ -61,7 +64,7 @@ class Settler:
             if self._taken_away(run):
                 return
         if run.arrivals and not run.held:
-            if not run.looking:
+            if not run.looking and not run.unlooked:
                 self._executor.wake(run)
             return
         if not run.bodies and self._parked(run):
@@ -69,7 +72,7 @@ class Settler:
             if run.recovery_attempts:
                 # It has come to rest, so it was not what killed its engine. The next suspect may begin once that is stored.
                 run.progressed = True
-            if self.settings.cold or self._far(run, wake):
+            if self.settings.cold or run.lane is not None or self._far(run, wake):
                 self._commit(run, suspend=True)
                 return
             if run.progressed:
@@ -89,7 +92,7 @@ class Settler:
 
     def _parked(self, run: Resident) -> bool:
         """Whether everything this run does is wait, so that it could leave memory."""
-        if run.bodies or run.arrivals or run.actions or run.fetching or run.asking:
+        if run.bodies or run.arrivals or run.actions or run.fetching or run.asking or run.unlooked:
             return False
         for sent in run.sent.values():
             if not sent.published or sent.asking or sent.command.options.heartbeat_timeout is not None:
@@ -112,7 +115,7 @@ class Settler:
         """Whether only time can wake it, and not soon: no reason to keep it in memory."""
         if wake is None or wake < self.clock.now() + int(self.settings.hot_for * SECOND):
             return False
-        return not any(command.kind in (SIGNAL, CHILD, REMOTE) for command in run.machine.outstanding.values())
+        return not any(command.kind in _KEPT for command in run.machine.outstanding.values())
 
     def _activity(self, run: Resident) -> Activity:
         if run.bodies or (run.sent and self.has_task_here(run)):
@@ -128,8 +131,8 @@ class Settler:
     def _arm(self, run: Resident) -> None:
         """Have the run looked at when its next timer is due."""
         wake = run.next_wake()
-        if run.looking:
-            return  # it is woken when its inbox has been read
+        if run.looking or run.unlooked:
+            return  # it is woken when its inbox has been read, and events have been looked at
         if wake is None or (run.armed is not None and run.armed <= wake):
             return
         if run.alarm is not None:
@@ -229,6 +232,7 @@ class Settler:
         run.effects.clear()
         run.actions.clear()
         run.marks.clear()
+        run.looked.clear()
         run.tail = run.seq
         run.inbox_read = run.inbox_known = run.inbox_written
         tell(run.acks, left())
@@ -242,6 +246,12 @@ class Settler:
                 mark = Arrival(began, STEP, "started", key=key, attempt=attempt, started_at=began)
                 self._executor.append(run, mark)
             run.marks.clear()
+        if run.looked:
+            for key in [wait.key for wait in run.machine.events_waited() if wait.key in run.looked]:
+                self._executor.append(run, Arrival(self.clock.now(), WAIT, "looked", key=key))
+            run.looked.clear()
+        if suspend and run.lane is not None and (blocked is not None or not run.sent):
+            run.effects.append(FreeSlots())  # nothing is under way: others of its lane may go on
         self._commits_made += 1
         commit = Commit(
             run.run_id,
@@ -313,6 +323,8 @@ class Settler:
                     if isinstance(effect, PutMessage):
                         executor.on_nudge(effect.message.run_id, answer.wake[0])
             executor.on_due()
+        if run.lane is not None and (run.ended or commit.suspend):
+            executor.on_freed(run)
         executor.on_committed(run, commit)
         if run.ended:
             tell(acks, None)

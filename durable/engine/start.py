@@ -19,9 +19,11 @@ from durable.core.errors import (
     StoreError,
     TransportError,
 )
+from durable.core.flow import priority_of
 from durable.core.journal import RUN, Entry
 from durable.core.payload import fingerprint
 from durable.core.replay import Machine
+from durable.engine.admission import lane_of_input
 from durable.engine.apply import STARTED
 from durable.engine.committer import Group
 from durable.engine.executor import Executor
@@ -55,7 +57,7 @@ class StartRequest(Struct, kw_only=True):
     meta: bytes | None = None
     """Where it comes from (core/origin.py)."""
     lane: Lane | None = None
-    """What limits it; such a run is never born claimed."""
+    """What limits it; such a run is never born claimed. Default: what its workflow says, of its input."""
     run_id: str | None = None
     """Where another system has named the run; a run of this id that is there already is the one. Default: a fresh id."""
 
@@ -147,16 +149,17 @@ class Starter:
         registry = self._executor.deps.catalog.of(workspace)
         given = request.input if request.input is not None else registry.default_input(definition)
         if isinstance(given, Raw):
-            data = bytes(given)
+            data = definition.kept(bytes(given))
             definition.check_input(data)
         else:
             data = definition.encode_input(given)
         executor = self._executor
         now = executor.clock.now()
+        lane = request.lane or lane_of_input(definition, data, workspace)
         hot = (
             self.hot
+            and lane is None  # only a claim takes slots
             and request.at is None
-            and request.lane is None
             and self._executor.deps.catalog.ready(workspace, definition)
             and request.run_id is None  # it may be there, and somebody's
             and executor.lease.safe()
@@ -173,13 +176,13 @@ class Starter:
             workspace=workspace,
             input_hash=fingerprint(data),
             idempotency_key=request.key,
-            priority=definition.priority if request.priority is None else request.priority,
+            priority=_priority(definition, data) if request.priority is None else request.priority,
             tags=tuple(request.tags) or tuple(definition.tags),
             attributes=request.attributes,
             owner=executor.lease.incarnation if hot else None,
             entries=(Entry(1, now, RUN, "started", name=definition.name, payload=STARTED),) if hot else (),
             wake_at=request.at,
-            lane=request.lane,
+            lane=lane,
             meta=request.meta,
         )
         return new, definition
@@ -209,5 +212,13 @@ class Starter:
         if new.owner != executor.lease.incarnation:
             return  # the lease was lost meanwhile; whoever claims it goes on
         machine = Machine(definition, run_id=new.id, input=new.input)
-        run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, len(new.entries), Activity.EXECUTING)
+        machine.meta = new.meta
+        seq, born = len(new.entries), new.entries[0].at
+        run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, seq, Activity.EXECUTING, born=born)
         executor.admit(run, Journal(list(new.entries)))
+
+
+def _priority(definition: WorkflowDefinition, data: bytes) -> int:
+    if definition.flow.priority is None:
+        return definition.priority
+    return priority_of(definition.flow, definition.priority, definition.as_event(data))

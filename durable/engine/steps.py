@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from durable.core.commands import RunStep
+from durable.core.commands import Invoke, RunStep
 from durable.core.errors import ErrorData, PayloadError, StepTimeout
 from durable.core.journal import LOG, STEP
 from durable.core.payload import DEFAULT_LIMIT, clean, describe, encode, encode_error, through
@@ -82,6 +82,7 @@ class LocalSteps:
     async def _run(self, run: Resident, command: RunStep, attempt: int, began: int) -> None:
         key = command.key
         status = "completed"
+        whole: bytes | None = None
         scope = StepScope(
             run.run_id,
             step_id(run.run_id, command.ordinal),
@@ -96,8 +97,12 @@ class LocalSteps:
                 result = await self._bodies.call(command.body, command.args)
             else:
                 result = await self._timed(run, command, attempt, command.options.timeout, scope)
-            # Read back too: what cannot be read as its type fails the step now, and not its every replay.
-            payload, _ = through(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
+            if isinstance(command, Invoke):
+                whole = result
+                payload = command.strip(result)
+            else:
+                # Read back too: what cannot be read as its type fails the step now, and not its every replay.
+                payload, _ = through(result, command.returns, what=f"the result of step {key!r}", limit=self._limit)
         except asyncio.CancelledError:
             scope.cancelled = True
             if run.dropped or key not in run.bodies:
@@ -119,10 +124,9 @@ class LocalSteps:
             del run.bodies[key]
             run.marks.pop(key, None)
         now = self._executor.clock.now()
-        self._executor.arrive(
-            run,
-            Arrival(now, STEP, status, key, None, None, attempt, payload, None, began, now),
-        )
+        arrival = Arrival(now, STEP, status, key, None, None, attempt, payload, None, began, now)
+        arrival.whole = whole if status == "completed" else None
+        self._executor.arrive(run, arrival)
 
     async def _timed(self, run: Resident, command: RunStep, attempt: int, timeout: float, scope: StepScope) -> Any:
         limit = asyncio.timeout(timeout)

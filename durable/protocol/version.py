@@ -3,5 +3,5 @@
 PROTOCOL_VERSION = 1
 """What workers and runners negotiate."""
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """What a store is stamped with. A store from the future is refused with a sentence."""

@@ -134,7 +134,8 @@ class EventOutcome(Struct, frozen=True):
     event: EventRecord
     duplicate: bool
     waiters: tuple[Waiter, ...] = ()
-    """None of a duplicate. An event without waiters is stored as settled."""
+    """Of a duplicate those there are now, and only while it is not settled: whoever was to tell them may have died over it. An
+    event without waiters is stored as settled."""
 
 
 class EventQuery(Struct, frozen=True):

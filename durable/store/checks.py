@@ -7,7 +7,19 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from durable.core.errors import PayloadTooLarge, StoreError
 from durable.core.journal import Entry
-from durable.store.records import AddFire, Commit, CommitOutcome, CommitStatus, Message, NewRun, PutMessage, StartRun
+from durable.store.admission import EventQuery, NewEvent
+from durable.store.items import NewItem
+from durable.store.records import (
+    AddFire,
+    Commit,
+    CommitOutcome,
+    CommitStatus,
+    Message,
+    NewRun,
+    PutItem,
+    PutMessage,
+    StartRun,
+)
 
 
 def check_batch(batch: Sequence[Commit], max_batch: int) -> None:
@@ -47,14 +59,35 @@ def refusal(commit: Commit, max_payload: int) -> Exception | None:
                 check_run(effect.run, max_payload)
             elif isinstance(effect, PutMessage):
                 check_message(effect.message, max_payload)
+            elif isinstance(effect, PutItem):
+                check_payload(effect.data, max_payload)
     except (StoreError, PayloadTooLarge) as error:
         return error
     return None
 
 
 def check_run(run: NewRun, max_payload: int) -> None:
+    if run.lane is not None and run.owner is not None:
+        raise StoreError(f"run {run.id} has a lane, so only a claim may take it: start it without an owner")
     check_payload(run.input, max_payload)
+    if run.meta is not None:
+        check_payload(run.meta, max_payload)
     check_entries(run.entries, 0, max_payload)
+
+
+def check_event(event: NewEvent, max_payload: int) -> None:
+    check_payload(event.data, max_payload)
+    for trigger in event.triggers:
+        check_run(trigger.run, max_payload)
+
+
+def check_events(query: EventQuery) -> None:
+    if query.workspace is None and not query.unsettled:
+        raise StoreError("events are asked for by workspace; of all workspaces only the unsettled ones may be")
+
+
+def check_item(item: NewItem, max_payload: int) -> None:
+    check_payload(item.data, max_payload)
 
 
 def check_message(message: Message, max_payload: int) -> None:

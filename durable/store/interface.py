@@ -173,7 +173,9 @@ class Store(Protocol):
     # -- events
     async def publish(self, events: Sequence[NewEvent]) -> list[EventOutcome]:
         """Accept events, each in full or not at all, with the runs they start: its own policies decide in the same
-        transaction. An id or dedupe_id that is there already changes nothing. In the order given. Raises PayloadTooLarge:
+        transaction. An id or dedupe_id that is there already changes nothing; not settled yet, it is answered with
+        its waiters again. In the order given. A waiter that is opened at the same time is among those answered, or the event is
+        seen by a read that begins after the commit that opened it. Raises PayloadTooLarge:
         nothing of this call was stored."""
         ...
 

@@ -94,6 +94,11 @@ class Fire(Struct, frozen=True):
     item: NewItem
     occurrences: tuple[Occurrence, ...] = ()
 
+    @property
+    def schedule_id(self) -> str:
+        """Under which its occurrences are kept: ids are a workspace's own."""
+        return f"{self.item.workspace}/{self.item.id}"
+
 
 class FireOutcome(Struct, frozen=True):
     done: bool

@@ -9,12 +9,11 @@ delivered in order of call, and what would be a race is refused.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import itertools
 import logging
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -26,32 +25,30 @@ from durable.core.commands import (
     Completed,
     Failed,
     Note,
-    Outcome,
     Patch,
     RunStep,
+    SendEvent,
     SendTask,
     StartChild,
+    WaitEvent,
     WaitSignal,
     WriteLog,
 )
 from durable.core.ctx import Context
 from durable.core.definition import WorkflowDefinition
 from durable.core.errors import (
+    DefinitionError,
     DeterminismError,
     ErrorData,
     NonDeterminism,
     NotRegistered,
-    PayloadError,
-    StepFailed,
-    StepTimeout,
 )
 from durable.core.journal import CHILD, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
 from durable.core.loop import Alarm
-from durable.core.loop import WorkflowTask as MainTask
-from durable.core.payload import decode_error, describe, encode_error, through
+from durable.core.payload import decode_error, describe, encode_error
 from durable.core.registry import Registry
-from durable.core.replay import Asked, Machine
-from durable.core.step import StepObserver, StepScope, enter_step
+from durable.core.replay import Asked
+from durable.core.step import StepObserver, StepScope
 from durable.protocol.messages import (
     Answer,
     AwaitSignal,
@@ -70,12 +67,12 @@ from durable.protocol.messages import (
 )
 from durable.transports.answers import failed, no_handler
 from durable.worker.bodies import Bodies
+from durable.worker.hosting import EPOCH, HostedContext, HostedMachine, drop_soon, plainly, run_attempt
 
 log = logging.getLogger("durable.worker")
 
 R = TypeVar("R")
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _KINDS: dict[type, str] = {RunStep: "step", SendTask: "call", StartChild: "child", WaitSignal: "signal"}
 _ENTRIES = {"step": STEP, "call": REMOTE, "child": CHILD}
 _SLEEPS = frozenset({"_ring", "_set_result_unless_cancelled"})
@@ -133,55 +130,16 @@ class TurnHandler:
             await turn.close()
 
 
-class _Ordinals(Iterator[int]):
-    """Counts operations, and may be asked how many there were."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __next__(self) -> int:
-        self.next += 1
-        return self.next - 1
-
-
-class _HostedContext(Context):
+class _TurnContext(HostedContext):
     """ctx of a workflow in a worker. What it cannot derive from the history it records."""
 
-    _machine: _HostedMachine
+    _machine: _TurnMachine
 
     def side_effect(self, fn: Callable[[], Any], *, name: str | None = None, **options: Any) -> Any:
         return super().side_effect(fn, name=name or f"side_effect#{self._machine.ordinals.next}", **options)
 
-    def now(self) -> datetime:
-        if self._machine.timed:
-            return super().now()
-        self._loop.admit()
-        return self._machine.record_now()
 
-    def sleep_until(self, moment: datetime) -> asyncio.Future[None]:
-        ordinal = self._machine.ordinals.next
-        promise = super().sleep_until(moment)
-        if ordinal in self._loop.alarms:  # one that has passed is no timer
-            self._machine.moments[ordinal] = (moment - _EPOCH) // timedelta(microseconds=1)
-        return promise
-
-    def gather(self, *awaitables: Any, mode: str = "all") -> Any:
-        if mode == "first" and not self._machine.ordered:
-            self._machine.refuse(_race("ctx.gather(mode='first')"))
-        return super().gather(*awaitables, mode=mode)  # type: ignore[call-overload]
-
-    def patched(self, id: str) -> bool:
-        if not self._machine.timed:
-            self._machine.refuse(
-                DeterminismError(
-                    f"ctx.patched({id!r}): this engine does not say how far a run had come, so nobody can tell which way is "
-                    "right. Register the new code under another version instead."
-                )
-            )
-        return super().patched(id)
-
-
-class _HostedMachine(Machine):
+class _TurnMachine(HostedMachine):
     """One turn's replay."""
 
     def __init__(self, task: WorkflowTask, definition: WorkflowDefinition, clock: Clock) -> None:
@@ -190,42 +148,14 @@ class _HostedMachine(Machine):
         """The engine says in which order things happened."""
         self.timed = self.ordered and task.started_at is not None
         """And when."""
-        self.ordinals = self.loop.ordinals = _Ordinals()  # type: ignore[assignment]
         self.items = {item.seq: item for item in task.history}
-        self.moments: dict[int, int] = {}
-        """Timers that end at a time, µs, whenever they began; by ordinal."""
         self.readings: list[RecordStep] = []
         """What the clock has said in this turn."""
         self._clock = clock
         self._patches = dict.fromkeys(task.patches or (), True)
 
     def context(self) -> Context:
-        return _HostedContext(self)
-
-    def _outcome_of(self, main: MainTask) -> Outcome:
-        """A step's error that nobody caught is told as it came: an engine finds the step by it."""
-        error = None if main.cancelled() else main.exception()
-        if isinstance(error, StepFailed) and error.error is not None:
-            return Failed(encode_error(error.error))
-        return super()._outcome_of(main)
-
-    def refuse(self, error: DeterminismError) -> NoReturn:
-        """A broken rule sticks: code cannot catch it away."""
-        self.loop.error = self.loop.error or error
-        raise error
-
-    def races(self) -> Iterator[str]:
-        """What of the code waits for whichever comes first."""
-        for alarm in self.loop.alarms.values():
-            if getattr(alarm._callback, "__name__", "") not in _SLEEPS:
-                yield "a timeout"
-        for future in (*self._promises.values(), *self.loop.living()):
-            for callback, _ in future._callbacks or ():
-                yield from _race_in(callback)
-
-    def behind(self, is_behind: bool) -> None:
-        """Whether the code is on ground that an earlier turn has covered."""
-        self._behind = is_behind
+        return _TurnContext(self)
 
     def record_now(self) -> datetime:
         """The time, recorded: this engine does not tell it."""
@@ -237,15 +167,16 @@ class _HostedMachine(Machine):
             self.readings.append(
                 RecordStep(seq=seq, name=name, output=Raw(b"%d" % now), started_at=now, finished_at=now)
             )
-            return _EPOCH + timedelta(milliseconds=now)
+            return EPOCH + timedelta(milliseconds=now)
         if item.kind != "step" or item.name not in (None, name) or not isinstance(item.output, Raw):
             raise _mismatch(item, f"step {name!r}")
-        return _EPOCH + timedelta(milliseconds=msgspec.json.decode(item.output, type=int))
+        return EPOCH + timedelta(milliseconds=msgspec.json.decode(item.output, type=int))
 
-    def wait_signal(self, command: WaitSignal, *arguments: Any) -> Asked:
-        if not self.ordered and arguments[1] is not None:
-            self.refuse(_race(f"ctx.wait_for_signal({command.name!r}, timeout=...)"))
-        return super().wait_signal(command, *arguments)
+    def wait_event(self, command: WaitEvent, *arguments: Any) -> Asked:
+        raise _not_here("wait_for_event")
+
+    def send_event(self, command: SendEvent, *arguments: Any) -> Asked:
+        raise _not_here("send_event")
 
 
 class _Turn:
@@ -265,7 +196,7 @@ class _Turn:
         self._bodies = bodies
         self._on_step = on_step
         self._partition = partition
-        self._machine = _HostedMachine(task, definition, clock)
+        self._machine = _TurnMachine(task, definition, clock)
         self._asked: dict[int, Command] = {}
         """Everything the code has asked for, by ordinal."""
         self._new_from = 0
@@ -288,7 +219,7 @@ class _Turn:
 
     async def take(self) -> WorkflowDecision:
         """The decision. Raises what breaks the rules of replay."""
-        await self._plainly(self._replay)
+        await plainly(self._replay)
         while self._machine.outcome is None:
             self._launch()
             if not self._under_way:
@@ -296,7 +227,7 @@ class _Turn:
             step = await self._finished.get()
             if self._under_way.pop(self._asked[step.seq].key, None) is not None:
                 self._done[step.seq] = step
-                await self._plainly(self._go_on, step)
+                await plainly(self._go_on, step)
         return self._decision()
 
     def broken(self, error: BaseException) -> WorkflowDecision:
@@ -310,25 +241,7 @@ class _Turn:
         """Give up what is still under way, and unwind."""
         for body in self._under_way.values():
             body.cancel()
-        asyncio.get_running_loop().call_soon(self._machine.drop, context=contextvars.Context())
-
-    def _plainly(self, work: Callable[..., R], *arguments: Any) -> asyncio.Future[R]:
-        """Run workflow code: from a plain callback, never inside a task."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[R] = loop.create_future()
-
-        def call() -> None:
-            if done.done():
-                return
-            try:
-                done.set_result(work(*arguments))
-            except (KeyboardInterrupt, GeneratorExit):
-                raise
-            except BaseException as error:
-                done.set_exception(error)
-
-        loop.call_soon(call, context=contextvars.Context())
-        return done
+        drop_soon(self._machine)
 
     # ------------------------------------------------------------------ history
 
@@ -425,9 +338,7 @@ class _Turn:
         self._at = max(self._at, at)
         for item in self._machine.deliver(msgspec.structs.replace(entry, at=self._at)):
             self._heed(item)
-        if not self._machine.ordered:
-            for race in self._machine.races():
-                raise _race(race)
+        self._machine.check_races()
 
     def _heed(self, item: Command | Note) -> None:
         if isinstance(item, Command):
@@ -464,45 +375,31 @@ class _Turn:
         events: list[StepEvent] = []
         policy = command.options.retry
         for attempt in itertools.count(1):
-            try:
-                output = await self._attempt(command, attempt, events)
-            except asyncio.CancelledError:
-                if self._under_way.get(command.key) is not asyncio.current_task() or _cancelling():
-                    raise
-                error = ErrorData(message="The step cancelled itself.", code="step_cancelled")
-            except PayloadError as refused:
-                error = msgspec.structs.replace(describe(refused), retryable=False)
-            except (KeyboardInterrupt, GeneratorExit):
-                raise
-            except BaseException as failure:
-                error = describe(failure)
-            else:
-                self._tell(command, began, events, Raw(output), None)
+            came = await run_attempt(
+                command, self._scope(command, attempt, events), self._bodies, self._on_step, self._given_up(command)
+            )
+            if isinstance(came, bytes):
+                self._tell(command, began, events, Raw(came), None)
                 return
+            error = came
             if policy.gives_up(attempt, retryable=error.retryable, names=(error.code, error.type)):
                 self._tell(command, began, events, UNSET, error)
                 return
             await asyncio.sleep(policy.delay(attempt, 0.0, retry_after=error.retry_after))
 
-    async def _attempt(self, command: RunStep, attempt: int, events: list[StepEvent]) -> bytes:
+    def _given_up(self, command: RunStep) -> Callable[[], bool]:
+        """Whether the workflow waits for it no more."""
+        task = asyncio.current_task()
+        return lambda: self._under_way.get(command.key) is not task
+
+    def _scope(self, command: RunStep, attempt: int, events: list[StepEvent]) -> StepScope:
         run_id = self._task.run_id
 
         def write(level: str, message: str, fields: dict[str, Any], progress: bool) -> None:
             at = self._now()
             events.append(StepEvent(at=at, level=level, message=message, data=fields or None))  # type: ignore[arg-type]
 
-        scope = StepScope(run_id, step_id(run_id, command.ordinal), command.key, command.name, attempt, write)
-        enter_step(scope, self._on_step)
-        limit = asyncio.timeout(command.options.timeout)
-        try:
-            async with limit:
-                result = await self._bodies.call(command.body, command.args)
-        except TimeoutError:
-            if limit.expired():
-                raise StepTimeout(f"The step took longer than its timeout of {command.options.timeout} s.") from None
-            raise
-        output, _ = through(result, command.returns, what=f"the result of step {command.key!r}")
-        return output
+        return StepScope(run_id, step_id(run_id, command.ordinal), command.key, command.name, attempt, write)
 
     def _tell(
         self, command: RunStep, began: int, events: list[StepEvent], output: Any, error: ErrorData | None
@@ -591,11 +488,6 @@ class _Turn:
         return max(0, -(-left // 1_000))
 
 
-def _cancelling() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 def _bytes(output: Any) -> bytes:
     return bytes(output) if isinstance(output, Raw) else b"null"
 
@@ -611,19 +503,8 @@ def _mismatch(item: HistoryItem, asked: str) -> NonDeterminism:
     )
 
 
-def _race_in(callback: Any) -> Iterator[str]:
-    """asyncio.wait and as_completed leave a callback with every future they wait for."""
-    name = getattr(callback, "__qualname__", "")
-    if name.startswith(("as_completed.", "_AsCompletedIterator.")):
-        yield "asyncio.as_completed"
-    elif name == "_wait.<locals>._on_completion":
-        held = dict(zip(callback.__code__.co_freevars, callback.__closure__, strict=True))
-        if "return_when" in held and held["return_when"].cell_contents == asyncio.FIRST_COMPLETED:
-            yield "asyncio.wait(return_when=FIRST_COMPLETED)"
-
-
-def _race(what: str) -> DeterminismError:
-    return DeterminismError(
-        f"{what} is a race, and this engine does not say in which order things happened: a replay could have another winner. "
-        "Wait for one thing after the other, or for all of them."
+def _not_here(method: str) -> DefinitionError:
+    return DefinitionError(
+        f"ctx.{method} is not offered to workflows that a worker hosts over a queue: their wire has no word for it. Let the "
+        "engine's own code run this workflow, or use signals."
     )

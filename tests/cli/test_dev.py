@@ -101,12 +101,12 @@ def wait(process: Popen[str], seconds: float) -> None:
 
 
 def test_without_an_app_it_only_looks(tmp_path: Path) -> None:
-    """Without an argument nothing is executed; what other engines do is shown."""
+    """Without an argument no workflow is executed; what other engines do is shown."""
     url = f"sqlite:///{tmp_path}/dev.db"
     with dev(cwd=tmp_path, url=url) as looking:
         assert looking.stdout
         assert url in looking.stdout.readline()
-        assert "Nothing is executed here" in looking.stdout.readline()
+        assert "No app is given" in looking.stdout.readline()
         with dev(str(HERE / "small_app.py"), "--json", cwd=tmp_path, url=url):
             run_id = start(url, "hello", "bob")
             line = next(line for line in looking.stdout if "run completed" in line)

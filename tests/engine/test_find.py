@@ -15,10 +15,12 @@ from durable.store.records import (
     DEFAULT_WORKSPACE,
     Commit,
     CommitStatus,
+    Lane,
     Message,
     NewRun,
     Parent,
     PutMessage,
+    Rule,
     RunRecord,
     SetAttributes,
 )
@@ -164,6 +166,7 @@ async def test_B52_no_field_of_a_record_is_silently_dropped(world: World) -> Non
         parent=Parent("p", "pk", 4),
         owner="me",
         entries=(first,),
+        meta=b'{"app":"shop"}',
         **filled,  # type: ignore[arg-type]
     )
     assert set(NewRun.__struct_fields__) == {
@@ -181,9 +184,11 @@ async def test_B52_no_field_of_a_record_is_silently_dropped(world: World) -> Non
         "owner",
         "entries",
         "wake_at",
+        "lane",
+        "meta",
     }, "a new field: add it here, so that no store forgets it"
     await store.start([new])
-    await store.start([NewRun("other", "w", "v", b"null")])
+    await store.start([NewRun("other", "w", "v", b"null", lane=Lane("customer 7", (Rule("slots", 1),)))])
     second = Entry(2, 6, "step", "completed", "k2", 1, "n2", 1, "f2", b'"x"', 1, 2, 3)
     message = Message("other", "m", "result", "completed", b"2", "mk", 9, 3, DEFAULT_WORKSPACE)
     commit = Commit(
@@ -225,11 +230,16 @@ async def test_B52_no_field_of_a_record_is_silently_dropped(world: World) -> Non
         "commit_id": "c1",
         "recovery_attempts": 0,
         "finished_at": None,
+        "lane": None,
+        "meta": b'{"app":"shop"}',
     }
     stamps = {"created_at", "started_at", "updated_at"}
     assert set(RunRecord.__struct_fields__) == set(expected) | stamps
     assert {name: getattr(record, name) for name in expected} == expected
     assert all(getattr(record, name) for name in stamps)
+    [other] = await store.get(["other"])
+    assert other is not None
+    assert other.lane == "customer 7"
     assert await store.page("full", 0, 10) == [first, second]
     rows = (await store.inbox([("other", 0)]))[0]
     assert [row.message for row in rows] == [message]

@@ -17,6 +17,8 @@ FLOORS = {
     "durable.control_plane.interface": 2,
     **dict.fromkeys(["durable.runners", "durable.client", "durable.telemetry"], 3),
     **dict.fromkeys(["durable.engine", "durable.worker"], 4),
+    "durable.runners.passes": 4,  # an app's own end: it runs code, as a worker does
+    **dict.fromkeys(["durable.runners.runner", "durable.runners.serving", "durable.runners.connecting"], 7),
     **dict.fromkeys(["durable.store", "durable.transports", "durable.control_plane"], 5),
     "durable.testing": 6,
     **dict.fromkeys(["durable.testing.harness", "durable.testing.pytest_plugin"], 7),  # they test whole apps

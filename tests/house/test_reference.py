@@ -40,6 +40,7 @@ SHARED = [
 """What several transports have, or the broker's own word for it, in the order in which all of them have it."""
 UNITS = {"s": 1, "MiB": 1 << 20}
 OPERATE = (ROOT / "docs" / "operate.md").read_text()
+SERVICE = (ROOT / "docs" / "service.md").read_text()
 ERRORS = (ROOT / "docs" / "errors.md").read_text()
 CODES: dict[str, str] = json.loads((ROOT / "protocol" / "errors.json").read_text())
 LITERAL = re.compile(r'\bcode="([a-z_]+)"')
@@ -106,10 +107,12 @@ def test_transports_have_what_they_share_in_one_order(kind: str) -> None:
 
 
 def test_every_environment_variable_is_in_the_table() -> None:
-    """The operator's table has every DURABLE_ variable that the code, dev.py and the tests read, and no other."""
+    """The operator's table and that of the service's settings have every DURABLE_ variable that the code, dev.py and the
+    tests read, and no other."""
     files = [*modules("durable").values(), *modules("tests").values(), ROOT / "dev.py"]
     read = {name for path in files for name in re.findall(r'"(DURABLE_[A-Z_]+)"', path.read_text())}
-    assert set(rows(OPERATE, "environment variable")) == read
+    settings = set(re.findall(r"\| `(DURABLE_[A-Z_]+)` \|", SERVICE))
+    assert set(rows(OPERATE, "environment variable")) | settings == read
 
 
 def test_durability_sentences_are_the_stores() -> None:

@@ -50,7 +50,8 @@ class MemoryBuilder(Clocked):
         return store
 
     async def plant_slots(self, run_id: str, epoch: int, slots: list[tuple[str, int]]) -> None:
-        self.first._tables.slots.setdefault(run_id, []).extend(slots)
+        for key, number in slots:
+            self.first._hold(run_id, key, number)
 
     async def slots(self, run_id: str) -> list[tuple[str, int]]:
         return sorted(self.first._tables.slots.get(run_id, []))

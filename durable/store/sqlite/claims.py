@@ -11,9 +11,10 @@ from typing import Any
 from msgspec import Struct
 
 from durable.store.records import Beat, Claim, ClaimedRun, ClaimRequest, Route, RunRecord
-from durable.store.sqlite import runs
+from durable.store.sqlite import lanes, runs
 from durable.store.sqlite.connection import atomic
-from durable.store.sqlite.schema import DUE
+from durable.store.sqlite.lanes import Candidate, Due
+from durable.store.sqlite.schema import DUE, LANED_LATER, LANED_READY, of
 from durable.store.sqlite.statements import execute_values, fetch_packed, listed
 
 _NOTHING = Claim([], None)
@@ -58,7 +59,16 @@ def release(cx: sqlite3.Connection, held: Sequence[tuple[str, int]], now: int) -
     if not held:
         return 0
     with atomic(cx):
+        execute_values(cx, _free_text, list(held))
         return execute_values(cx, _release_text, list(held), now, now)
+
+
+def _free_text(values: str) -> str:
+    return f"""
+        WITH v(id, epoch) AS ({values})
+        DELETE FROM slots WHERE run_id IN (
+          SELECT r.id FROM v JOIN runs r ON r.id = v.id AND r.epoch = v.epoch AND r.owner IS NOT NULL
+          WHERE r.lane IS NOT NULL)"""
 
 
 def _release_text(values: str) -> str:
@@ -85,15 +95,16 @@ def claim(
         if request.blocked:
             return Taken(_claim_blocked(cx, request, routes, now), dead)
         orphans = _orphans(cx, gone, routes, request.limit)
-        due, next_due_at = _due(cx, request, routes, now)
-        candidates = sorted(orphans + due)
-        if len(candidates) > request.limit:
-            next_due_at = now
-        chosen = candidates[: request.limit]
-        crashed = {number for _, _, number, crash in chosen if crash}
-        taken = _take(cx, [number for _, _, number, _ in chosen], request.incarnation, now)
-        claimed = [ClaimedRun(taken[number], number in crashed) for _, _, number, _ in chosen]
-        return Taken(Claim(claimed, next_due_at), dead)
+        due = _due(cx, request, routes, now)
+        if due.laned or any(orphan.lane is not None for orphan in orphans):
+            picked = lanes.pick(cx, orphans, due, routes, request.limit, now)
+        else:
+            candidates = sorted([*orphans, *due.free])
+            more = len(candidates) > request.limit
+            picked = lanes.Picked(candidates[: request.limit], now if more else due.next_at)
+        taken = _take(cx, [one.number for one in picked.runs], request.incarnation, now)
+        claimed = [ClaimedRun(taken[one.number], one.crashed) for one in picked.runs]
+        return Taken(Claim(claimed, picked.next_at), dead)
 
 
 def _gone_owners(
@@ -135,6 +146,11 @@ def _bury(cx: sqlite3.Connection, gone: Sequence[str], routes: str, now: int) ->
         names = listed(leaving)
         cx.execute("UPDATE engines SET dead = 1 WHERE incarnation IN (SELECT value FROM json_each(?))", (names,))
         cx.execute(
+            f"DELETE FROM slots WHERE run_id IN (SELECT id FROM runs WHERE owner IN (SELECT value FROM json_each(?))"
+            f" AND {_ROUTES} AND NOT ({_UNPARKED}))",
+            (names, routes),
+        )
+        cx.execute(
             f"UPDATE runs SET owner = NULL, epoch = epoch + 1, updated_at = ? WHERE owner IN"
             f" (SELECT value FROM json_each(?)) AND {_ROUTES} AND NOT ({_UNPARKED})",
             (now, names, routes),
@@ -142,62 +158,75 @@ def _bury(cx: sqlite3.Connection, gone: Sequence[str], routes: str, now: int) ->
     return leaving
 
 
-_Candidate = tuple[int, int, int, bool]
-"""(minus priority, wake_at, number, crashed): sorted, the order of claiming."""
-
-
-def _orphans(cx: sqlite3.Connection, gone: Sequence[str], routes: str, limit: int) -> list[_Candidate]:
+def _orphans(cx: sqlite3.Connection, gone: Sequence[str], routes: str, limit: int) -> list[Candidate]:
     if not gone:
         return []
     rows = fetch_packed(
         cx,
-        f"(SELECT number, priority, wake_at, activity FROM runs WHERE owner IN (SELECT value FROM json_each(?))"
-        f" AND {_ROUTES} AND {_UNPARKED} ORDER BY priority DESC, wake_at LIMIT ?)",
+        f"(SELECT number, id, priority, wake_at, activity, workspace, workflow, lane FROM runs"
+        f" WHERE owner IN (SELECT value FROM json_each(?)) AND {_ROUTES} AND {_UNPARKED}"
+        " ORDER BY priority DESC, wake_at LIMIT ?)",
         [listed(gone), routes, limit + 1],
-        "number, priority, wake_at, activity",
+        "priority, wake_at, number, id, activity, workspace, workflow, lane",
     )
-    return [(-priority, wake_at or 0, number, activity == "executing") for number, priority, wake_at, activity in rows]
+    return [
+        Candidate(
+            -priority,
+            wake_at or 0,
+            number,
+            run_id,
+            crashed=activity == "executing",
+            lane=None if lane is None else (workspace, workflow, lane),
+        )
+        for priority, wake_at, number, run_id, activity, workspace, workflow, lane in rows
+    ]
 
 
-def _due(cx: sqlite3.Connection, request: ClaimRequest, routes: str, now: int) -> tuple[list[_Candidate], int | None]:
-    """The best due runs of each lane (route and priority), and when the next falls due. Each lane is one seek in the
-    due index, so neither a long backlog nor many sleepers are ever walked through."""
+def _due(cx: sqlite3.Connection, request: ClaimRequest, routes: str, now: int) -> Due:
+    """The best due runs of each route and priority, when the next falls due, and whether any queue in lanes. Each route and
+    priority is one seek in the due index, so neither a long backlog nor many sleepers are ever walked through."""
     if not request.routes:
-        return [], None
-    lane = (
-        "x.workspace = lanes.workspace AND x.workflow = lanes.workflow AND x.version = lanes.version"
-        f" AND x.{DUE.replace(' AND ', ' AND x.')}"
-    )
+        return Due([], None, False)
+    route = "x.workspace = routes.workspace AND x.workflow = routes.workflow AND x.version = routes.version"
+    rung = f"{route.replace('routes.', 'rungs.')} AND {of('x', DUE)}"
     text = f"""
         WITH RECURSIVE
         routes AS (
           SELECT DISTINCT json_extract(value, '$[0]') AS workspace, json_extract(value, '$[1]') AS workflow,
             json_extract(value, '$[2]') AS version
           FROM json_each(:routes)),
-        lanes(workspace, workflow, version, priority) AS (
+        rungs(workspace, workflow, version, priority) AS (
           SELECT workspace, workflow, version, (
-            SELECT max(x.priority) FROM runs x WHERE {lane.replace("lanes.", "routes.")})
+            SELECT max(x.priority) FROM runs x WHERE {route} AND {of("x", DUE)})
           FROM routes
           UNION ALL
           SELECT workspace, workflow, version, (
-            SELECT max(x.priority) FROM runs x WHERE {lane} AND x.priority < lanes.priority)
-          FROM lanes WHERE priority IS NOT NULL)
+            SELECT max(x.priority) FROM runs x WHERE {rung} AND x.priority < rungs.priority)
+          FROM rungs WHERE priority IS NOT NULL)
         SELECT
           (SELECT json_group_array(json_array(-priority, wake_at, number)) FROM (
              SELECT r.priority, r.wake_at, r.number
-             FROM lanes JOIN runs r ON r.number IN (
+             FROM rungs JOIN runs r ON r.number IN (
                SELECT x.number FROM runs x
-               WHERE {lane} AND x.priority = lanes.priority AND x.wake_at <= :now
+               WHERE {rung} AND x.priority = rungs.priority AND x.wake_at <= :now
                ORDER BY x.wake_at LIMIT :most)
              ORDER BY r.priority DESC, r.wake_at LIMIT :most)),
           (SELECT min((
              SELECT min(x.wake_at) FROM runs x
-             WHERE {lane} AND x.priority = lanes.priority AND x.wake_at > :now)) FROM lanes)"""
-    found, next_due_at = cx.execute(text, {"routes": routes, "now": now, "most": request.limit + 1}).fetchone()
-    return [(priority, wake_at, number, False) for priority, wake_at, number in json.loads(found)], next_due_at
+             WHERE {rung} AND x.priority = rungs.priority AND x.wake_at > :now)) FROM rungs),
+          EXISTS (SELECT 1 FROM runs INDEXED BY runs_ready WHERE {LANED_READY})
+            OR EXISTS (SELECT 1 FROM runs INDEXED BY runs_laned WHERE {LANED_LATER})"""
+    parameters = {"routes": routes, "now": now, "most": request.limit + 1}
+    found, next_at, any_laned = cx.execute(text, parameters).fetchone()
+    free = [Candidate(priority, wake_at, number) for priority, wake_at, number in json.loads(found)]
+    if not any_laned:
+        return Due(free, next_at, False)
+    laned, laned_at = lanes.probe(cx, routes, now)
+    return Due(free, min((at for at in (next_at, laned_at) if at is not None), default=None), laned)
 
 
 def _claim_blocked(cx: sqlite3.Connection, request: ClaimRequest, routes: str, now: int) -> Claim:
+    lanes.queue_blocked(cx, routes, now)
     rows = fetch_packed(
         cx,
         f"(SELECT number, id FROM runs WHERE activity = 'blocked' AND status = 'active' AND owner IS NULL AND id > ?"

@@ -17,15 +17,18 @@ from durable.store.records import (
     Commit,
     CommitOutcome,
     CommitStatus,
+    DropItem,
+    Effect,
     FreeSlots,
     NewRun,
     OpenWaiter,
+    PutItem,
     PutMessage,
     RunRecord,
     SetAttributes,
     StartRun,
 )
-from durable.store.sqlite import inbox, journal, runs
+from durable.store.sqlite import inbox, items, journal, marks, runs
 from durable.store.sqlite.connection import atomic, is_culprit, translate
 from durable.store.sqlite.statements import Row, execute_values, fetch_packed, fetch_value, listed
 
@@ -217,8 +220,8 @@ def _effects(cx: sqlite3.Connection, batch: Sequence[Commit], now: int) -> dict[
     for run_id, effect in each:
         if isinstance(effect, SetAttributes):
             _set_attributes(cx, run_id, effect)
-        elif isinstance(effect, FreeSlots):
-            _free_slots(cx, run_id, effect)
+    _free_slots(cx, [(run_id, effect) for run_id, effect in each if isinstance(effect, FreeSlots)])
+    _change_items(cx, each, now)
     return {run_id: tuple(owners) for run_id, owners in wake.items()}
 
 
@@ -250,7 +253,7 @@ def _change_waiters(cx: sqlite3.Connection, batch: Sequence[Commit]) -> None:
             if isinstance(effect, (OpenWaiter, CloseWaiter)):
                 last_word[one.run_id, effect.id] = effect
     rows = [
-        (run_id, waiter_id, effect.event, effect.match, effect.expires_at)
+        (run_id, waiter_id, effect.event, effect.match, effect.expires_at, effect.probe)
         for (run_id, waiter_id), effect in last_word.items()
         if isinstance(effect, OpenWaiter)
     ]
@@ -263,10 +266,11 @@ def _change_waiters(cx: sqlite3.Connection, batch: Sequence[Commit]) -> None:
 
 def _open_text(values: str) -> str:
     return f"""
-        INSERT INTO event_waiters (run_id, id, event, match, expires_at)
-        SELECT * FROM ({values}) WHERE column1 IS NOT NULL
-        ON CONFLICT (run_id, id) DO UPDATE
-        SET event = excluded.event, match = excluded.match, expires_at = excluded.expires_at"""
+        WITH v(run_id, id, event, match, expires_at, probe) AS ({values})
+        INSERT INTO event_waiters (run_id, id, event, match, expires_at, probe, workspace)
+        SELECT v.*, r.workspace FROM v JOIN runs r ON r.id = v.run_id WHERE true
+        ON CONFLICT (run_id, id) DO UPDATE SET
+          event = excluded.event, match = excluded.match, expires_at = excluded.expires_at, probe = excluded.probe"""
 
 
 def _close_text(values: str) -> str:
@@ -274,20 +278,38 @@ def _close_text(values: str) -> str:
 
 
 def _set_attributes(cx: sqlite3.Connection, run_id: str, effect: SetAttributes) -> None:
-    known = fetch_value(cx, "SELECT attributes FROM runs WHERE id = ?", [run_id])
-    merged = {**(json.loads(known) if known else {}), **effect.attributes}
+    attributes, tags = cx.execute("SELECT attributes, tags FROM runs WHERE id = ?", [run_id]).fetchone()
+    merged = {**(json.loads(attributes) if attributes else {}), **effect.attributes}
     kept = {name: value for name, value in merged.items() if value is not None}
-    cx.execute("UPDATE runs SET attributes = ? WHERE id = ?", (runs.attributes_text(kept), run_id))
-    if effect.tags is not None:
-        cx.execute("UPDATE runs SET tags = ? WHERE id = ?", (runs.tags_text(effect.tags), run_id))
-
-
-def _free_slots(cx: sqlite3.Connection, run_id: str, effect: FreeSlots) -> None:
-    keys = None if effect.keys is None else listed(effect.keys)
+    kept_tags = (json.loads(tags) if tags else ()) if effect.tags is None else effect.tags
     cx.execute(
-        "DELETE FROM slots WHERE run_id = :run AND (:keys IS NULL OR key IN (SELECT value FROM json_each(:keys)))",
-        {"run": run_id, "keys": keys},
+        "UPDATE runs SET attributes = ?, tags = ? WHERE id = ?",
+        (runs.attributes_text(kept), runs.tags_text(kept_tags), run_id),
     )
+    marks.replace(cx, run_id, kept, kept_tags)
+
+
+def _free_slots(cx: sqlite3.Connection, effects: Sequence[tuple[str, FreeSlots]]) -> None:
+    everything = [run_id for run_id, effect in effects if effect.keys is None]
+    if everything:
+        cx.execute("DELETE FROM slots WHERE run_id IN (SELECT value FROM json_each(?))", [listed(everything)])
+    some = [(run_id, key) for run_id, effect in effects for key in effect.keys or ()]
+    if some:
+        execute_values(cx, _free_text, some)
+
+
+def _free_text(values: str) -> str:
+    return f"DELETE FROM slots WHERE (run_id, key) IN ({values})"
+
+
+def _change_items(cx: sqlite3.Connection, effects: Sequence[tuple[str, Effect]], now: int) -> None:
+    last_word: dict[tuple[str, str, str], PutItem | DropItem] = {
+        (effect.kind, effect.id, run_id): effect
+        for run_id, effect in effects
+        if isinstance(effect, (PutItem, DropItem))
+    }
+    if last_word:
+        items.apply(cx, last_word, now)
 
 
 # ------------------------------------------------------------------ reopening
@@ -303,13 +325,14 @@ def requeue(
               status = 'active', activity = :activity, epoch = epoch + 1, seq = seq + 1, commit_id = :commit, owner = NULL,
               recovery_attempts = 0, output = NULL, error = NULL, finished_at = NULL, wake_at = :now, updated_at = :now
             WHERE id = :run AND commit_id IS NOT :commit
-              AND (status IN ('dead', 'failed') OR (status = 'active' AND activity = 'blocked'))""",
+              AND (status IN ('dead', 'failed') OR (status = 'active' AND activity IN ('blocked', 'paused')))""",
             {"run": run_id, "commit": commit_id, "activity": activity, "now": now},
         ).rowcount
         run = runs.get(cx, [run_id])[0]
         if run is None or run.commit_id != commit_id:
             return None
         if changed:
+            cx.execute("DELETE FROM slots WHERE run_id = ?", [run_id])
             row = journal.rows_of(run_id, [entry])[0]
             journal.insert(cx, [(run_id, run.seq, *row[2:])])
         return run

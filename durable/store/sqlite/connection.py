@@ -27,6 +27,11 @@ OLDEST_SQLITE = (3, 35, 0)
 _SYNCHRONOUS = {"off": 0, "normal": 1, "full": 2, "extra": 3}
 
 
+def contains(text: str | None, part: str) -> bool:
+    """In SQL: whether `part`, in small letters already, stands in `text`, small and capital letters alike."""
+    return text is not None and part in text.lower()
+
+
 class Location:
     """Where the file is and how to open it: a path, `sqlite:///relative.db`, `sqlite:////absolute.db`, `:memory:`.
 
@@ -76,6 +81,7 @@ def connect(location: Location, busy_timeout_s: float, allow_weak: bool) -> sqli
             uri=True,
         )
         try:
+            cx.create_function("contains", 2, contains, deterministic=True)
             mode = _ask_for_wal(cx, busy_timeout_s)
             cx.execute(f"PRAGMA synchronous = {location.synchronous}")
             if sys.platform == "darwin":  # pragma: no cover - fsync there does not reach the disk

@@ -37,7 +37,10 @@ WITH RECURSIVE each(workflow) AS (
   FROM each WHERE each.workflow IS NOT NULL)
 SELECT workflow FROM each WHERE workflow IS NOT NULL"""
 
-_HANGING = ("journal", "inbox", "event_waiters", "slots", "big_inputs", "schedule_fires")
+_HANGING = ("journal", "inbox", "event_waiters", "slots", "big_inputs", "schedule_fires", "gates")
+
+EVENTS_AT_LEAST = 1_000
+"""Events that one call may delete, however few runs."""
 
 
 def prune(cx: sqlite3.Connection, request: PruneRequest, now: int) -> int:
@@ -45,10 +48,32 @@ def prune(cx: sqlite3.Connection, request: PruneRequest, now: int) -> int:
         going = _going(cx, request, now)
         if going:
             ids = [listed(going)]
+            cx.execute(
+                "DELETE FROM run_marks WHERE number IN"
+                " (SELECT number FROM runs WHERE id IN (SELECT value FROM json_each(?)))",
+                ids,
+            )
             for table in _HANGING:
                 cx.execute(f"DELETE FROM {table} WHERE run_id IN (SELECT value FROM json_each(?))", ids)
             cx.execute("DELETE FROM runs WHERE id IN (SELECT value FROM json_each(?))", ids)
+        _sweep(cx, request, now)
         return len(going)
+
+
+def _sweep(cx: sqlite3.Connection, request: PruneRequest, now: int) -> None:
+    """What says nothing any more, whoever asks; and old events, where no single workflow is meant."""
+    cx.execute("DELETE FROM items WHERE expires_at <= ?", [now])
+    cx.execute("DELETE FROM ticks WHERE until <= ?", [now])
+    cx.execute(
+        "DELETE FROM lanes WHERE NOT EXISTS (SELECT 1 FROM runs r WHERE r.workspace = lanes.workspace"
+        " AND r.workflow = lanes.workflow AND r.lane = lanes.key AND r.lane IS NOT NULL)"
+    )
+    if request.workflow is None and request.older_than_us is not None:
+        cx.execute(
+            "DELETE FROM events WHERE number IN (SELECT number FROM events"
+            " WHERE workspace = ? AND received_at < ? AND settled LIMIT ?)",
+            [request.workspace, now - request.older_than_us, max(request.limit, EVENTS_AT_LEAST)],
+        )
 
 
 def _going(cx: sqlite3.Connection, request: PruneRequest, now: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Run rows: starting, reading, finding."""
+"""Run rows: starting and reading."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from durable.protocol.states import Activity, Status
-from durable.store.records import (
-    NewRun,
-    Parent,
-    RunPage,
-    RunQuery,
-    RunRecord,
-    StartOutcome,
-    StartStatus,
-)
-from durable.store.sqlite import journal
+from durable.store.interface import AGEING_US
+from durable.store.records import NewRun, Parent, RunRecord, StartOutcome, StartStatus
+from durable.store.sqlite import journal, lanes, marks
 from durable.store.sqlite.connection import atomic
 from durable.store.sqlite.statements import Row, execute_values, fetch_packed, listed
 
@@ -26,14 +19,16 @@ INLINE_INPUT_MAX = 2_000
 
 _NEW = (
     "id, workspace, workflow, version, input_hash, idempotency_key, priority, tags, attributes, parent_run_id,"
-    " parent_key, parent_ordinal, owner, epoch, seq, activity, wake_at, created_at, started_at, updated_at, input"
+    " parent_key, parent_ordinal, owner, epoch, seq, activity, wake_at, created_at, started_at, updated_at, meta, lane,"
+    " standing, ready, input"
 )
 _PLAIN = (
     "number, id, workspace, workflow, version, status, activity, priority, tags, attributes, parent_run_id, parent_key,"
     " parent_ordinal, idempotency_key, input_hash, wake_at, inbox_last, inbox_read, owner, epoch, seq, commit_id,"
-    " recovery_attempts, created_at, started_at, finished_at, updated_at"
+    " recovery_attempts, created_at, started_at, finished_at, updated_at, lane, meta"
 )
-_BLOBS = ["coalesce(input, (SELECT b.input FROM big_inputs b WHERE b.run_id = runs.id))", "output", "error"]
+INPUT = "coalesce(runs.input, (SELECT b.input FROM big_inputs b WHERE b.run_id = runs.id))"
+_BLOBS = [INPUT, "output", "error"]
 
 _STATUS = {str(status): status for status in Status}
 _ACTIVITY = {str(activity): activity for activity in Activity}
@@ -45,34 +40,46 @@ def start(cx: sqlite3.Connection, runs: Sequence[NewRun], now: int) -> list[Star
         return []
     try:
         with atomic(cx):
-            _insert(cx, runs, now)
+            insert(cx, runs, now)
             return [StartOutcome(StartStatus.STARTED, run.id) for run in runs]
-    except _SomeExist:
+    except SomeExist:
         pass
     with atomic(cx):
         outcomes = _known(cx, runs)
         fresh = [run for run, outcome in zip(runs, outcomes, strict=True) if outcome.status is StartStatus.STARTED]
         if fresh:
-            _insert(cx, fresh, now)
+            insert(cx, fresh, now)
         return outcomes
 
 
-class _SomeExist(Exception):
-    pass
+class SomeExist(Exception):
+    """The id or the key of one of them is known."""
 
 
-def _insert(cx: sqlite3.Connection, runs: Sequence[NewRun], now: int) -> None:
+def insert(cx: sqlite3.Connection, runs: Sequence[NewRun], now: int) -> None:
+    """All of them, or SomeExist: roll back then."""
     inserted = execute_values(cx, _insert_text, [_row(run, now) for run in runs])
     if inserted != len(runs):
-        raise _SomeExist
-    big = [(run.id, run.input) for run in runs if len(run.input) > INLINE_INPUT_MAX]
-    if big:
-        execute_values(cx, _insert_big_text, big)
+        raise SomeExist
+    insert_big(cx, [(run.id, run.input) for run in runs if len(run.input) > INLINE_INPUT_MAX])
     journal.insert(cx, [row for run in runs if run.entries for row in journal.rows_of(run.id, run.entries)])
+    marks.add(cx, [row for run in runs if run.tags or run.attributes for row in marks.rows_of(run)])
+    lanes.keep(cx, [run for run in runs if run.lane is not None])
 
 
 def _insert_text(values: str) -> str:
     return f"INSERT INTO runs ({_NEW}) SELECT * FROM ({values}) WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING"
+
+
+def inline(data: bytes) -> bytes | None:
+    """What stands in the run's own row of such an input."""
+    return data if len(data) <= INLINE_INPUT_MAX else None
+
+
+def insert_big(cx: sqlite3.Connection, inputs: Sequence[tuple[str, bytes]]) -> None:
+    """(run id, input) of those that have no place in their run's row."""
+    if inputs:
+        execute_values(cx, _insert_big_text, inputs)
 
 
 def _insert_big_text(values: str) -> str:
@@ -84,6 +91,7 @@ def _row(run: NewRun, now: int) -> Row:
     parent = run.parent
     wake_at = None if owned else now if run.wake_at is None else run.wake_at
     later = wake_at is not None and wake_at > now
+    laned = run.lane is not None
     return (
         run.id,
         run.workspace,
@@ -105,7 +113,11 @@ def _row(run: NewRun, now: int) -> Row:
         now,
         now if owned else None,
         now,
-        run.input if len(run.input) <= INLINE_INPUT_MAX else None,
+        run.meta and run.meta.decode(),
+        run.lane and run.lane.key,
+        (now if wake_at is None else wake_at) - run.priority * AGEING_US if laned else None,
+        laned and not later,
+        inline(run.input),
     )
 
 
@@ -165,30 +177,6 @@ def children(cx: sqlite3.Connection, run_id: str) -> list[RunRecord]:
     return records(cx, "parent_run_id = ?", [run_id])
 
 
-def find(cx: sqlite3.Connection, query: RunQuery) -> RunPage:
-    conditions, parameters = ["1"], list[Any]()
-    for condition, value in (
-        ("workspace = ?", query.workspace),
-        ("workflow = ?", query.workflow),
-        ("status = ?", query.status and str(query.status)),
-        ("activity = ?", query.activity and str(query.activity)),
-        ("EXISTS (SELECT 1 FROM json_each(tags) t WHERE t.value = ?)", query.tag),
-        ("idempotency_key = ?", query.idempotency_key),
-        ("parent_run_id = ?", query.parent),
-        ("number < (SELECT c.number FROM runs c WHERE c.id = ?)", query.cursor),
-    ):
-        if value is not None:
-            conditions.append(condition)
-            parameters.append(value)
-    page = f"SELECT number FROM runs WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT ?"
-    found = records(cx, f"number IN ({page})", [*parameters, query.limit + 1])
-    found.reverse()
-    if len(found) <= query.limit:
-        return RunPage(found, None)
-    found.pop()
-    return RunPage(found, found[-1].id if found else query.cursor)
-
-
 def _record(row: list[Any]) -> RunRecord:
     parent = None if row[10] is None else Parent(row[10], row[11], row[12])
     return RunRecord(
@@ -198,9 +186,9 @@ def _record(row: list[Any]) -> RunRecord:
         version=row[4],
         status=_STATUS[row[5]],
         activity=_ACTIVITY[row[6]],
-        input=row[27],
-        output=row[28],
-        error=row[29],
+        input=row[29],
+        output=row[30],
+        error=row[31],
         priority=row[7],
         tags=() if row[8] is None else tuple(json.loads(row[8])),
         attributes={} if row[9] is None else json.loads(row[9]),
@@ -219,6 +207,8 @@ def _record(row: list[Any]) -> RunRecord:
         started_at=row[24],
         finished_at=row[25],
         updated_at=row[26],
+        lane=row[27],
+        meta=None if row[28] is None else row[28].encode(),
     )
 
 

@@ -24,14 +24,117 @@ try:
 except ImportError:  # pragma: no cover - Windows
     fcntl = None  # type: ignore[assignment]
 
-DUE = "owner IS NULL AND status = 'active' AND activity NOT IN ('paused', 'blocked')"
+_WAITS = "owner IS NULL AND status = 'active' AND activity NOT IN ('paused', 'blocked')"
+
+DUE = f"{_WAITS} AND lane IS NULL"
 """Word for word the condition of the due index, or SQLite does not use it."""
+LANED_LATER = f"lane IS NOT NULL AND ready = 0 AND {_WAITS}"
+"""The same for runs with a lane that are not known to be due yet …"""
+LANED_READY = f"lane IS NOT NULL AND ready = 1 AND {_WAITS}"
+"""… and for those that queue in their lane: `ready` is set once such a run is seen to be due, and cleared when it is
+taken. So a claim walks neither a lane's sleepers nor the lanes that have nothing but sleepers."""
 
 _DUE_INDEX = f"CREATE INDEX runs_due ON runs (workspace, workflow, version, priority DESC, wake_at) WHERE {DUE}"
 _FINISHED_INDEX = (
     "CREATE INDEX runs_finished ON runs (workspace, workflow, finished_at, id) WHERE finished_at IS NOT NULL"
 )
 _FIRES_INDEX = "CREATE INDEX schedule_fires_run ON schedule_fires (run_id)"
+_WAITERS_INDEX = "CREATE INDEX event_waiters_event ON event_waiters (workspace, event, probe)"
+
+_RUN_COLUMNS = ("meta TEXT", "lane TEXT", "standing INTEGER", "ready INTEGER NOT NULL DEFAULT 0")
+"""What version 3 has added to runs. `standing` is a laned run's place in its lane, smallest first (lanes.py)."""
+_WAITER_COLUMNS = ("workspace TEXT NOT NULL DEFAULT 'default'", "probe TEXT NOT NULL DEFAULT ''")
+
+
+def of(alias: str, condition: str) -> str:
+    """One of the conditions above, of a table that has this alias."""
+    return f"{alias}." + condition.replace(" AND ", f" AND {alias}.")
+
+
+_SERVICE_TABLES = f"""
+CREATE INDEX runs_laned ON runs (workspace, workflow, version, wake_at) WHERE {LANED_LATER};
+CREATE INDEX runs_ready ON runs (workspace, workflow, version, lane, standing, id) WHERE {LANED_READY};
+CREATE INDEX runs_lane ON runs (workspace, workflow, lane) WHERE lane IS NOT NULL;
+
+CREATE TABLE run_marks (
+  number INTEGER NOT NULL,
+  workspace TEXT NOT NULL,
+  name TEXT NOT NULL,
+  type TEXT NOT NULL,
+  value NOT NULL,
+  PRIMARY KEY (number, name, type, value)
+) WITHOUT ROWID;
+CREATE INDEX run_marks_value ON run_marks (workspace, name, type, value, number);
+
+CREATE TABLE lanes (
+  workspace TEXT NOT NULL,
+  workflow TEXT NOT NULL,
+  key TEXT NOT NULL,
+  rules TEXT NOT NULL,
+  weight REAL NOT NULL,
+  PRIMARY KEY (workspace, workflow, key)
+) WITHOUT ROWID;
+
+CREATE TABLE turns (
+  workspace TEXT NOT NULL,
+  workflow TEXT NOT NULL,
+  lane TEXT NOT NULL,
+  priority INTEGER NOT NULL,
+  start REAL NOT NULL,
+  finish REAL NOT NULL,
+  PRIMARY KEY (workspace, workflow, lane, priority)
+) WITHOUT ROWID;
+
+CREATE TABLE ticks (
+  kind TEXT NOT NULL,
+  key TEXT NOT NULL,
+  at INTEGER NOT NULL,
+  run_id TEXT NOT NULL,
+  until INTEGER NOT NULL,
+  PRIMARY KEY (kind, key, at, run_id)
+) WITHOUT ROWID;
+CREATE INDEX ticks_until ON ticks (until);
+
+CREATE TABLE gates (
+  kind TEXT NOT NULL,
+  key TEXT NOT NULL,
+  run_id TEXT NOT NULL,
+  opened_at INTEGER NOT NULL,
+  members INTEGER NOT NULL,
+  PRIMARY KEY (kind, key)
+) WITHOUT ROWID;
+CREATE INDEX gates_run ON gates (run_id);
+
+CREATE TABLE events (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL UNIQUE,
+  workspace TEXT NOT NULL,
+  name TEXT NOT NULL,
+  received_at INTEGER NOT NULL,
+  settled INTEGER NOT NULL,
+  dedupe_id TEXT,
+  meta TEXT,
+  admissions TEXT,
+  data BLOB
+);
+CREATE UNIQUE INDEX events_dedupe ON events (workspace, dedupe_id) WHERE dedupe_id IS NOT NULL;
+CREATE INDEX events_name ON events (workspace, name, number);
+CREATE INDEX events_received ON events (workspace, received_at);
+CREATE INDEX events_unsettled ON events (number) WHERE NOT settled;
+
+CREATE TABLE items (
+  kind TEXT NOT NULL,
+  workspace TEXT NOT NULL,
+  id TEXT NOT NULL,
+  version INTEGER NOT NULL,
+  due_at INTEGER,
+  expires_at INTEGER,
+  updated_at INTEGER NOT NULL,
+  data BLOB,
+  PRIMARY KEY (kind, workspace, id)
+);
+CREATE INDEX items_due ON items (kind, due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX items_expiry ON items (expires_at) WHERE expires_at IS NOT NULL"""
 
 _TABLES = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -67,6 +170,7 @@ CREATE TABLE runs (
   input BLOB,
   output BLOB,
   error BLOB,
+  {", ".join(_RUN_COLUMNS)},
   CONSTRAINT suspended_run_has_a_wake_time CHECK (
     status <> 'active' OR owner IS NOT NULL OR wake_at IS NOT NULL OR activity IN ('paused', 'blocked'))
 );
@@ -119,9 +223,10 @@ CREATE TABLE event_waiters (
   event TEXT NOT NULL,
   match BLOB,
   expires_at INTEGER,
+  {", ".join(_WAITER_COLUMNS)},
   PRIMARY KEY (run_id, id)
 ) WITHOUT ROWID;
-CREATE INDEX event_waiters_event ON event_waiters (event);
+{_WAITERS_INDEX};
 
 CREATE TABLE slots (
   key TEXT NOT NULL,
@@ -141,12 +246,31 @@ CREATE TABLE schedule_fires (
 {_FIRES_INDEX};
 
 CREATE TABLE engines (incarnation TEXT PRIMARY KEY, expires_at INTEGER NOT NULL, dead INTEGER NOT NULL) WITHOUT ROWID;
+{_SERVICE_TABLES}
 """
 
 
 _MIGRATIONS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    # Engines claim for their workspace alone; finished runs are found to be pruned.
-    (2, ("DROP INDEX IF EXISTS runs_due", _DUE_INDEX, _FINISHED_INDEX, _FIRES_INDEX)),
+    # Engines claim for their workspace alone; finished runs are found to be pruned. (Version 3 makes the due index anew.)
+    (2, ("DROP INDEX IF EXISTS runs_due", _FINISHED_INDEX, _FIRES_INDEX)),
+    # Events, items, lanes; runs are found by their tags and attributes. A program of version 2 that has the file open goes
+    # on, slower, for its due index is gone; of lanes it knows nothing.
+    (
+        3,
+        (
+            *(f"ALTER TABLE runs ADD COLUMN {column}" for column in _RUN_COLUMNS),
+            *(f"ALTER TABLE event_waiters ADD COLUMN {column}" for column in _WAITER_COLUMNS),
+            "DROP INDEX IF EXISTS runs_due",
+            _DUE_INDEX,
+            "DROP INDEX event_waiters_event",
+            _WAITERS_INDEX,
+            *(statement.strip() for statement in _SERVICE_TABLES.split(";")),
+            "INSERT OR IGNORE INTO run_marks SELECT r.number, r.workspace, '', 'tag', t.value"
+            " FROM runs r, json_each(r.tags) t WHERE json_valid(r.tags)",
+            "INSERT OR IGNORE INTO run_marks SELECT r.number, r.workspace, a.key, a.type, a.value"
+            " FROM runs r, json_each(r.attributes) a WHERE json_valid(r.attributes)",
+        ),
+    ),
 )
 """In order: the version that is reached, and the statements that lead to it from the one before. Only additions and indexes,
 so that an older program which has the file open goes on working; where it could not, MIN_ENGINE_VERSION rises too."""
@@ -183,7 +307,7 @@ def prepare(cx: sqlite3.Connection, path: Path | None, accept_restore: bool, clo
 def _create(cx: sqlite3.Connection) -> None:
     for statement in _TABLES.split(";"):
         if statement.strip():
-            cx.execute(statement)
+            cx.execute(statement.strip())
     cx.execute(
         "INSERT INTO meta VALUES ('schema_version', ?), ('min_engine_version', ?), ('store_id', ?), ('generation', '0')",
         (str(SCHEMA_VERSION), str(MIN_ENGINE_VERSION), uuid.uuid4().hex),

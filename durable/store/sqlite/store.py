@@ -13,9 +13,20 @@ from weakref import WeakValueDictionary
 from durable.core.clock import Clock, SystemClock
 from durable.core.errors import StoreError
 from durable.core.journal import Entry
-from durable.store.checks import check_batch, check_message, check_run, commit_storable, refusal
+from durable.store.admission import EventOutcome, EventQuery, EventRecord, LimitState, NewEvent
+from durable.store.checks import (
+    check_batch,
+    check_event,
+    check_events,
+    check_item,
+    check_message,
+    check_run,
+    commit_storable,
+    refusal,
+)
 from durable.store.hints import Listeners
 from durable.store.interface import Capabilities
+from durable.store.items import Fire, FireOutcome, Item, ItemKey, ItemPage, ItemQuery, NewItem, PutOutcome
 from durable.store.records import (
     Beat,
     Claim,
@@ -36,7 +47,19 @@ from durable.store.records import (
     StartOutcome,
     StartStatus,
 )
-from durable.store.sqlite import claims, commits, inbox, journal, retention, runs, schema
+from durable.store.sqlite import (
+    claims,
+    commits,
+    events,
+    inbox,
+    items,
+    journal,
+    lanes,
+    retention,
+    runs,
+    schema,
+    search,
+)
 from durable.store.sqlite.connection import Location, connect, translated
 from durable.store.sqlite.lending import Lender
 from durable.store.sqlite.presence import Presence
@@ -197,7 +220,7 @@ class SqliteStore:
         return await self._reader.call(lambda cx: runs.get(cx, run_ids))
 
     async def find(self, query: RunQuery) -> RunPage:
-        return await self._reader.call(lambda cx: runs.find(cx, query))
+        return await self._reader.call(lambda cx: search.find(cx, query))
 
     # ------------------------------------------------------------------ commits
 
@@ -289,6 +312,60 @@ class SqliteStore:
     async def prune(self, request: PruneRequest) -> int:
         # Alone: whoever shared the transaction would wait for all these deletions.
         return await self._writer.call(lambda cx: retention.prune(cx, request, self._clock.now()), alone=True)
+
+    # ------------------------------------------------------------------ events
+
+    async def publish(self, events_: Sequence[NewEvent]) -> list[EventOutcome]:
+        most = self._capabilities.max_payload
+        for event in events_:
+            check_event(event, most)
+        small = len(events_) == 1 and len(events_[0].data) <= SMALL
+        outcomes = await self._writer.call(lambda cx: events.publish(cx, events_, self._clock.now(), most), small=small)
+        if not all(outcome.duplicate for outcome in outcomes):
+            self._listeners.changed(self)
+        return outcomes
+
+    async def events(self, query: EventQuery) -> list[EventRecord]:
+        check_events(query)
+        return await self._reader.call(lambda cx: events.find(cx, query))
+
+    async def settle_events(self, ids: Sequence[str]) -> None:
+        await self._writer.call(lambda cx: events.settle(cx, ids))
+
+    async def limits(self, workspace: str, workflow: str | None = None) -> list[LimitState]:
+        return await self._reader.call(lambda cx: lanes.limits(cx, workspace, workflow, self._clock.now()))
+
+    # ------------------------------------------------------------------ items
+
+    async def put_items(self, items_: Sequence[NewItem]) -> list[PutOutcome]:
+        for item in items_:
+            check_item(item, self._capabilities.max_payload)
+        outcomes = await self._writer.call(lambda cx: items.put(cx, items_, self._clock.now()), small=len(items_) == 1)
+        if any(outcome.done for outcome in outcomes):
+            self._listeners.changed(self)
+        return outcomes
+
+    async def get_items(self, keys: Sequence[ItemKey]) -> list[Item | None]:
+        return await self._reader.call(lambda cx: items.get(cx, keys, self._clock.now()))
+
+    async def list_items(self, query: ItemQuery) -> ItemPage:
+        return await self._reader.call(lambda cx: items.page(cx, query, self._clock.now()))
+
+    async def delete_items(self, keys: Sequence[ItemKey]) -> int:
+        count = await self._writer.call(lambda cx: items.delete(cx, keys, self._clock.now()))
+        if count:
+            self._listeners.changed(self)
+        return count
+
+    async def fire(self, fires: Sequence[Fire]) -> list[FireOutcome]:
+        for one in fires:
+            check_item(one.item, self._capabilities.max_payload)
+            for occurrence in one.occurrences:
+                check_run(occurrence.run, self._capabilities.max_payload)
+        outcomes = await self._writer.call(lambda cx: items.fire(cx, fires, self._clock.now()))
+        if any(outcome.done for outcome in outcomes):
+            self._listeners.changed(self)
+        return outcomes
 
     # ------------------------------------------------------------------ hints
 

@@ -16,7 +16,9 @@ from msgspec import Struct
 from durable.core.errors import StoreUnavailable
 from durable.core.journal import Entry
 from durable.protocol.states import TERMINAL
+from durable.store.admission import EventOutcome, EventQuery, EventRecord, LimitState, NewEvent
 from durable.store.interface import Capabilities, Store
+from durable.store.items import Fire, FireOutcome, Item, ItemKey, ItemPage, ItemQuery, NewItem, PutOutcome
 from durable.store.records import (
     Beat,
     Claim,
@@ -48,7 +50,7 @@ class Wrote(Struct, frozen=True):
     at: float
     node: str
     what: str
-    """commit, claim, start, send, requeue, release, leave, prune"""
+    """commit, claim, start, send, requeue, release, leave, prune, publish, settle, fire"""
     run_id: str = ""
     epoch: int = 0
     commit_id: str = ""
@@ -60,6 +62,7 @@ class Wrote(Struct, frozen=True):
     last: bool = False
     """The row's own commit_id was this very one before."""
     message_id: str = ""
+    """Or an event's or schedule's id."""
     family: tuple[str, ...] = ()
     """Of a pruned run: its parent and children that were active."""
 
@@ -243,6 +246,10 @@ class Connection:
         else:
             self._loop.post(self.node, back, _answer, reply, answer)
 
+    def _started(self, new: NewRun) -> None:
+        self.server.seqs[new.id] = len(new.entries)
+        self.server.wrote(self.node, "start", run_id=new.id, epoch=1 if new.owner else 0, seq=len(new.entries))
+
     # ------------------------------------------------------------------ runs
 
     async def start(self, runs: Sequence[NewRun]) -> list[StartOutcome]:
@@ -252,9 +259,7 @@ class Connection:
             outcomes = await self.server.base.start(runs)
             for new, outcome in zip(runs, outcomes, strict=True):
                 if outcome.status is StartStatus.STARTED:
-                    self.server.seqs[new.id] = len(new.entries)
-                    epoch = 1 if new.owner else 0
-                    self.server.wrote(self.node, "start", run_id=new.id, epoch=epoch, seq=len(new.entries))
+                    self._started(new)
             self.server.hint(self)
             return outcomes
 
@@ -397,6 +402,90 @@ class Connection:
 
     async def children(self, run_id: str) -> list[RunRecord]:
         return await self._call("children", lambda: self.server.base.children(run_id))
+
+    # ------------------------------------------------------------------ events
+
+    async def publish(self, events: Sequence[NewEvent]) -> list[EventOutcome]:
+        given = list(events)
+
+        async def act() -> list[EventOutcome]:
+            outcomes = await self.server.base.publish(given)
+            for new, outcome in zip(given, outcomes, strict=True):
+                if not outcome.duplicate:
+                    for trigger, admission in zip(new.triggers, outcome.event.admissions, strict=True):
+                        if admission.new:
+                            self._started(trigger.run)
+                self.server.wrote(
+                    self.node, "publish", message_id=new.id, status="duplicate" if outcome.duplicate else "accepted"
+                )
+            self.server.hint(self)
+            return outcomes
+
+        return await self._call("publish", act, effect=True)
+
+    async def events(self, query: EventQuery) -> list[EventRecord]:
+        return await self._call("events", lambda: self.server.base.events(query))
+
+    async def settle_events(self, ids: Sequence[str]) -> None:
+        settled = list(ids)
+
+        async def act() -> None:
+            await self.server.base.settle_events(settled)
+            for event_id in settled:
+                self.server.wrote(self.node, "settle", message_id=event_id)
+
+        return await self._call("settle_events", act, effect=True)
+
+    async def limits(self, workspace: str, workflow: str | None = None) -> list[LimitState]:
+        return await self._call("limits", lambda: self.server.base.limits(workspace, workflow))
+
+    # ------------------------------------------------------------------ items
+
+    async def put_items(self, items: Sequence[NewItem]) -> list[PutOutcome]:
+        given = list(items)
+
+        async def act() -> list[PutOutcome]:
+            outcomes = await self.server.base.put_items(given)
+            self.server.hint(self)
+            return outcomes
+
+        return await self._call("put_items", act, effect=True)
+
+    async def get_items(self, keys: Sequence[ItemKey]) -> list[Item | None]:
+        wanted = list(keys)
+        return await self._call("get_items", lambda: self.server.base.get_items(wanted))
+
+    async def list_items(self, query: ItemQuery) -> ItemPage:
+        return await self._call("list_items", lambda: self.server.base.list_items(query))
+
+    async def delete_items(self, keys: Sequence[ItemKey]) -> int:
+        gone = list(keys)
+
+        async def act() -> int:
+            count = await self.server.base.delete_items(gone)
+            self.server.hint(self)
+            return count
+
+        return await self._call("delete_items", act, effect=True)
+
+    async def fire(self, fires: Sequence[Fire]) -> list[FireOutcome]:
+        given = list(fires)
+
+        async def act() -> list[FireOutcome]:
+            outcomes = await self.server.base.fire(given)
+            for fire, outcome in zip(given, outcomes, strict=True):
+                for occurrence in fire.occurrences:
+                    if occurrence.run.id in outcome.started:
+                        self._started(occurrence.run)
+                self.server.wrote(
+                    self.node, "fire", message_id=fire.schedule_id, status="done" if outcome.done else "late"
+                )
+            self.server.hint(self)
+            return outcomes
+
+        return await self._call("fire", act, effect=True)
+
+    # ------------------------------------------------------------------ retention
 
     async def prune(self, request: PruneRequest) -> int:
         async def act() -> int:

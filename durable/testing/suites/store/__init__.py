@@ -17,13 +17,29 @@ from durable.testing.suites.store.builder import StoreBuilder
 from durable.testing.suites.store.claims import ClaimTests
 from durable.testing.suites.store.commits import CommitTests
 from durable.testing.suites.store.effects import EffectTests
+from durable.testing.suites.store.events import EventTests
 from durable.testing.suites.store.inbox import InboxTests
+from durable.testing.suites.store.items import ItemTests
 from durable.testing.suites.store.journal import JournalTests
+from durable.testing.suites.store.lanes import LaneTests
 from durable.testing.suites.store.retention import RetentionTests
 from durable.testing.suites.store.runs import RunTests
+from durable.testing.suites.store.schedules import ScheduleTests
 
 __all__ = ["StoreBuilder", "StoreSuite"]
 
 
-class StoreSuite(RunTests, CommitTests, EffectTests, ClaimTests, InboxTests, JournalTests, RetentionTests):
+class StoreSuite(
+    RunTests,
+    CommitTests,
+    EffectTests,
+    ClaimTests,
+    LaneTests,
+    InboxTests,
+    JournalTests,
+    RetentionTests,
+    EventTests,
+    ItemTests,
+    ScheduleTests,
+):
     """The whole contract."""

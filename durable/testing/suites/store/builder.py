@@ -106,6 +106,13 @@ async def begin(store: Store, *runs: NewRun) -> None:
     assert [outcome.status for outcome in outcomes] == [StartStatus.STARTED] * len(runs)
 
 
+def later(store: Store, builder: StoreBuilder, seconds: float) -> None:
+    """So much later, with the engines `a` and `b` still alive for a lease."""
+    builder.advance(seconds)
+    for engine in ("a", "b"):
+        store.beat(engine, LEASE)
+
+
 async def read(store: Store, run_id: str = "r") -> RunRecord:
     [run] = await store.get([run_id])
     assert run is not None

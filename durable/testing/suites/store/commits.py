@@ -389,6 +389,20 @@ class CommitTests(Tests):
             assert (run.epoch, run.owner, run.error, run.wake_at) == (2, None, None, builder.now())
         assert sorted(await claimed_ids(store)) == ["held", "r"]
 
+    async def test_requeue_wakes_a_paused_run(self, store: Store, builder: StoreBuilder) -> None:
+        """A paused run, suspended or still held, goes on under a new epoch, and what was in its inbox is still unread."""
+        await begin(store, new(owner="a"), new("held", owner="a"))
+        await store.send([Message("r", "m", "signal")])
+        await done(store, suspend("r", None, activity=Activity.PAUSED))
+        await done(store, commit("held", activity=Activity.PAUSED))
+        for run_id in ("r", "held"):
+            marker = entry(0, kind="run", status="resumed")
+            run = await store.requeue(run_id, commit_id="q", entry=marker, activity=Activity.QUEUED)
+            assert run is not None
+            assert (run.epoch, run.owner, run.activity, run.wake_at) == (2, None, Activity.QUEUED, builder.now())
+        assert (await read(store)).inbox_last == 1
+        assert sorted(await claimed_ids(store)) == ["held", "r"]
+
     async def test_requeue_refuses_everything_else(self, store: Store) -> None:
         """A living, completed, cancelled or unknown run is not reopened."""
         await begin(store, new("living", owner="a"), new("completed", owner="a"), new("cancelled", owner="a"))

@@ -10,11 +10,13 @@ from durable.store.records import (
     AddFire,
     CloseWaiter,
     CommitStatus,
+    DropItem,
     Effect,
     FreeSlots,
     Message,
     OpenWaiter,
     Parent,
+    PutItem,
     PutMessage,
     SetAttributes,
     StartRun,
@@ -39,6 +41,7 @@ class EffectTests(Tests):
     async def test_every_effect_is_tried(self) -> None:
         """The closed list is the one this suite knows; a new effect makes this test fail first."""
         known = {StartRun, PutMessage, OpenWaiter, CloseWaiter, SetAttributes, AddFire, FreeSlots}
+        known |= {PutItem, DropItem}  # items.py
         assert set(get_args(Effect)) == known
 
     async def test_B47_a_child_starts_with_the_commit(self, store: Store, builder: StoreBuilder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from durable.core.clock import SECOND
 from durable.protocol.states import Activity, Status
 from durable.store.interface import Store
+from durable.store.items import ItemQuery, NewItem
 from durable.store.records import (
     AddFire,
     CommitStatus,
@@ -233,6 +234,15 @@ class RetentionTests(Tests):
         assert outcome.status is SendStatus.ACCEPTED
         await done(store, commit("r", commit_id="x", effects=(AddFire("r", 1, new("r-fired")),)))
         assert (await read(store, "r-fired")).status is Status.ACTIVE
+
+    async def test_expired_items_go_with_a_prune(self, store: Store, builder: StoreBuilder) -> None:
+        """They are no runs and are not counted; what has not expired stays."""
+        items = [NewItem("w", "nonce", one, b"", expires_in=n * SECOND) for n, one in ((1, "old"), (9, "young"))]
+        await store.put_items([*items, NewItem("w", "nonce", "always", b"")])
+        builder.advance(5)
+        assert await store.prune(ALL) == 0
+        page = await store.list_items(ItemQuery("nonce"))
+        assert [item.id for item in page.items] == ["always", "young"]
 
     async def test_a_key_lives_as_long_as_its_run(self, store: Store) -> None:
         """After the run has gone, the same key starts anew, with whatever input."""

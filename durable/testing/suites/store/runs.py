@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from durable.core.errors import PayloadTooLarge
+from durable.core.clock import SECOND
+from durable.core.errors import PayloadTooLarge, StoreError
 from durable.core.journal import Entry
 from durable.protocol.states import Activity, Status
 from durable.store.interface import Store
 from durable.store.records import (
     CommitStatus,
+    Lane,
     Parent,
+    Rule,
     RunQuery,
     RunRecord,
     SetAttributes,
@@ -25,6 +29,7 @@ from durable.testing.suites.store.builder import (
     StoreBuilder,
     Tests,
     begin,
+    claim,
     claimed_ids,
     commit,
     done,
@@ -84,6 +89,8 @@ class RunTests(Tests):
             attributes={"text": ODD, "big": 9_007_199_254_740_993, "float": 0.1, "yes": True, "no": False, "zero": 0},
             parent=Parent("p", "child:1", 4),
             wake_at=builder.now() + 5,
+            lane=Lane("customer 7", (Rule("slots", 3), Rule("pace", 2, "throttle", 60)), 2.5),
+            meta=b'{"appName":"shop"}',
         )
         unlike_default = {"owner", "entries"}  # a run that is born claimed has its own test
         for name, default in zip(
@@ -93,7 +100,7 @@ class RunTests(Tests):
         await begin(store, given)
         run = await read(store)
         stored = {name: getattr(run, name) for name in given.__struct_fields__ if hasattr(run, name)}
-        assert stored == {name: getattr(given, name) for name in stored}
+        assert stored == {**{name: getattr(given, name) for name in stored}, "lane": "customer 7"}
         assert len(stored) == len(given.__struct_fields__) - 1, "entries is the only field that is no column"
         assert {name: type(value) for name, value in run.attributes.items()} == {
             name: type(value) for name, value in given.attributes.items()
@@ -108,6 +115,19 @@ class RunTests(Tests):
             assert {k: (type(v), v) for k, v in found.items()} == {k: (type(v), v) for k, v in given.items()}, name
             if name == "at the start":
                 await done(store, commit("r", effects=(SetAttributes(given),)))
+
+    async def test_a_run_may_begin_with_a_copied_prefix(self, store: Store) -> None:
+        """Without an owner but with rows: they are its journal, seq is theirs, it is due at epoch 0, and goes on from there."""
+        rows = tuple(entry(n + 1) for n in range(3))
+        await begin(store, new(entries=rows), new("later", entries=rows[:1], wake_at=1))
+        run = await read(store)
+        assert (run.owner, run.epoch, run.seq, run.activity, run.started_at) == (None, 0, 3, Activity.QUEUED, None)
+        assert await store.page("r", 0, 10) == list(rows)
+        [later, taken] = await claim(store)
+        assert (taken.run.seq, taken.run.epoch, later.run.seq) == (3, 1, 1)
+        assert (await done(store, commit(taken.run))).seq == 4
+        with pytest.raises(StoreError):
+            await store.start([new("gap", entries=(entry(2),))])
 
     async def test_starting_the_same_id_again_makes_nothing(self, store: Store) -> None:
         """A start whose reply was lost can be repeated."""
@@ -235,6 +255,71 @@ class RunTests(Tests):
         ):
             assert [run.id for run in (await store.find(query)).runs] == expected, query
 
+    async def test_find_by_attributes_times_and_sets(self, store: Store, builder: StoreBuilder) -> None:
+        """Attributes by type and value, workflows and statuses by membership, creation between two times; all ANDed."""
+        began = builder.now()
+        for n, value in enumerate((1, 1.0, True, "1", 0, False, "")):
+            await begin(store, new(f"r{n}", attributes={"a": value, "b": n}, workflow=f"w{n % 3}"))
+            builder.advance(1)
+        await begin(store, new("plain", owner="a"))
+        await done(store, commit("plain", status=Status.DEAD))
+        every = ["plain", "r6", "r5", "r4", "r3", "r2", "r1", "r0"]
+        for n, value in enumerate((1, 1.0, True, "1", 0, False, "")):
+            assert await _found(store, attributes={"a": value}) == [f"r{n}"], repr(value)
+        second = began + SECOND
+        for fields, expected in (
+            ({"attributes": {"a": 1, "b": 0}}, ["r0"]),
+            ({"attributes": {"a": 1, "b": 1}}, []),
+            ({"attributes": {"none": 1}}, []),
+            ({"workflows": ("w1", "checkout")}, ["plain", "r4", "r1"]),
+            ({"workflows": ()}, []),
+            ({"workflows": ("w1", "w2"), "workflow": "w2"}, ["r5", "r2"]),
+            ({"statuses": (Status.DEAD, Status.FAILED)}, ["plain"]),
+            ({"statuses": (Status.DEAD, Status.ACTIVE)}, every),
+            ({"statuses": ()}, []),
+            ({"since": second, "until": second + 2 * SECOND}, ["r2", "r1"]),
+            ({"since": second + 1, "until": second + 2 * SECOND + 1}, ["r3", "r2"]),
+            ({"oldest_first": True}, every[::-1]),
+            ({"oldest_first": True, "limit": 2, "workflows": ("w0",)}, ["r0", "r3"]),
+        ):
+            assert await _found(store, **fields) == expected, fields
+
+    async def test_A14_text_is_literal(self, store: Store) -> None:
+        """Id, workflow's name or idempotency key contain it, small and capital letters alike; `%`, `_`, quotes and
+        backslashes match themselves only."""
+        await begin(
+            store, new("Order-7", idempotency_key="a%b"), new("x1", workflow="Send_Mail", idempotency_key="A_B")
+        )
+        await begin(store, new("x2", idempotency_key="a\\'\"b"), new("x3", tags=("order",), input=b'"order"'))
+        for text, expected in (
+            ("ORDER-", ["Order-7"]),
+            ("send_m", ["x1"]),
+            ("sendxm", []),
+            ("%", ["Order-7"]),
+            ("a_", ["x1"]),
+            ("\\", ["x2"]),
+            ("'\"", ["x2"]),
+            ("check", ["x3", "x2", "Order-7"]),
+            ("", ["x3", "x2", "x1", "Order-7"]),
+        ):
+            assert await _found(store, text=text) == expected, text
+
+    async def test_find_pages_oldest_first_too(self, store: Store) -> None:
+        """Following cursors meets every run once, those started meanwhile at the end."""
+        for n in range(7):
+            await begin(store, new(f"r{n}", tags=("odd",) if n % 2 else ()))
+        seen: list[str] = []
+        cursor = None
+        while True:
+            page = await store.find(RunQuery(limit=2, cursor=cursor, oldest_first=True, tag="odd"))
+            seen += [run.id for run in page.runs]
+            cursor = page.cursor
+            if cursor is None:
+                break
+            if len(seen) == 2:
+                await begin(store, new("late", tags=("odd",)))
+        assert seen == ["r1", "r3", "r5", "late"]
+
     async def test_A14_filters_are_literal(self, store: Store) -> None:
         """`%`, `_`, quotes and brackets match themselves only."""
         for n, text in enumerate(("a%", "a_", "ab", 'a"', "a']", "a\\")):
@@ -266,3 +351,7 @@ class RunTests(Tests):
         await begin(store, new("stranger", parent=Parent("q", "c", 0)))
         assert [run.id for run in await store.children("p")] == ["c2", "c1", "c3"]
         assert await store.children("nobody") == []
+
+
+async def _found(store: Store, **fields: Any) -> list[str]:
+    return [run.id for run in (await store.find(RunQuery(**fields))).runs]

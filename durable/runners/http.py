@@ -1,0 +1,55 @@
+"""Functions over HTTP, the engine's end: one operation per round trip (wire section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from durable.core.errors import CallRefused, RunnerGone, RunnerRefused
+from durable.core.functions import Pass, Reply
+from durable.runners import signing
+from durable.runners.outgoing import Answered, Outgoing
+from durable.runners.workspaces import Workspaces
+
+AWAY = frozenset({429, 502, 503, 504})
+"""What a proxy says for an app that is away, or an app that wants to be left alone: it has not done anything."""
+
+
+class HttpLink:
+    """Posts passes to the URL of the app."""
+
+    def __init__(self, outgoing: Outgoing, workspaces: Workspaces) -> None:
+        self._outgoing = outgoing
+        self._workspaces = workspaces
+
+    async def invoke(self, call: Pass, *, timeout: float) -> Reply:
+        workspace = await self._workspaces.get(call.workspace)
+        if workspace is None or not workspace.app_url:
+            raise RunnerGone(f"App {call.app} has no URL yet. Register it with `appUrl`, or sync with `url`.")
+        headers: dict[str, str] = {}
+        key = workspace.signing_key(self._workspaces.now())
+        if key is not None:
+            headers[signing.HEADER] = signing.sign_plain(key.secret, call.body)
+        answer = await post(self._outgoing, workspace.app_url, call.body, headers, timeout)
+        if answer.status != 200:
+            raise refused(answer, call.app)
+        return Reply(200, answer.body)
+
+
+async def post(outgoing: Outgoing, url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> Answered:
+    """A signed body to an app. Raises RunnerError; an address that is not called is refused for good."""
+    try:
+        return await outgoing.request("POST", url, body=body, headers=headers, timeout=timeout)
+    except CallRefused as error:
+        raise RunnerRefused(str(error), retryable=False) from None
+
+
+def refused(answer: Answered, app: str) -> Exception:
+    """What an answer means that is none. What it says is not repeated."""
+    status = answer.status
+    if status in AWAY:
+        return RunnerGone(f"App {app} is away: it answered {status}.")
+    if 300 <= status < 400:
+        return RunnerRefused(f"App {app} answered {status}, and redirects are not followed. Register the URL it means.")
+    if status in (401, 403):
+        return RunnerRefused(f"App {app} refused the signature ({status}). Has it the workspace's signing key?")
+    return RunnerRefused(f"App {app} answered {status} instead of an operation.")

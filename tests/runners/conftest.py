@@ -1,0 +1,7 @@
+"""The engine's side of functions that live in apps is tested hot and cold, on every store."""
+
+from __future__ import annotations
+
+from tests.engine.conftest import residency, store_kind, world
+
+__all__ = ["residency", "store_kind", "world"]
