@@ -201,6 +201,7 @@ class Functions:
             spec.timeout,
             spec.on_failure,
             spec.cap,
+            spec.versioned,
         )
         definition = function_workflow(function, priority=spec.priority)
         triggers = read_triggers(spec.triggers) if triggered and spec.triggers else ()
