@@ -89,12 +89,14 @@ def remote_workflow(
     priority: int = 0,
     dead_letter_workflow: Any = None,
     retention: Retention | Duration | None = None,
+    **flow: Any,
 ) -> WorkflowDefinition:
     """A workflow whose code lives in a worker, in whatever language: register what this returns like a workflow of your own.
 
     `group`: the worker's partition. `transport`: the pool's member to try first. `turn_timeout`: how long a worker may be
     silent over a turn before it is sent again; heartbeats extend it. `retries`: how often, without end unless you say;
-    `step_retries` and `step_timeout` are for the steps it calls. The rest is as for `@workflow`.
+    `step_retries` and `step_timeout` are for the steps it calls. The rest, `flow` too (`on`, `cron`, `concurrency` …), is as for
+    `@workflow`.
     """
     hosting = Hosting(
         RemoteOptions(
@@ -126,6 +128,7 @@ def remote_workflow(
         priority=priority,
         dead_letter_workflow=dead_letter_workflow,
         retention=retention,
+        **flow,
     )
     return replace(workflow_of(decorate(drive)), hosting=hosting)
 

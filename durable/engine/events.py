@@ -227,7 +227,7 @@ class Events:
 
     async def _tell(self, record: EventRecord, waiters: Sequence[Waiter]) -> int:
         """Leave the event for each run of which a wait asks for it. How many there are."""
-        if not waiters:
+        if record.settled:
             return 0
         plain = _plain(record)
         runs = {waiter.run_id for waiter in waiters if _may_have(waiter, record) and holds(waiter.match)(plain)}

@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from durable.core.definition import WorkflowDefinition
-from durable.core.errors import DefinitionError, DurableError, StoreError
+from durable.core.errors import DefinitionError, DurableError, StoreError, WrongApp
 from durable.core.flow import read_flow, read_triggers
 from durable.core.functions import AppFunction, Pass, Reply, function_workflow
 from durable.core.names import check_name
@@ -59,12 +59,6 @@ class Function(Struct, kw_only=True, omit_defaults=True):
     @property
     def spec(self) -> FunctionSpec:
         return self.versions[self.current]
-
-
-class WrongApp(DurableError):
-    """A registration for another app than its credential is of."""
-
-    code = "wrong_app"
 
 
 class Functions:

@@ -101,11 +101,11 @@ class Connecting:
 
     @property
     def connected(self) -> bool:
-        """Whether the engine knows of it now."""
+        """Whether it is connected, and has said what it runs. The engine does not say that it has taken it."""
         return self._up.is_set()
 
     async def wait_connected(self, timeout: float | None = None) -> None:
-        """Until the engine knows of it. Raises TimeoutError, with why."""
+        """Until it is connected, and has said what it runs. Raises TimeoutError, with why."""
         try:
             async with asyncio.timeout(timeout):
                 await self._up.wait()

@@ -1,4 +1,4 @@
-"""Both ends together: the engine's driver of functions that live in apps, and a runner's passes. Random programs end as native."""
+"""Both ends together: the engine's driver of functions that live in apps, and a runner's passes. Programs end as native."""
 
 from __future__ import annotations
 

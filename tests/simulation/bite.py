@@ -28,8 +28,9 @@ import msgspec  # noqa: E402
 
 from durable.core.commands import Record, TakeTurn  # noqa: E402
 from durable.core.journal import STEP  # noqa: E402
-from durable.engine import apply, attempts, lines  # noqa: E402
+from durable.engine import apply, attempts, executor, lines  # noqa: E402
 from durable.engine.dispatch import Dispatch  # noqa: E402
+from durable.engine.events import Events  # noqa: E402
 from durable.engine.executor import Executor  # noqa: E402
 from durable.engine.residents import Arrival  # noqa: E402
 from durable.engine.steps import LocalSteps  # noqa: E402
@@ -205,6 +206,35 @@ def nothing() -> Iterator[None]:
 
 Removal = tuple[str, type[MemoryStore], Callable[[], Any]]
 
+
+@contextmanager
+def looks_never_back() -> Iterator[None]:
+    """A wait hears of events that come while it is open, and of no other."""
+
+    async def nothing_there(events: Events, run: Any, waits: Any) -> list[Arrival]:
+        return []
+
+    with patch.object(Events, "_search", nothing_there):
+        yield
+
+
+@contextmanager
+def sweeps_never() -> Iterator[None]:
+    """An event whose publisher died before it told the waiters is left as it is."""
+
+    async def lets_be(events: Events) -> None: ...
+
+    with patch.object(Events, "sweep", lets_be):
+        yield
+
+
+@contextmanager
+def events_told_twice() -> Iterator[None]:
+    """An event that was found looking back, and told of by a message too, counts twice."""
+    with patch.object(executor, "EVENT", "no kind at all"):
+        yield
+
+
 REMOVALS: dict[str, Removal] = {
     "epoch": ("the epoch compared inside the commit", WithoutEpoch, nothing),
     "commit_id": ("the commit_id that knows a commit again", WithoutCommitId, nothing),
@@ -218,6 +248,9 @@ REMOVALS: dict[str, Removal] = {
     "clock": ("the engine's time in a worker's turn", MemoryStore, by_the_workers_clock),
     "asking": ("asking brokers after lost tasks", MemoryStore, never_asked),
     "order": ("delivery in journal order", MemoryStore, out_of_order),
+    "look_back": ("the look at events that came before their wait", MemoryStore, looks_never_back),
+    "sweep": ("the sweep of events whose waiters were not told", MemoryStore, sweeps_never),
+    "once": ("that an event comes to a run once", MemoryStore, events_told_twice),
 }
 
 

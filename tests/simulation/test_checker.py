@@ -393,6 +393,73 @@ def a_cancel_read_and_forgotten(evidence: Evidence) -> bool:
     return False
 
 
+@plant("events_once")
+def an_event_taken_twice(evidence: Evidence) -> bool:
+    for stored, index, entry in entries(evidence, "event", "received"):
+        stored.journal.insert(index + 1, entry)
+        return True
+    return False
+
+
+@plant("events_once")
+def an_event_nobody_published(evidence: Evidence) -> bool:
+    for stored, index, entry in entries(evidence, "event", "received"):
+        stored.journal[index] = change(entry, key="event:invented")
+        return True
+    return False
+
+
+@plant("events_once")
+def an_event_of_another_name(evidence: Evidence) -> bool:
+    for stored, index, entry in entries(evidence, "event", "received"):
+        stored.journal[index] = change(entry, name="sim.other")
+        return True
+    return False
+
+
+@plant("events_once")
+def an_event_from_before_the_run(evidence: Evidence) -> bool:
+    for stored, _, entry in entries(evidence, "event", "received"):
+        event_id = str(entry.key).removeprefix("event:")
+        early = stored.run.created_at - 5_000_000
+        evidence.events[event_id] = change(evidence.events[event_id], received_at=early)
+        return True
+    return False
+
+
+@plant("events_once")
+def an_event_nobody_waited_for(evidence: Evidence) -> bool:
+    for stored, _, _ in entries(evidence, "event", "received"):
+        stored.journal[:] = [entry for entry in stored.journal if entry.kind != "wait"]
+        return True
+    return False
+
+
+@plant("events_once")
+def a_runs_own_event_that_is_lost(evidence: Evidence) -> bool:
+    for _, _, entry in entries(evidence, "emit", "completed"):
+        del evidence.events[msgspec.json.decode(entry.payload or b"null")]
+        return True
+    return False
+
+
+@plant("events_once")
+def an_acknowledged_event_that_is_lost(evidence: Evidence) -> bool:
+    call = next((c for c in evidence.history if c.what == "publish" and c.outcome == "ok"), None)
+    if call is None or len(evidence.events) < 2:
+        return False
+    evidence.events = {id: event for id, event in evidence.events.items() if event.dedupe_id != call.detail}
+    return True
+
+
+@plant("events_once")
+def an_event_whose_waiters_were_never_told(evidence: Evidence) -> bool:
+    for event_id, event in evidence.events.items():
+        evidence.events[event_id] = change(event, settled=False)
+        return True
+    return False
+
+
 @plant("families")
 def a_child_that_was_never_started(evidence: Evidence) -> bool:
     run_id = next((run_id for run_id, stored in evidence.runs.items() if stored.run.parent is not None), None)

@@ -19,7 +19,20 @@ from durable.core.commands import Cancelled, Command, Completed, Failed, Record,
 from durable.core.definition import workflow_of
 from durable.core.errors import DeterminismError
 from durable.core.hosted import PATIENT, TURNS
-from durable.core.journal import CHILD, COMMAND_KINDS, LOG, REMOTE, RUN, SIGNAL, STEP, TIMER, Entry
+from durable.core.journal import (
+    CHILD,
+    COMMAND_KINDS,
+    EMIT,
+    EVENT,
+    LOG,
+    REMOTE,
+    RUN,
+    SIGNAL,
+    STEP,
+    TIMER,
+    WAIT,
+    Entry,
+)
 from durable.core.registry import Registry
 from durable.core.replay import Machine
 from durable.protocol.messages import RecordStep, Sleep, WorkflowDecision, WorkflowTask, turn_id
@@ -594,6 +607,42 @@ def _by_body(entry: Entry) -> bool:
 # ------------------------------------------------------------------ messages
 
 
+def events_once(evidence: Evidence) -> Iterator[str]:
+    """S17 to S20, D3: an event comes to a run once, accepted since the run began, by a name that it waited for; one of its own is
+    stored under the id that its call was answered with; an acknowledged one is there, and none is left unsettled."""
+    for run_id, stored in evidence.runs.items():
+        names = {wait.key: wait for wait in stored.journal if wait.kind == WAIT and wait.status == "opened"}
+        heard = [entry for entry in stored.journal if entry.kind == EVENT]
+        for key, times in Counter(entry.key for entry in heard).items():
+            if times > 1:
+                yield f"{run_id} journaled {key} {times} times"
+        for entry in heard:
+            event = evidence.events.get((entry.key or "").removeprefix("event:"))
+            if event is None:
+                yield f"{run_id} journaled {entry.key}, which nobody published"
+            elif event.name != entry.name or event.received_at < stored.run.created_at - SECOND:
+                yield f"{run_id} journaled {entry.key}, which is none of its business"
+            elif not any(wait.name == event.name and wait.seq < entry.seq for wait in names.values()):
+                yield f"{run_id} journaled {entry.key}, and had never waited for {event.name}"
+        for entry in stored.journal:
+            if entry.kind == EMIT and entry.status == "completed":
+                event_id = msgspec.json.decode(entry.payload or b"null")
+                if event_id not in evidence.events:
+                    yield f"{run_id} was told that its event is {event_id}, which is not stored"
+    for event_id in evidence.events:
+        sender, _, ordinal = event_id.rpartition(".event.")
+        if sender and sender not in evidence.runs:
+            yield f"event {event_id} is of a run that is not there"
+        if sender and not ordinal.isdigit():
+            yield f"event {event_id} has an id that no call could have"
+    keys = {event.dedupe_id for event in evidence.events.values()}
+    for call in evidence.history if keys else ():
+        if call.what == "publish" and call.outcome == "ok" and call.detail not in keys:
+            yield f"{call.detail} was published and acknowledged, and is not stored"
+    if left := [event.id for event in evidence.events.values() if not event.settled]:
+        yield f"events that nobody has settled: {left[:5]}"
+
+
 def signals_once(evidence: Evidence) -> Iterator[str]:
     """S16 to S18: an acknowledged signal is stored, and journaled once by the run that read that far; none is invented."""
     for run_id, stored in evidence.runs.items():
@@ -717,6 +766,7 @@ CHECKS = (
     hosted_agrees,
     lines_once,
     signals_once,
+    events_once,
     cancels_count,
     families,
     observed,

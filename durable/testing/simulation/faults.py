@@ -67,6 +67,7 @@ NATIVE: dict[str, Any] = {
     "turn_timeout": 3.0,
     "ask_every": 60.0,
     "talks": False,
+    "events": False,
 }
 """Of a swarm, for cases that were kept before there was more."""
 
@@ -122,6 +123,8 @@ class Swarm(Struct, frozen=True):
     """After so many seconds brokers are asked after a task."""
     talks: bool = False
     """Steps tell lines, and workers tell them live."""
+    events: bool = False
+    """Programs wait for events, which clients publish, and send some."""
 
     @classmethod
     def draw(cls, seed: int) -> Swarm:
@@ -176,6 +179,7 @@ class Swarm(Struct, frozen=True):
             turn_timeout=apart.choice((2.5, 4.0, 8.0)),  # more than two beats
             ask_every=apart.choice((0.2, 1.0, 3.0)) if apart.random() < 0.5 else 60.0,
             talks=apart.random() < 0.6,
+            events=Random(f"swarm, events/{seed}").random() < 0.4,
         )
 
     @property

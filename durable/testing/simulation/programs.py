@@ -148,6 +148,23 @@ class _Interpreter:
         except WaitTimeout:
             return "no signal"
 
+    async def op_event(self, op: Op) -> Any:
+        # One that a client is sure to publish, once it knows of the run: however early that is, the wait takes it.
+        event = await self.ctx.wait_for_event(op["name"], match={"plan": op["plan"], "n": op["n"]})
+        return event.data["n"]
+
+    async def op_event_or_not(self, op: Op) -> Any:
+        # Its very own: it must not take what a wait without a timeout needs.
+        where = f"event.data.plan == {op['plan']} and event.data.n == {op['n']}"
+        try:
+            event = await self.ctx.wait_for_event(op["name"], where=where, timeout=op["timeout"], early=op["early"])
+        except WaitTimeout:
+            return "none"
+        return event.data["n"]
+
+    async def op_emit(self, op: Op) -> Any:
+        return await self.ctx.send_event(op["name"], {"plan": op["plan"], "n": op["n"]})
+
     async def op_child(self, op: Op) -> Any:
         return await self.ctx.child(op["workflow"], op["ops"])
 
@@ -232,6 +249,7 @@ class Plan:
         more: bool = False,
         hosts: bool = False,
         talks: bool = False,
+        events: bool = False,
     ) -> None:
         self.number = number
         draw = Random(f"program/{seed}/{number}")
@@ -241,6 +259,8 @@ class Plan:
         """Names that must be sent, once for each wait that has no timeout."""
         self.extra: list[str] = []
         """Names that may be sent."""
+        self.events: list[tuple[str, int]] = []
+        """Name and number of what must be published."""
         self.workflow = "sim.deadline" if draw.random() < 0.1 else "sim.program"
         self.ops = self._sequence(draw.randint(1, 4), 0)
         self.at = draw.random() * span
@@ -264,6 +284,8 @@ class Plan:
             self.host(lambda: chosen.random() < 0.25)
         if talks:
             _talk(self.ops, Random(f"program, lines/{seed}/{number}"))
+        if events and self.workflow in HOSTED:
+            self._eventful(Random(f"program, events/{seed}/{number}"))
 
     def host(self, chosen: Callable[[], bool] = lambda: True) -> None:
         """Have workers host it and its children, each if `chosen`."""
@@ -283,13 +305,31 @@ class Plan:
             self.workflow, self.input, self.ops, self.signals = programs.PROGRAM, made, [], []
             self.extra = list(programs.SIGNALS)
 
+    def _eventful(self, draw: Random) -> None:
+        """Put waits for events among the ops, and events of its own; some of them in a race."""
+        for number in range(draw.choice((0, 1, 1, 2, 3))):
+            name = draw.choice(("sim.tick", "sim.tock"))
+            op: Op = {"op": "event", "name": name, "plan": self.number, "n": number}
+            kind = draw.random()
+            if kind < 0.5:
+                self.events.append((name, number))
+            elif kind < 0.8:
+                op |= {"op": "event_or_not", "timeout": draw.choice((0.1, 1.0, 4.0)), "early": draw.random() < 0.5}
+                self.events.append((name, number))
+            else:
+                op["op"] = "emit"
+            if draw.random() < 0.25:
+                step: Op = {"op": "step", "name": "rival", "plan": {"takes": draw.choice((0.05, 0.5, 2.0))}}
+                op = {"op": draw.choice(("gather", "race")), "branches": [[op], [step]]}
+            self.ops.insert(draw.randint(0, len(self.ops)), op)
+
     @classmethod
     def fixed(cls, ops: list[Op], *, workflow: str = "sim.program", **fields: Any) -> Plan:
         """A plan that is not drawn. Signals are those of `signals`, at `delays`."""
         plan = cls.__new__(cls)
         plan.number, plan.workflow, plan.ops, plan.input = 0, workflow, ops, ops
         plan.priority, plan.watches, plan.blocks = None, False, False
-        plan.signals, plan.extra, plan.delays = [], [], None
+        plan.signals, plan.extra, plan.events, plan.delays = [], [], [], None
         plan.at, plan.key, plan.doubled, plan.later = 0.0, "key-0", False, False
         plan.cancel_at, plan.requeues, plan.waits = None, False, True
         for name, value in fields.items():

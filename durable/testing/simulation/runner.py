@@ -33,6 +33,7 @@ MUST = frozenset(
         "remote dispatched", "remote published", "remote completed", "remote failed", "remote retrying",
         "remote cancelled", "remote late",
         "child started", "child completed", "child failed", "child cancelled",
+        "wait opened", "wait looked", "wait cancelled", "event received", "emit completed",
         "timer fired", "signal received", "patched marked", "log written",
         "hosted turn", "hosted turn again", "hosted decision", "hosted decision passed over", "hosted decision refused",
         "hosted completed", "hosted failed", "hosted cancelled", "line live", "line with result",

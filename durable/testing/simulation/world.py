@@ -35,6 +35,7 @@ from durable.engine.deps import Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.protocol.messages import Answer, ControlMessage, RemoteTask, Task
 from durable.protocol.states import REOPENABLE, TERMINAL, Activity
+from durable.store.admission import EventQuery, EventRecord
 from durable.store.interface import Store
 from durable.store.memory import MemoryStore
 from durable.store.records import RunRecord
@@ -106,6 +107,8 @@ class Evidence(Struct):
     """How long hosted code asked to sleep, by run and ordinal."""
     workflows: Mapping[str, Any] = field(default_factory=lambda: WORKFLOWS)
     """What ran, by name: the rules replay it."""
+    events: dict[str, EventRecord] = {}
+    """All that the store has accepted, by id."""
 
 
 class Report(Struct):
@@ -219,6 +222,7 @@ class World:
         self.workflows = served(
             turn_timeout=swarm.turn_timeout, step_timeout=8.0 if lossy else None, programs_too=swarm.hosts_programs
         )
+        self.eventful = swarm.events and swarm.retention is None  # a wait looks back only at events that are still kept
         span = 0.8 * swarm.safety
         drawn: dict[str, Any] = {
             "span": span,
@@ -226,6 +230,7 @@ class World:
             "more": swarm.more,
             "hosts": swarm.hosting,
             "talks": swarm.talks,
+            "events": self.eventful,
         }
         self.plans = plans or {n: Plan(swarm.seed, n, **drawn) for n in swarm.runs}
         self._open_plans = len(self.plans)
@@ -635,6 +640,9 @@ class World:
         for index, name in enumerate(plan.signals + plan.extra):
             delay = draw.random() * 4.0 if plan.delays is None else plan.delays[index]
             work.append(self._signal(plan, run_id, name, f"{name}{index}", delay, draw.random() < 0.3))
+        chance = Random(f"client, events/{self.swarm.seed}/{plan.number}")
+        for name, number in plan.events:
+            work.append(self._publish(plan, name, number, chance.random() * 3.0, chance.random() < 0.3))
         if plan.cancel_at is not None:
             work.append(self._cancel(plan, run_id))
         if plan.watches:
@@ -654,6 +662,19 @@ class World:
                 call.run_id = run_id
                 if call.outcome == "ok" or (call.outcome == "fail" and plan.number in self._closed):
                     return
+            await asyncio.sleep(0.5)
+
+    async def _publish(self, plan: Plan, name: str, number: int, delay: float, doubled: bool) -> None:
+        await asyncio.sleep(delay)
+        key = f"{plan.number}/{name}/{number}"
+
+        async def act(engine: WorkflowEngine) -> str:
+            return (await engine.send_event(name, {"plan": plan.number, "n": number}, id=key)).event_id
+
+        while True:
+            again = [self._ask(plan, "publish", act, detail=key) for _ in range(2 if doubled else 1)]
+            if any(call.outcome == "ok" for call in await asyncio.gather(*again)):
+                return
             await asyncio.sleep(0.5)
 
     async def _cancel(self, plan: Plan, run_id: str) -> None:
@@ -782,6 +803,7 @@ class World:
             ended_at=self.loop.time(),
             sleeps=self.witness.sleeps,
             workflows=self.workflows,
+            events=_events(self.base) if self.eventful else {},
         )
         commands.update(self.broker.counts + self.spare.counts)
         if commands.pop("asked in vain", 0):
@@ -814,6 +836,10 @@ def _place(error: BaseException) -> str:
         last = f"{code.co_filename.rpartition('durable/')[2]}:{trace.tb_lineno} {code.co_name}"
         trace = trace.tb_next
     return last
+
+
+def _events(base: Store) -> dict[str, EventRecord]:
+    return {event.id: event for event in at_once(base.events(EventQuery(limit=100_000)))}
 
 
 def _leftovers(base: Store, runs: dict[str, Stored]) -> list[str]:
