@@ -38,7 +38,7 @@ $app = new App('shop', [
             }
             $step->sendEvent('tell', ['name' => 'order/fulfilled', 'data' => ['id' => $event->data->id]]);
 
-            return ['receipt' => $charge->receipt ?? $charge['receipt'], 'box' => $packed->data->box];
+            return ['receipt' => $charge->receipt, 'box' => $packed->data->box];
         },
         onFailure: static function (Step $step, Event $event, Failed $failed): void {
             $step->run('apologise', static fn (): string => "sorry: $failed->message");

@@ -76,7 +76,8 @@ final class App
         if ($method !== 'POST') {
             return $this->said(405, ['error' => ['code' => 'method_not_allowed', 'message' => 'It is GET or POST.']]);
         }
-        if ($this->keys !== [] && !Signature::holds($body, $headers[Signature::HEADER] ?? null, $this->keys)) {
+        $key = Signature::signer($body, $headers[Signature::HEADER] ?? null, $this->keys);
+        if ($this->keys !== [] && $key === null) {
             return $this->refused();
         }
         try {
@@ -84,20 +85,25 @@ final class App
         } catch (Unreadable $error) {
             return $this->said(400, ['error' => ['code' => 'bad_json', 'message' => $error->getMessage()]]);
         }
-        $function = $this->functions[$call->functionId ?? ''] ?? null;
-        if (!$call instanceof \stdClass || $function === null) {
-            $name = is_string($call->functionId ?? null) ? $call->functionId : '?';
+        if (!$call instanceof \stdClass || !is_string($call->runId ?? null) || !is_string($call->functionId ?? null)
+            || !($call->steps ?? new \stdClass()) instanceof \stdClass
+        ) {
+            return $this->said(400, ['error' => ['code' => 'bad_body', 'message' => 'The body is no call of a function.']]);
+        }
+        $function = $this->functions[$call->functionId] ?? null;
+        if ($function === null) {
+            $message = "There is no function $call->functionId here.";
 
-            return $this->said(404, ['error' => ['code' => 'unknown_function', 'message' => "There is no function $name here."]]);
+            return $this->said(404, ['error' => ['code' => 'unknown_function', 'message' => $message]]);
         }
 
-        return $this->said(200, $this->next($function, $call));
+        return $this->said(200, $this->next($function, $call), $key);
     }
 
     /** @return array<string, mixed> the next operation of a run */
     private function next(Definition $function, \stdClass $call): array
     {
-        $step = new Step((array) ($call->steps ?? []), (string) ($call->runId ?? ''));
+        $step = new Step((array) ($call->steps ?? []), $call->runId);
         $event = Event::read($call->event ?? new \stdClass());
         $fiber = new \Fiber(static function () use ($function, $step, $event, $call): mixed {
             if (($call->failure ?? null) instanceof \stdClass && $function->onFailure !== null) {
@@ -111,8 +117,13 @@ final class App
         } catch (\Throwable $error) {
             return ['op' => 'error', 'id' => null] + Step::describe($error);
         }
+        $answer = $fiber->isTerminated() ? ['op' => 'done', 'data' => $fiber->getReturn()] : $operation;
+        try {
+            unset($fiber); // its `finally` blocks run now, and are too late to change anything
+        } catch (\Throwable) {
+        }
 
-        return $fiber->isTerminated() ? ['op' => 'done', 'data' => $fiber->getReturn()] : $operation;
+        return $answer;
     }
 
     /**
@@ -122,9 +133,8 @@ final class App
     private function manifest(array $headers): array
     {
         $time = $headers[Signature::TIMESTAMP] ?? null;
-        if ($this->keys !== []
-            && !(Signature::isNow($time) && Signature::holds((string) $time, $headers[Signature::HEADER] ?? null, $this->keys))
-        ) {
+        $key = Signature::signer((string) $time, $headers[Signature::HEADER] ?? null, $this->keys);
+        if ($this->keys !== [] && !(Signature::isNow($time) && $key !== null)) {
             return $this->refused();
         }
         $manifest = ['functions' => $this->definitions(), 'sdkVersion' => self::SDK];
@@ -132,7 +142,7 @@ final class App
             $manifest += ['appId' => $this->discovery, 'appName' => $this->name, 'signingKey' => $this->keys[0] ?? null];
         }
 
-        return $this->said(200, $manifest);
+        return $this->said(200, $manifest, $key);
     }
 
     /** @return array{int, string, array<string, string>} */
@@ -143,9 +153,10 @@ final class App
 
     /**
      * @param array<string, mixed> $answer
+     * @param string|null $key the one that has signed the request
      * @return array{int, string, array<string, string>}
      */
-    private function said(int $status, array $answer): array
+    private function said(int $status, array $answer, ?string $key = null): array
     {
         try {
             $body = Json::encode($answer);
@@ -158,6 +169,8 @@ final class App
             $body = Json::encode(['op' => 'error', 'id' => $answer['id'] ?? null] + Step::describe($why));
         }
 
-        return [$status, $body, $this->keys === [] ? [] : [Signature::HEADER => Signature::of($body, $this->keys[0])]];
+        $key ??= $this->keys[0] ?? null;
+
+        return [$status, $body, $key === null ? [] : [Signature::HEADER => Signature::of($body, $key)]];
     }
 }

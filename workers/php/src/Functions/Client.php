@@ -8,8 +8,9 @@ use Durable\Worker\Json;
 use Durable\Worker\Unreadable;
 
 /**
- * Asks the service: sends events, syncs functions, looks at runs. Every call is signed; what may be asked again (408, 429, 5xx, no
- * answer) is, where it does no harm.
+ * Asks the service: sends events, syncs functions, looks at runs. Every call is signed, and so is every answer. Of answers, 408,
+ * 429 and 5xx are asked for again, and so is what was not answered at all: each call bears an id of its own or changes nothing
+ * the second time.
  */
 final class Client
 {
@@ -122,13 +123,14 @@ final class Client
             [$status, $answer, $said] = ($this->post)(rtrim($this->url, '/') . $path, $text, $headers, $this->timeout);
             $again = $status === 0 || $status === 408 || $status === 429 || $status >= 500;
             if (!$again || $try >= $this->tries) {
-                if ($status === 200 && !Signature::holds($answer, $said[Signature::HEADER] ?? null, [$this->signingKey])) {
+                if ($status === 200 && Signature::signer($answer, $said[Signature::HEADER] ?? null, [$this->signingKey]) === null) {
                     throw new ServiceError('The answer is not signed with our key: is this the service?', $status, 'bad_signature');
                 }
 
                 return self::read($status, $answer);
             }
-            usleep((int) (200_000 * 2 ** ($try - 1) * (0.5 + lcg_value() / 2)));
+            $pause = 0.2 * 2 ** ($try - 1) * (0.5 + lcg_value() / 2);
+            usleep((int) (1e6 * max($pause, min((float) ($said['retry-after'] ?? 0), 30.0))));
         }
     }
 

@@ -17,15 +17,21 @@ final class Signature
         return hash_hmac('sha256', $body, $key);
     }
 
-    /** @param list<string> $keys any of which may have signed: two live while a key is changed */
-    public static function holds(string $body, ?string $given, array $keys): bool
+    /**
+     * The key that has signed it; null: none of them.
+     *
+     * @param list<string> $keys two live while a key is changed
+     */
+    public static function signer(string $body, ?string $given, array $keys): ?string
     {
-        $held = false;
+        $found = null;
         foreach ($keys as $key) {
-            $held = hash_equals(self::of($body, $key), $given ?? '') || $held;
+            if (hash_equals(self::of($body, $key), $given ?? '')) {
+                $found ??= $key;
+            }
         }
 
-        return $held;
+        return $found;
     }
 
     /** Whether a time in milliseconds is now, give or take the window. */

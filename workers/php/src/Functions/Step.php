@@ -4,6 +4,7 @@ declare(strict_types=1);
 
 namespace Durable\Functions;
 
+use Durable\Worker\Failure;
 use Durable\Worker\NonRetryable;
 
 /**
@@ -16,6 +17,8 @@ final class Step
 {
     /** @var array<string, string> type by id, of what this call has asked for */
     private array $asked = [];
+    /** The step whose body runs. */
+    private ?string $inside = null;
 
     /** @param array<string, \stdClass> $memory `{type, data}` by id */
     public function __construct(private readonly array $memory, public readonly string $runId)
@@ -35,6 +38,7 @@ final class Step
         if ($this->remembers($id, 'run')) {
             return $this->memory[$id]->data ?? null;
         }
+        $this->inside = $id;
         try {
             $data = $body();
         } catch (\Throwable $error) {
@@ -110,16 +114,13 @@ final class Step
     /** @return array{message: string, name: string, code?: string, details?: mixed, retryable: bool} */
     public static function describe(\Throwable $error): array
     {
-        $said = [
-            'message' => $error->getMessage() === '' ? $error::class : $error->getMessage(),
-            'name' => (new \ReflectionClass($error))->getShortName(),
-            'retryable' => !$error instanceof NonRetryable && !$error instanceof \Error,
-        ];
-        if ($error instanceof NonRetryable) {
-            $said['code'] = $error->errorCode;
-            if ($error->details !== null) {
-                $said['details'] = $error->details;
-            }
+        $thrown = Failure::thrown($error);
+        $said = ['message' => $thrown['message'], 'name' => $thrown['type'], 'retryable' => $thrown['retryable']];
+        if ($thrown['code'] !== 'error') {
+            $said['code'] = $thrown['code'];
+        }
+        if (isset($thrown['details'])) {
+            $said['details'] = $thrown['details'];
         }
 
         return $said;
@@ -127,25 +128,29 @@ final class Step
 
     private function remembers(string $id, string $type): bool
     {
+        if ($this->inside !== null) {
+            $message = "Operation '$id' stands in step '$this->inside': a step has no operations of its own. Put it behind the step.";
+            throw new NonRetryable($message, 'nested_step');
+        }
         if ($id === '') {
-            throw self::misused($id, 'An operation needs an id.', 'bad_step_id');
+            throw self::misused('An operation needs an id.', 'bad_step_id');
         }
         if (isset($this->asked[$id])) {
-            throw self::misused($id, "There are two operations '$id' in one run: give each an id of its own.", 'duplicate_step');
+            throw self::misused("There are two operations '$id' in one run: give each an id of its own.", 'duplicate_step');
         }
         $this->asked[$id] = $type;
         $known = $this->memory[$id]->type ?? null;
         if ($known !== null && $known !== $type) {
-            throw self::misused($id, "Operation '$id' was a $known before, and is a $type now.", 'step_type_changed');
+            throw self::misused("Operation '$id' was a $known before, and is a $type now.", 'step_type_changed');
         }
 
         return $known !== null;
     }
 
-    /** A mistake in the function's code: no `catch` of its own is to hide it. */
-    private static function misused(string $id, string $message, string $code): \LogicException
+    /** A mistake in the function's code is the function's failure, and no `catch` of its own is to hide it. */
+    private static function misused(string $message, string $code): \LogicException
     {
-        return self::ended(['op' => 'error', 'id' => $id] + self::describe(new NonRetryable($message, $code)));
+        return self::ended(['op' => 'error', 'id' => null] + self::describe(new NonRetryable($message, $code)));
     }
 
     /**
