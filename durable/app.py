@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any, TypeVar, overload
 
 import msgspec
+from msgspec import UNSET
 
 from durable.control_plane.interface import ControlPlane
 from durable.core.clock import SECOND, Clock, SystemClock
@@ -25,13 +26,15 @@ from durable.core.registry import Registry
 from durable.core.retention import Retention, retention_of
 from durable.core.retry import RetryPolicy
 from durable.core.step import StepObserver
+from durable.engine.bulk import Action, BulkResult
 from durable.engine.dead_letter import listen
 from durable.engine.deps import DURATIONS, Deps, Settings
 from durable.engine.engine import WorkflowEngine
 from durable.engine.events import Publication, Published
+from durable.engine.failures import Failure
 from durable.engine.handle import RunHandle
 from durable.engine.start import StartRequest
-from durable.opening import Transports, default_control_plane, open_pool, open_store
+from durable.opening import Transports, default_caller, default_control_plane, open_pool, open_store
 from durable.store.interface import Store
 from durable.store.records import RunPage, RunQuery, RunRecord
 from durable.transports.event_emitter import EventEmitterTransport
@@ -64,8 +67,9 @@ class Durable:
     `store`: a URL or a Store. `transport`: carries remote steps, a URL or a Transport; default in-process. `transports`:
     several, by id, in order of preference. `control_plane`: a URL or an object; default the first transport, if it can
     broadcast to other processes, else the store's database, if it is Postgres. `retention`: how long finished runs are kept,
-    a rule or an age ("30d"); default for ever. `cold`, `lease` and the rest of `settings` are those of docs/operate.md,
-    durations in any spelling ("10s").
+    a rule or an age ("30d"); default for ever. `caller`: makes the calls of `ctx.call_webhook`; default
+    `durable.runners.outgoing.Outgoing()`, which calls no private addresses. `cold`, `lease` and the rest of `settings` are
+    those of docs/operate.md, durations in any spelling ("10s").
 
     `role`: an `engine` runs workflows and serves steps; an `api` node starts and inspects runs and never executes one
     (`worker=False` says the same); a `worker` serves steps over the transports and opens no store.
@@ -86,6 +90,7 @@ class Durable:
         ids: Ids | None = None,
         lease: Duration | None = None,
         on_step: StepObserver | None = None,
+        caller: Any = None,
         dead_letter_workflow: Any = None,
         retention: Retention | Duration | None = None,
         **settings: Any,
@@ -103,6 +108,9 @@ class Durable:
             settings["lease"] = lease
         self.role = _role(role, worker)
         self._on_step = on_step
+        self._caller = caller
+        self._called: Any = None
+        """The caller that is ours to close."""
         self.settings = _settings(
             settings,
             execute=self.role == "engine",
@@ -236,6 +244,7 @@ class Durable:
                     transport=pool,
                     handler=self._handler() if self.settings.execute and self.settings.serve_steps else None,
                     on_step=self._on_step,
+                    caller=self._caller or self._own_caller(),
                     control_plane=plane or default_control_plane(pool, store),
                     clock=self._clock,
                     ids=self._ids,
@@ -247,6 +256,10 @@ class Durable:
             await store.close()
             raise
         self._engine = engine
+
+    def _own_caller(self) -> Any:
+        self._called = default_caller()
+        return self._called
 
     def as_worker(self, **options: Any) -> None:
         """Be a node of role worker when opened, with these options of `Worker`: what a command line says wins over the
@@ -306,6 +319,9 @@ class Durable:
                 await engine.deps.store.close()
         if self._serves is not None:
             self._serves.close()
+        ours, self._called = self._called, None
+        if ours is not None:
+            await ours.close()
 
     # ------------------------------------------------------------------ runs
 
@@ -408,9 +424,43 @@ class Durable:
         """Runs, newest first; filters as in RunQuery."""
         return await self.engine.find(msgspec.structs.replace(query or RunQuery(), **filters))
 
-    async def requeue(self, run_id: str) -> None:
-        """Reopen a dead or failed run, or have a blocked one looked at again."""
-        await self.engine.requeue(run_id)
+    async def requeue(self, run_id: str) -> bool:
+        """Reopen a dead or failed run, or have a blocked one looked at again. False: it is active and well."""
+        return await self.engine.requeue(run_id)
+
+    async def rerun(
+        self, run_id: str, *, from_step: str | None = None, input: Any = UNSET, idempotency_key: str | None = None
+    ) -> RunHandle[Any]:
+        """A new run that does again what a finished one did: all of it, or from the step of this key on. Raises RunActive,
+        ForkRefused, PayloadError, IdempotencyConflict."""
+        return await self.engine.rerun(run_id, from_step=from_step, input=input, idempotency_key=idempotency_key)
+
+    async def replay(self, run_id: str, input: Any = UNSET, *, idempotency_key: str | None = None) -> RunHandle[Any]:
+        """A new run of a finished one's version from the beginning, with another input. Raises as `rerun`."""
+        return await self.engine.replay(run_id, input, idempotency_key=idempotency_key)
+
+    async def fork(
+        self, run_id: str, edits: Mapping[str, Any], *, idempotency_key: str | None = None
+    ) -> RunHandle[Any]:
+        """A new run that begins as this one did, but for one thing: `{"step": key, "result": value}`, or `{"input": value}`,
+        perhaps with a `"from_step"`. Raises as `rerun`, and DefinitionError for other edits."""
+        return await self.engine.fork(run_id, edits, idempotency_key=idempotency_key)
+
+    async def bulk(
+        self,
+        action: Action,
+        query: RunQuery | None = None,
+        *,
+        dry_run: bool = False,
+        limit: int = 1_000,
+        **options: Any,
+    ) -> BulkResult:
+        """One action on all runs a query finds; `dry_run` says how many there are. Options as in engine/bulk.py."""
+        return await self.engine.bulk(action, query or RunQuery(), dry_run=dry_run, limit=limit, **options)
+
+    async def failures(self, limit: int = 50, cursor: str | None = None) -> tuple[list[Failure], str | None]:
+        """Failed and dead runs, newest first, and where the next page begins; `requeue` tries one again."""
+        return await self.engine.failures(limit, cursor)
 
     def watch(self, run_id: str, after: int = 0) -> AsyncIterator[Entry]:
         """The run's journal as it grows, until the run ends."""

@@ -313,3 +313,12 @@ def _no_option(name: str, parameters: Collection[str], kind: _Kind, what: str) -
 def _shown(url: str) -> str:
     """It may hold a password, and not where one would look for it."""
     return re.split("[:=]", url)[0] + "…" if re.search("@|password", url, re.IGNORECASE) else url
+
+
+def default_caller() -> Any:
+    """What makes outgoing calls, over connections that open when they are needed; None where its library is not installed."""
+    try:
+        from durable.runners.outgoing import Outgoing
+    except ImportError:
+        return None
+    return Outgoing()

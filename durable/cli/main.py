@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from durable import __version__
+from durable.cli import actions, bulk  # noqa: F401 - they add their commands to `durable runs`
 from durable.cli.dev import dev
 from durable.cli.doctor import doctor
 from durable.cli.modules import modules
@@ -44,7 +45,7 @@ def _problem(error: Exception) -> Problem | None:
     message = str(error)
     if isinstance(error, errors.RunNotFound):
         exit = Exit.NOT_FOUND
-    elif isinstance(error, errors.RunFinished | errors.IdempotencyConflict):
+    elif isinstance(error, errors.RunFinished | errors.IdempotencyConflict | errors.RunActive | errors.ForkRefused):
         exit = Exit.REFUSED
     elif isinstance(error, errors.StoreError):
         exit = Exit.STORE

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,6 +37,13 @@ store_option = click.option(
     "the private server that `durable dev --store postgres` made here.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text; times in ISO 8601 UTC.")
+
+
+def go(work: Coroutine[Any, Any, int | None]) -> None:
+    """Run a command's work; what it returns is the exit code."""
+    code = asyncio.run(work)
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 @asynccontextmanager

@@ -1,17 +1,16 @@
-"""`durable runs`: list, show, watch, cancel, signal, requeue, prune. An API node on the store: nothing is executed here."""
+"""`durable runs`: looking at runs: list, show, watch. What acts on them is in cli/actions.py, what acts on many in cli/bulk.py.
+An API node on the store: nothing is executed here."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from durable.cli.node import api_node, find_run, json_option, store_option
-from durable.cli.output import EXIT_HELP, Exit, Problem, console, show_json, show_table
-from durable.cli.text import ago, moment, pretty, preview, safe, shorten, shown_url, span
+from durable.cli.node import api_node, find_run, go, json_option, store_option
+from durable.cli.output import EXIT_HELP, Exit, console, show_json, show_table
+from durable.cli.text import ago, moment, pretty, preview, safe, span
 
 if TYPE_CHECKING:
     from durable.app import Durable
@@ -42,12 +41,6 @@ def runs() -> None:
     """
 
 
-def _go(work: Coroutine[Any, Any, int | None]) -> None:
-    code = asyncio.run(work)
-    if code:
-        raise click.exceptions.Exit(code)
-
-
 # ------------------------------------------------------------------ list
 
 
@@ -71,7 +64,7 @@ def list_runs(store: str, as_json: bool, limit: int, **filters: str | None) -> N
       durable runs list --workflow order --tag eu --limit 100
       durable runs list --status failed --json | jq -r '.runs[].id'
     """
-    _go(_list(store, as_json, limit, filters))
+    go(_list(store, as_json, limit, filters))
 
 
 async def _list(store: str, as_json: bool, limit: int, filters: dict[str, str | None]) -> None:
@@ -154,7 +147,7 @@ def show(run_id: str, as_json: bool, store: str) -> None:
       durable runs show a3b4                      the run whose id ends so
       durable runs show a3b4 --json | jq '.journal[].kind'
     """
-    _go(_show(store, run_id, as_json))
+    go(_show(store, run_id, as_json))
 
 
 async def _show(store: str, part: str, as_json: bool) -> None:
@@ -182,6 +175,7 @@ def _show_run(run: RunRecord, journal: list[Entry], children: list[RunRecord], n
     from rich.text import Text
 
     from durable.cli.view import Teller, error_line, error_of, executing_time, kind_of, show_row, stack_of, state
+    from durable.core.origin import origin_of
 
     out = console()
     teller = Teller()
@@ -210,6 +204,10 @@ def _show_run(run: RunRecord, journal: list[Entry], children: list[RunRecord], n
         field("tags", safe(", ".join(run.tags)))
     for name, value in run.attributes.items():
         field("attribute", safe(f"{name}={value}"))
+    origin = origin_of(run.meta)
+    if origin.replay_of is not None:
+        since = f" from step {origin.from_step}" if origin.from_step is not None else ""
+        field("origin", safe(f"{origin.trigger_kind} of {origin.replay_of}{since}"))
     if run.parent is not None:
         field("parent", safe(f"{run.parent.run_id} ({run.parent.key})"))
     for child in children:
@@ -250,6 +248,8 @@ def _show_value(name: str, payload: bytes) -> None:
 
 
 def _remedy(run: RunRecord) -> str:
+    if run.status == "active" and run.activity == "paused":
+        return f"Paused: it begins nothing until somebody says durable runs resume {safe(run.id)}"
     if run.status == "active" and run.activity == "blocked":
         return (
             "Blocked: its journal and the code disagree. Deploy code that fits (ctx.patched keeps both ways); engines look\n"
@@ -281,7 +281,7 @@ def watch(run_id: str, from_seq: int, as_json: bool, store: str) -> None:
       durable runs watch a3b4 --from 17
       durable runs watch a3b4 --json | jq -c '{seq, kind, status}'
     """
-    _go(_watch(store, run_id, from_seq, as_json))
+    go(_watch(store, run_id, from_seq, as_json))
 
 
 async def _watch(store: str, part: str, from_seq: int, as_json: bool) -> int:
@@ -333,174 +333,3 @@ async def _watch_text(app: Durable, run: RunRecord, from_seq: int, teller: Telle
     out.print(end)
     if run.output is not None:
         _show_value("output", run.output)
-
-
-# ------------------------------------------------------------------ cancel, signal, requeue
-
-
-@runs.command()
-@click.argument("run_id", metavar="ID")
-@click.option("--reason", default="", help="Kept in the run's journal.")
-@json_option
-@store_option
-def cancel(run_id: str, reason: str, as_json: bool, store: str) -> None:
-    """Ask a run to stop. It may clean up first; `durable runs watch ID` shows how it goes.
-
-    \b
-    Examples:
-      durable runs cancel a3b4 --reason "customer withdrew"
-    """
-    _go(_cancel(store, run_id, reason, as_json))
-
-
-async def _cancel(store: str, part: str, reason: str, as_json: bool) -> None:
-    async with api_node(store) as app:
-        run = await find_run(app, part)
-        first = await app.run(run.id).cancel(reason)
-    if as_json:
-        show_json({"id": run.id, "cancelled": first, "alreadyAsked": not first})
-    else:
-        click.echo(f"Run {safe(run.id)} is asked to stop." if first else f"Run {safe(run.id)} had been asked before.")
-
-
-@runs.command()
-@click.argument("run_id", metavar="ID")
-@click.argument("name")
-@click.argument("payload", metavar="[JSON]", default="null")
-@click.option("--id", "signal_id", metavar="ID", help="Makes it repeatable: the same id again changes nothing.")
-@json_option
-@store_option
-def signal(run_id: str, name: str, payload: str, signal_id: str | None, as_json: bool, store: str) -> None:
-    """Send a signal with a JSON payload ("-" reads it from stdin). It is kept even if the run does not wait for it yet.
-
-    \b
-    Examples:
-      durable runs signal a3b4 approve
-      durable runs signal a3b4 approve '{"by": "ann"}' --id approval-17
-      jq .decision file.json | durable runs signal a3b4 approve -
-    """
-    _go(_signal(store, run_id, name, payload, signal_id, as_json))
-
-
-async def _signal(store: str, part: str, name: str, payload: str, signal_id: str | None, as_json: bool) -> None:
-    import msgspec
-
-    text = sys.stdin.read() if payload == "-" else payload
-    try:
-        value = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
-        raise Problem(
-            f"{shorten(safe(text), 60)} is not JSON ({safe(error)}). Text needs quotes inside the shell's: '\"yes\"'.",
-            code="bad_json",
-            exit=Exit.USAGE,
-        ) from None
-    async with api_node(store) as app:
-        run = await find_run(app, part)
-        new = await app.run(run.id).signal(name, value, id=signal_id)
-    if as_json:
-        show_json({"id": run.id, "signal": name, "accepted": new, "duplicate": not new})
-    elif new:
-        click.echo(f"Signal {safe(name)} is kept for run {safe(run.id)}.")
-    else:
-        click.echo(f"Signal {safe(name)} with this id was sent before; nothing changed.")
-
-
-@runs.command()
-@click.argument("run_id", metavar="ID")
-@json_option
-@store_option
-def requeue(run_id: str, as_json: bool, store: str) -> None:
-    """Reopen a dead or failed run where it stopped, or have a blocked one looked at again.
-
-    What it had finished stays finished; a failed run asks again for what failed it.
-
-    \b
-    Examples:
-      durable runs requeue a3b4
-      durable runs list --status dead --json | jq -r '.runs[].id' | xargs -n1 durable runs requeue
-    """
-    _go(_requeue(store, run_id, as_json))
-
-
-async def _requeue(store: str, part: str, as_json: bool) -> None:
-    from durable.cli.view import state
-
-    async with api_node(store) as app:
-        before = await find_run(app, part)
-        await app.requeue(before.id)
-        run = await app.get(before.id)
-    reopened = run.epoch > before.epoch
-    if as_json:
-        show_json({"id": run.id, "requeued": reopened, "status": run.status, "activity": run.activity})
-    elif reopened:
-        click.echo(
-            f"Run {safe(run.id)} was {state(before).plain} and is {state(run).plain}; the next free engine takes it."
-        )
-    else:
-        click.echo(f"Run {safe(run.id)} is {state(run).plain}: there is nothing to reopen.")
-
-
-# ------------------------------------------------------------------ prune
-
-PRUNE_BATCH = 200
-
-
-@runs.command()
-@click.option("--older-than", metavar="DURATION", help="Those that finished longer ago than this: 30d, 12h, 1h30m.")
-@click.option(
-    "--keep", type=click.IntRange(0), metavar="N", help="All but the N newest finished runs of each workflow."
-)
-@click.option("--workflow", metavar="NAME", help="Only runs of this workflow.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@json_option
-@store_option
-def prune(older_than: str | None, keep: int | None, workflow: str | None, yes: bool, as_json: bool, store: str) -> None:
-    """Delete finished runs, with journal, messages and idempotency key. There is no way back.
-
-    With both bounds given, a run goes that either lets go. A run stays while its parent or one of its children is active.
-    Retention rules in the code are not looked at here.
-
-    \b
-    Examples:
-      durable runs prune --older-than 30d
-      durable runs prune --keep 1000 --workflow order --yes
-    """
-    from durable.core.clock import SECOND
-    from durable.core.durations import seconds
-    from durable.core.errors import DefinitionError
-
-    if older_than is None and keep is None:
-        raise click.UsageError("Say what may go: --older-than 30d, or --keep 1000.")
-    try:
-        age = None if older_than is None else int(seconds(older_than) * SECOND)
-    except DefinitionError as error:
-        raise click.UsageError(str(error)) from None
-    bounds = ([f"older than {older_than}"] if older_than else []) + (
-        [f"beyond the newest {keep}"] if keep is not None else []
-    )
-    which = f"of {safe(workflow)} " if workflow else ""
-    if not yes and not click.confirm(
-        f"Delete finished runs {which}{safe(' or '.join(bounds))} on {shown_url(store)} for good?", err=True
-    ):
-        raise Problem("Nothing was deleted.", code="not_confirmed", exit=Exit.REFUSED)
-    _go(_prune(store, age, keep, workflow, as_json))
-
-
-async def _prune(store: str, age: int | None, keep: int | None, workflow: str | None, as_json: bool) -> None:
-    from durable.store.records import PruneRequest
-
-    request = PruneRequest(PRUNE_BATCH, workflow=workflow, older_than_us=age, keep=keep)
-    total, count, shown = 0, PRUNE_BATCH, sys.stderr.isatty()
-    async with api_node(store) as app:
-        while count == PRUNE_BATCH:
-            count = await app.engine.prune(request)
-            total += count
-            if shown:
-                click.echo(f"\r{total:,} deleted", err=True, nl=False)
-            await asyncio.sleep(0.01)  # engines on this store have their turn
-    if shown:
-        click.echo("\r\x1b[K", err=True, nl=False)
-    if as_json:
-        show_json({"deleted": total})
-    else:
-        click.echo(f"{total:,} finished {'run' if total == 1 else 'runs'} deleted.")

@@ -28,6 +28,7 @@ def run_shape(run: RunRecord, *, payloads: bool = True) -> dict[str, Any]:
         "parent": None
         if run.parent is None
         else {"runId": run.parent.run_id, "key": run.parent.key, "ordinal": run.parent.ordinal},
+        "origin": raw(run.meta),
         "owner": run.owner,
         "epoch": run.epoch,
         "seq": run.seq,

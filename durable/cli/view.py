@@ -229,6 +229,15 @@ def _run_note(entry: Entry) -> str:
         return error_line(error, 600) if error else ""
     if entry.status == "cancelling":
         return safe(payload.get("reason") or "")
+    if entry.status in ("paused", "resumed"):
+        by, held = payload.get("by"), entry.held
+        parts = [f"by {safe(by)}"] if by else []
+        parts += [safe(payload["reason"])] if payload.get("reason") else []
+        parts += [f"deadlines are {span(held)} later"] if held else []
+        return ", ".join(parts)
+    if entry.status == "forked":
+        since = f", asks again from {safe(payload['from'])}" if payload.get("from") else ""
+        return f"the entries above are those of {safe(payload.get('of', '?'))}{since}"
     if entry.status == "requeued" and "from" in payload:
         return f"asks again from {safe(payload['from'])}"
     return ""

@@ -20,7 +20,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, TypeVarTuple, overload
 from uuid import UUID
 
-from durable.core import payload
+from durable.core import payload, webhooks
 from durable.core.commands import RunStep, SendEvent, SendTask, StartChild, WaitEvent, WaitSignal
 from durable.core.definition import StepDefinition, check_name, is_step, is_workflow, step_of, workflow_of
 from durable.core.durations import Duration, seconds
@@ -550,6 +550,9 @@ class Context:
         """
         self._loop.admit()
         check_name(name, "signal name")
+        return self._signal(name, type, timeout, default)
+
+    def _signal(self, name: str, type: Any, timeout: Duration | None = None, default: Any = _UNSET) -> Future[Any]:
         read = payload.decoder(type)
         limit = None if timeout is None else seconds(timeout)
         machine = self._machine
@@ -562,6 +565,39 @@ class Context:
                 promise.set_result(default)
 
         return machine.wait_signal(command, read, None if limit is None else round(limit * 1e6), give_up)
+
+    # ------------------------------------------------------------------ webhooks
+
+    @overload
+    async def webhook(self, name: str = "webhook", *, type: type[T]) -> webhooks.Webhook[T]: ...
+    @overload
+    async def webhook(self, name: str = "webhook") -> webhooks.Webhook[Any]: ...
+    async def webhook(self, name: str = "webhook", *, type: Any = Any) -> webhooks.Webhook[Any]:
+        """A wait that has a URL: `hook = await ctx.webhook("paid")`, then give `hook.url` away and `await hook.received`, which
+        is what was posted to it, as `type`. The first post counts. The address is recorded: it stays what it is."""
+        self._loop.admit()
+        check_name(name, "webhook name")
+        key = self._machine.peek(f"webhook:{name}")
+        url = await self._step(f"webhook:{name}", _plan_of(webhooks.make_url), (), _ONCE, str)
+        return webhooks.Webhook(url, self._signal(webhooks.wait_name(key), type))
+
+    def call_webhook(
+        self,
+        url: str,
+        data: Any = None,
+        *,
+        name: str = "call_webhook",
+        headers: Mapping[str, str] | None = None,
+        timeout: Duration = webhooks.CALL_SECONDS,
+        retries: Retries = None,
+    ) -> Future[webhooks.Delivered]:
+        """Post JSON to somebody's URL as a step: signed (`x-durable-signature`, HMAC-SHA256 of the body), under an id that is the
+        same for every attempt (`x-durable-delivery`), tried again for as long as the receiver cannot take it. `timeout`: of one
+        attempt. Raises StepFailed for an answer that is final, and after the last attempt."""
+        self._loop.admit()
+        options = StepOptions(_policy(retries) or webhooks.CALL_RETRIES, None)
+        args = (url, data, dict(headers or {}), seconds(timeout))
+        return self._step(name, _plan_of(webhooks.call), args, options, webhooks.Delivered)
 
     @overload
     def wait_for_event(
@@ -722,7 +758,7 @@ class Context:
 
     def _generator(self) -> Random:
         if self._random is None:
-            self._random = Random(self.run_id)
+            self._random = Random(self._machine.seed)
         return self._random
 
     def patched(self, id: str) -> bool:

@@ -11,6 +11,8 @@ DurableError
 ├── RunError                   what waiting for a run, or a step in it, can raise
 │   ├── RunNotFound            run_not_found
 │   ├── RunFinished            run_finished: a signal or cancel came too late
+│   ├── RunActive              run_active: a rerun came too early
+│   ├── ForkRefused            fork_refused: no run can begin with that part of another one
 │   ├── RunFailed              run_failed
 │   ├── RunCancelled           run_cancelled
 │   ├── RunDead                run_dead
@@ -50,6 +52,7 @@ DurableError
 │                              (unknown_operation: in `error.code`, of an operation that the engine does not offer)
 ├── WrongApp                   wrong_app: a registration names another app than its credential is of
 ├── CallRefused                call_refused: an address this engine does not call (runners/outgoing.py)
+├── CallFailed                 call_failed: an outgoing call that may be tried again
 ├── Fenced                     fenced: another engine owns the run now
 └── EngineStopped              engine_stopped
 
@@ -144,6 +147,14 @@ class RunNotFound(RunError):
 
 class RunFinished(RunError):
     code = "run_finished"
+
+
+class RunActive(RunError):
+    code = "run_active"
+
+
+class ForkRefused(RunError):
+    code = "fork_refused"
 
 
 class RunFailed(RunError):
@@ -330,6 +341,12 @@ class CallRefused(DurableError):
     """An address that must not be called from here. The message says which rule, and the setting that allows it, if any."""
 
     code = "call_refused"
+
+
+class CallFailed(DurableError):
+    """A receiver of ours could not take a call now."""
+
+    code = "call_failed"
 
 
 class Fenced(DurableError):

@@ -2,8 +2,9 @@
 
 An entry is written once, by the run's owner, at a dense `seq` from 1. `(kind, status)` says what happened:
 
-    run      started · completed · failed · cancelled · dead · cancelling · timed_out · blocked · unblocked · requeued
-    step     started · retrying · completed · failed · cancelled · late        a local body (ctx.step, ctx.side_effect)
+    run      started · completed · failed · cancelled · dead · cancelling · timed_out · blocked · unblocked · requeued ·
+             paused · resumed · forked
+    step     started · retrying · held · completed · failed · cancelled · late   a local body (ctx.step, ctx.side_effect)
     remote   dispatched · published · retrying · completed · failed · cancelled · late
     child    started · completed · failed · cancelled · late
     timer    fired                                                       keyed by ordinal; setting one writes nothing
@@ -20,6 +21,7 @@ order, live and on replay alike. The rest are annotations: replay keeps them as 
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import Struct
 
 RUN = "run"
@@ -60,14 +62,21 @@ _DELIVERED = frozenset(
     }
 )
 
+_HOLDING = frozenset({"resumed", "forked"})
+
 
 class Entry(Struct, frozen=True, gc=False):
     """One journal row. Times are integer microseconds since the epoch, UTC; payloads are encoded JSON bytes.
 
     `payload` by kind and status:
-      run started    `{"python": "3.11"}`: the minor version the run was recorded on
+      run started    `{"python": "3.11", "seed"?}`: the minor version the run was recorded on; whose random numbers it draws
+                     if not its own: a copy's are its original's
       run blocked    an ErrorData; its details `{"position", "recorded", "asked"}` are both sides of the mismatch
       run requeued   `{"from": seq}`: replay passes over what was recorded from that seq up to here, signals excepted
+      run paused     `{"by", "reason"}`
+      run resumed    `{"by", "held"}`: by so many µs all pending deadlines are later from here on, the run's timeout included
+      run forked     `{"of", "from", "held"}`: what is before it was copied from that run; `held` as above
+      step held      `{"status", "payload"}`: a body's end, recorded while the run was paused and delivered when it goes on
       * completed    the output;   * failed    an ErrorData
       * retrying     `{"error": ErrorData, "next_at": µs}`
       remote dispatched    `{"input", "deadline"}`
@@ -97,6 +106,13 @@ class Entry(Struct, frozen=True, gc=False):
     enqueued_at: int | None = None
     started_at: int | None = None
     finished_at: int | None = None
+
+    @property
+    def held(self) -> int:
+        """By how many µs this entry puts off all deadlines that are pending where it stands."""
+        if self.kind != RUN or self.status not in _HOLDING or self.payload is None:
+            return 0
+        return int(msgspec.json.decode(self.payload).get("held") or 0)
 
     @property
     def delivers(self) -> bool:

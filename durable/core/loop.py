@@ -325,6 +325,13 @@ class Loop(asyncio.AbstractEventLoop):
             heapq.heapify(heap)
         return alarms[heap[0][1]] if heap else None
 
+    def put_off(self, microseconds: int) -> None:
+        """Every pending timer rings so much later."""
+        for alarm in self.alarms.values():
+            alarm.deadline += microseconds
+        self._by_deadline[:] = [(alarm.deadline, alarm.ordinal) for alarm in self.alarms.values()]
+        heapq.heapify(self._by_deadline)
+
     def time(self) -> float:
         return self.now / 1e6
 

@@ -139,6 +139,8 @@ class Machine:
         self.run_id = run_id
         self.generation = generation
         """How often the run was requeued; children started since then have it in their ids."""
+        self.seed = run_id
+        """What its random numbers are drawn from. A copy of another run draws that one's, or its steps would not fit."""
         self.outstanding: dict[str, Command] = {}
         """Asked for and unanswered, by key, in order of ordinals."""
         self.outcome: Outcome | None = None
@@ -202,6 +204,8 @@ class Machine:
                 self._compare(entry)
             if entry.delivers:
                 self._turn(entry)
+            elif held := entry.held:
+                self.put_off(held)
         issued = [item for item in self._issued if self._is_news(item)]
         self._issued.clear()
         self._known.clear()
@@ -215,6 +219,16 @@ class Machine:
         issued, self._issued = self._issued, []
         self._turn_from = 0
         return issued
+
+    def put_off(self, microseconds: int) -> None:
+        """Every pending timer rings so much later: the run stood still meanwhile. Live, before the next entry is delivered;
+        a replay finds it in the journal."""
+        self.loop.put_off(microseconds)
+        for command in self.outstanding.values():
+            if isinstance(command, WaitEvent) and command.deadline is not None:
+                command.deadline += microseconds
+            elif isinstance(command, AskApproval) and command.expires_at is not None:
+                command.expires_at += microseconds
 
     def trace(self, key: str) -> list[Entry]:
         """What the replayed journal says of an outstanding command: started, dispatched, retrying …"""
@@ -295,7 +309,9 @@ class Machine:
         if self._main is not None:
             raise self._mismatch(entry, "nothing: the run has begun already")
         if entry.payload:
-            self._recorded_on = str(msgspec.json.decode(entry.payload).get("python", PYTHON))
+            note = msgspec.json.decode(entry.payload)
+            self._recorded_on = str(note.get("python", PYTHON))
+            self.seed = str(note.get("seed", self.seed))
         try:
             main = self.definition.call(self.context(), self.input)
         except Exception as error:  # the input does not fit, or the class could not be made
@@ -426,6 +442,14 @@ class Machine:
         return min((seqs[id(origin)] for origin in _origins(error) if id(origin) in seqs), default=None)
 
     # ------------------------------------------------------------------ what ctx asks for
+
+    def peek(self, name: str) -> str:
+        """The key that the next command of this name gets."""
+        repeat, key = self.keys.get(name, 0), name
+        while key in self.keys:
+            key = f"{name}:{repeat}"
+            repeat += 1
+        return key
 
     def key(self, name: str) -> str:
         """The name, or `name:1`, `name:2` … for repeats, and never the key of another command."""
@@ -590,7 +614,7 @@ class Machine:
             if entry.kind == RUN and entry.status == "requeued":
                 requeued += 1
                 cut = msgspec.json.decode(entry.payload).get("from") if entry.payload else None
-                kept = kept if cut is None else _without(kept, cut)
+                kept = kept if cut is None else without(kept, cut)
             elif entry.kind != LOG:
                 kept.append(entry)
         self.generation = max(self.generation, requeued)
@@ -719,8 +743,8 @@ def _origins(error: BaseException) -> Iterator[BaseException]:
             left.extend(one.exceptions)
 
 
-def _without(entries: list[Entry], cut: int) -> list[Entry]:
-    """Drop what was recorded from `cut` on, signals and events excepted, and all traces of commands that were answered there.
+def without(entries: list[Entry], cut: int) -> list[Entry]:
+    """Without what was recorded from `cut` on, signals and events excepted, and all traces of commands that were answered there.
 
     A command asked for before the cut and answered behind it is asked for again as if for the first time: its old
     child has ended, its old attempts are spent.

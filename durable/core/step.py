@@ -35,6 +35,8 @@ class StepScope(Struct, eq=False):
     """W3C, of the run's trace, where whoever sent the task has one."""
     context: dict[str, Any] | None = None
     """What came with the task beside its input; opaque."""
+    webhooks: Any = None
+    """What the engine does for webhooks (core/webhooks.py); None in a worker."""
     cancelled: bool = False
     """Whether nobody waits for the body any more: the run was cancelled, the step took too long, the process stops. An
     `async def` is told by CancelledError; a plain `def` has to look."""

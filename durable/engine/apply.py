@@ -36,7 +36,7 @@ from durable.core.errors import ErrorData, NotRegistered
 from durable.core.journal import CHILD, LOG, PATCHED, RUN, STEP, WAIT, Entry
 from durable.core.match import probe_of
 from durable.core.payload import encode_error
-from durable.engine import admission, children
+from durable.engine import admission, children, pause
 from durable.engine.residents import Arrival, Resident
 from durable.store.records import (
     CloseWaiter,
@@ -108,8 +108,8 @@ def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[
     if isinstance(command, WaitSignal | AppStep):
         return
     if isinstance(command, WaitEvent):
-        if run.machine.generation:
-            run.effects.append(_waiter(command))  # it went with the run's end
+        if run.machine.generation or run.holds:
+            run.effects.append(_waiter(command))  # it went with the run's end, or waits for longer than it says
         if last is None or last.status != "looked" or run.machine.generation:
             _look_back(executor, run, command)
         return
@@ -124,7 +124,10 @@ def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[
     if last is not None and last.status == "retrying":
         assert last.payload is not None
         run.attempts[command.key] = last.attempt + 1
-        run.retries[command.key] = msgspec.json.decode(last.payload, type=RetryNote).next_at
+        next_at = msgspec.json.decode(last.payload, type=RetryNote).next_at
+        run.retries[command.key] = next_at + run.held_since(last.seq)
+    elif last is not None and last.status == "held":
+        pause.place(run, pause.held(run, command.key, last))
     elif isinstance(command, RunStep):
         executor.steps.launch(run, command, attempt)
     elif isinstance(command, SendTask):
@@ -278,6 +281,13 @@ def _look_back(executor: Executor, run: Resident, command: WaitEvent) -> None:
 
 def _waiter(command: WaitEvent) -> OpenWaiter:
     return OpenWaiter(command.key, command.name, command.condition, command.deadline, probe_of(command.condition))
+
+
+def reopen_waits(run: Resident) -> None:
+    """Their deadlines were put off."""
+    for wait in run.machine.events_waited():
+        if wait.deadline is not None:
+            run.effects.append(_waiter(wait))
 
 
 def _settled(executor: Executor, run: Resident, note: Settled) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from durable.core.commands import StartChild
 from durable.core.errors import ErrorData, StoreError
-from durable.core.journal import CHILD, COMMAND_KINDS, Entry
+from durable.core.journal import CHILD, COMMAND_KINDS, RUN, Entry
 from durable.core.payload import encode_error
 from durable.engine.residents import Arrival, Final, Resident
 from durable.protocol.states import TERMINAL, Status
@@ -33,6 +33,23 @@ class ChildNote(msgspec.Struct, frozen=True):
     """Journals written before it was recorded: then nothing but the parent's own code may decide."""
 
 
+class CancelNote(msgspec.Struct, frozen=True):
+    """Payload of a `cancel` message and of a `cancelling` entry."""
+
+    reason: str = ""
+    children: bool = False
+    """It is for all that the run has started too, and for what they have."""
+
+
+def of_the_tree(entry: Entry) -> bool:
+    """Whether a `cancelling` entry is meant for the run's children too."""
+    return bool(entry.payload) and msgspec.json.decode(entry.payload or b"{}", type=CancelNote).children
+
+
+_PARENT_GAVE_UP = b'{"reason":"its parent no longer waits for it"}'
+_WHOLE_TREE = b'{"reason":"its parent was cancelled with all it had started","children":true}'
+
+
 def cancel(run: Resident, key: str, child_id: str) -> PutMessage:
     """The parent no longer waits for this child: part of the commit that says so."""
     return PutMessage(
@@ -40,7 +57,7 @@ def cancel(run: Resident, key: str, child_id: str) -> PutMessage:
             run_id=child_id,
             id=f"{run.run_id}:{key}:cancel",
             kind="cancel",
-            payload=b'{"reason":"its parent no longer waits for it"}',
+            payload=_WHOLE_TREE if run.tree_cancelled else _PARENT_GAVE_UP,
             workspace=run.workspace,
         )
     )
@@ -50,12 +67,13 @@ def to_cancel(entries: Sequence[Entry]) -> dict[str, tuple[Entry, str]]:
     """The children that a journal leaves open and that are to end with their parent: by key, the `started` entry and the
     child's id. For parents that end with no machine to ask."""
     found: dict[str, tuple[Entry, str]] = {}
+    everyone = any(e.kind == RUN and e.status == "cancelling" and of_the_tree(e) for e in entries)
     for entry in entries:
         if entry.kind == CHILD and entry.key is not None:
             if entry.status == "started":
                 assert entry.payload is not None
                 note = msgspec.json.decode(entry.payload, type=ChildNote)
-                if note.on_parent_close == "cancel":
+                if everyone or note.on_parent_close == "cancel":
                     found[entry.key] = entry, note.run_id
             elif entry.status != "late":
                 found.pop(entry.key, None)

@@ -4,6 +4,7 @@ can hand in their own clock, ids, store and transport."""
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 from msgspec import Struct
 
@@ -49,6 +50,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How long `async with app` waits, on its way out, for runs that are executing."""
     task_key: str | None = None
     """The engines' secret: with it tasks carry a token, and a result with another one is refused. The same on all."""
+    public_url: str | None = None
+    """Where the service is reached from outside, for the addresses of webhooks."""
+    webhook_key: str | None = None
+    """The engines' secret for webhooks: addresses bear a MAC of it, calls are signed with it. Default: `task_key`."""
     ask_every: float = 60.0
     """How long a task may be out before its transport is asked whether it still has it, and asked again, each time after as
     long as it has been out. What no longer is there, after a FLUSHALL for instance, is sent again."""
@@ -115,6 +120,8 @@ class Deps(Struct, frozen=True, kw_only=True, dict=True):
     """The machine's clock; the engine corrects it to the store's."""
     ids: Ids
     settings: Settings
+    caller: Any = None
+    """Makes outgoing calls (engine/webhooks.py: Caller); None: this engine makes none."""
     on_step: StepObserver | None = None
     """Told of each attempt of a local step."""
 

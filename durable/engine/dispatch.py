@@ -226,6 +226,10 @@ class Dispatch:
         if not self._executor.lease.safe():
             self._held.append(partial(self._publish, run, command, attempt))
             return
+        if run.paused is not None:
+            run.paused.actions.append(partial(self._publish, run, command, attempt))
+            return
+        sent.offered = True
         self._spawn(self._publishing(run, command, attempt))
 
     async def _publishing(self, run: Resident, command: SendTask, attempt: int) -> None:

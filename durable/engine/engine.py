@@ -5,28 +5,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import UNSET
 
 from durable.core.clock import StoreClock
 from durable.core.dead_letter import DeadLetter
 from durable.core.definition import WorkflowDefinition, is_workflow, workflow_of
 from durable.core.errors import RunNotFound, StoreError
-from durable.core.journal import RUN, Entry
+from durable.core.journal import Entry
 from durable.core.payload import encode
+from durable.core.webhooks import Delivered
 from durable.engine import collector, dead_letter
 from durable.engine.announce import Announcer, step_cancel
+from durable.engine.bulk import Action, BulkResult, Options, act, perform, preview
+from durable.engine.cancellation import Canceller
 from durable.engine.deps import Deps
 from durable.engine.dispatch import task_id
 from durable.engine.events import Events, Publication, Published
 from durable.engine.executor import Executor
+from durable.engine.failures import Failure, search
 from durable.engine.handle import RunHandle, outcome
 from durable.engine.lease import Lease
 from durable.engine.lines import LIVE_LINE, Hearing
+from durable.engine.pause import PauseNote, Pauser, Timers, paused_by
 from durable.engine.recovery import Recovery
 from durable.engine.requeue import requeue
+from durable.engine.rerun import Again, Rerunner, edits_of
 from durable.engine.residents import Final, Resident, Sent
 from durable.engine.results import Results
 from durable.engine.resume import Resume
@@ -35,6 +43,7 @@ from durable.engine.scheduler import Scheduler
 from durable.engine.signals import Mail
 from durable.engine.start import Starter, StartRequest
 from durable.engine.timeline import Timeline
+from durable.engine.webhooks import Hooks, delivery_of
 from durable.protocol.messages import ControlMessage
 from durable.protocol.states import TERMINAL
 from durable.store.admission import EventQuery, EventRecord, LimitState
@@ -68,8 +77,12 @@ class WorkflowEngine:
         self._resume = Resume(self._executor)
         self._scheduler = Scheduler(self._executor, self._recovery, self._resume)
         self._starter = Starter(self._executor, self._scheduler, self.definition)
+        self._rerunner = Rerunner(deps, self._starter, self.clock.now)
         self._mail = Mail(deps, self._nudge)
+        self._pauser = Pauser(deps, self._mail, self.clock.now, lambda run_id: self._nudge(run_id, None))
+        self._canceller = Canceller(deps, self._mail, self._pauser)
         self._events = Events(self._executor, self._mail)
+        self._hooks = Hooks(deps, self._mail, deps.caller)
         self._results = Results(self._executor, self._mail)
         self._hearing = Hearing(self._executor, self._mail)
         self._timeline = Timeline(deps, self._home)
@@ -91,6 +104,8 @@ class WorkflowEngine:
         executor.on_mail = self._resume.mail
         executor.on_due = self._scheduler.nudge
         executor.on_nudge = self._nudge
+        executor.webhooks_of = self._hooks.at
+        executor.on_parked_mail = self._pauser.rouse_soon
         executor.on_mailed = lambda run_id, kind: self._nudge(run_id, None, kind)
         executor.on_look_back = self._events.look_back
         executor.on_send_event = self._events.send
@@ -185,6 +200,7 @@ class WorkflowEngine:
             await self._scheduler.stop()
         await self._settle_bodies(timeout)
         await self._hand_over()
+        await self._pauser.close()
         await self._events.close()
         await self._mail.close()
         await executor.commits.close()
@@ -310,20 +326,80 @@ class WorkflowEngine:
         """Every limit that has a run, or had one lately: how full it is."""
         return await self.deps.store.limits(self._meant(workspace), workflow)
 
-    async def cancel(self, run_id: str, reason: str = "", *, workspace: str | None = None) -> bool:
+    async def cancel(
+        self, run_id: str, reason: str = "", *, children: bool = False, workspace: str | None = None
+    ) -> bool:
         """Ask a run to stop: its main task is cancelled and may clean up for `cancel_grace`. True if this was the first
-        request. Raises RunNotFound, RunFinished."""
-        data = msgspec.json.encode({"reason": reason})
-        if await self._mail.must_send(self._message(run_id, "cancel", "cancel", "", data, workspace)):
-            return True
-        # It had been asked before; but a run that was reopened since begins anew in this too.
+        request. `children`: and with it everything it has started, and what they have, whatever `on_parent_close` says; of a
+        run that has ended, what is still open below it. A paused run goes on for it. Raises RunNotFound, RunFinished."""
+        return await self._canceller.cancel(run_id, reason, children, self._meant(workspace))
+
+    async def pause(self, run_id: str, *, by: str = "", reason: str = "", workspace: str | None = None) -> bool:
+        """Have a run begin nothing more: what is under way finishes and is recorded, what comes for it waits. True if this
+        was the first request since it last went on. Raises RunNotFound, RunFinished."""
+        return await self._pauser.pause(run_id, by, reason, self._meant(workspace))
+
+    async def resume(self, run_id: str, *, by: str = "", timers: Timers = "run", workspace: str | None = None) -> bool:
+        """Have a paused run go on. `timers`: with "run" the deadlines have gone on, and what is overdue is due at once; with
+        "hold" all of them are later by the length of the pause. False: it is not paused. Raises RunNotFound, RunFinished."""
+        return await self._pauser.resume(run_id, by, timers, self._meant(workspace))
+
+    async def paused_by(self, run_id: str, *, workspace: str | None = None) -> PauseNote | None:
+        """Who has paused a run, and why; None if it is not paused. Raises RunNotFound."""
+        await self.get(run_id, workspace=workspace)
+        return paused_by((await self.deps.store.load([run_id]))[0].entries)
+
+    async def rerun(
+        self,
+        run_id: str,
+        *,
+        from_step: str | None = None,
+        input: Any = UNSET,
+        idempotency_key: str | None = None,
+        workspace: str | None = None,
+    ) -> RunHandle[Any]:
+        """A new run that does again what a finished one did: all of it, or from one of its steps on, with the results before
+        that step kept. `from_step` is a step's key. The same key again finds the same new run. Raises RunNotFound, RunActive,
+        ForkRefused, PayloadError, IdempotencyConflict."""
+        wish = Again(kind="rerun", from_step=from_step, input=input, key=idempotency_key)
+        return await self._again(run_id, wish, workspace)
+
+    async def replay(
+        self, run_id: str, input: Any = UNSET, *, idempotency_key: str | None = None, workspace: str | None = None
+    ) -> RunHandle[Any]:
+        """A new run of a finished one's version from the beginning, with another input if one is given. Raises as `rerun`."""
+        return await self._again(run_id, Again(kind="replay", input=input, key=idempotency_key), workspace)
+
+    async def fork(
+        self,
+        run_id: str,
+        edits: Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        workspace: str | None = None,
+    ) -> RunHandle[Any]:
+        """A new run that begins as this one did, but for one thing: `{"step": key, "result": value}` goes on behind a step that
+        returned something else; `{"input": value}` begins anew with another input, and with `"from_step": key` keeps the
+        results before that step. The run itself may still be active. Raises as `rerun`, and DefinitionError for other edits."""
+        return await self._again(run_id, edits_of(edits, idempotency_key), workspace)
+
+    async def _again(self, run_id: str, wish: Again, workspace: str | None) -> RunHandle[Any]:
+        new_id, _ = await self._rerunner.again(run_id, wish, self._meant(workspace))
+        return RunHandle(self, new_id, Any, workspace)
+
+    async def deliver_webhook(self, token: str, body: bytes) -> bool:
+        """What was posted to a webhook's address: `token` is its last part, `body` JSON, or else a text. True: it settles the
+        wait; False: another was first, and this one is only recorded. Raises RunNotFound for a token that is none of ours,
+        RunFinished, PayloadTooLarge."""
+        return await self._hooks.deliver(token, body)
+
+    async def redeliver(self, run_id: str, step: str, *, workspace: str | None = None) -> Delivered:
+        """Make a call again that a step has made, now, under the same id and with the same body; the run is not touched. A call
+        that failed for good is tried again by requeueing its run. Raises RunNotFound; ForkRefused if that step made no call;
+        NonRetryable, CallFailed and RetryAfter for what the receiver says."""
+        await self.get(run_id, workspace=workspace)
         entries = (await self.deps.store.load([run_id]))[0].entries
-        reopened = [entry.seq for entry in entries if entry.kind == RUN and entry.status == "requeued"]
-        if not reopened:
-            return False
-        return await self._mail.must_send(
-            self._message(run_id, f"cancel:{reopened[-1]}", "cancel", "", data, workspace)
-        )
+        return await self._hooks.call(delivery_of(run_id, step, entries))
 
     async def get(self, run_id: str, *, workspace: str | None = None) -> RunRecord:
         """The run as stored. Raises RunNotFound."""
@@ -336,10 +412,43 @@ class WorkflowEngine:
         """Runs of one workspace, whatever the query says of it."""
         return await self.deps.store.find(msgspec.structs.replace(query, workspace=self._meant(workspace)))
 
-    async def requeue(self, run_id: str, *, workspace: str | None = None) -> None:
-        """Reopen a dead or failed run, or have a blocked one looked at again."""
-        await requeue(self.deps, self.clock.now(), run_id, workspace)
-        self._nudge(run_id, None)
+    async def requeue(self, run_id: str, *, workspace: str | None = None) -> bool:
+        """Reopen a dead or failed run, or have a blocked one looked at again. False: it is active and well."""
+        reopened = await requeue(self.deps, self.clock.now(), run_id, workspace)
+        if reopened:
+            self._nudge(run_id, None)
+        return reopened
+
+    async def bulk(
+        self,
+        action: Action,
+        query: RunQuery,
+        *,
+        dry_run: bool = False,
+        limit: int = 1_000,
+        workspace: str | None = None,
+        **options: Any,
+    ) -> BulkResult:
+        """Cancel, pause, resume, requeue, rerun or replay all runs a query finds, each on its own, at most `limit` in one call;
+        options as in engine/bulk.py's `Options`. Where the query says nothing of their state, only those the action is for. With
+        `dry_run` nothing is done: how many there are, and the first ids. Safe to repeat."""
+        meant = self._meant(workspace)
+        query = msgspec.structs.replace(query, workspace=meant)
+        if dry_run:
+            return await preview(action, query, self.deps.store.find)
+        do = partial(act, self, self._rerunner, action, Options(**options), meant)
+        return await perform(action, query, self.deps.store.find, do, limit)
+
+    async def failures(
+        self, limit: int = 50, cursor: str | None = None, *, workspace: str | None = None
+    ) -> tuple[list[Failure], str | None]:
+        """Failed and dead runs, newest first, and where the next page begins."""
+        return await search(partial(self.find, workspace=workspace), limit, cursor)
+
+    async def retry_failure(self, delivery_id: str, *, workspace: str | None = None) -> bool:
+        """Try a failure again: what had succeeded is kept. False: it is under way again already. Raises RunNotFound,
+        RunFinished."""
+        return await self.requeue(delivery_id, workspace=workspace)
 
     async def prune(self, request: PruneRequest, *, workspace: str | None = None) -> int:
         """Delete finished runs of one workspace, one batch; how many there were. Fewer than the limit: no more may go."""
@@ -448,6 +557,8 @@ class WorkflowEngine:
         self._executor.steps.release_held()
         self._executor.dispatch.release_held()
         self._executor.dispatch.look_after()
+        if self.deps.settings.execute:
+            self._pauser.beaten()
 
     def _lost(self, why: str) -> None:
         """Everything in memory is somebody else's now. Forget it, and come back as somebody new."""

@@ -24,7 +24,7 @@ from durable.core.commands import Command, SendEvent
 from durable.core.errors import DeterminismError, DurableError, ErrorData, NonDeterminism
 from durable.core.journal import COMMAND_KINDS, EVENT, LOG, RUN, TIMER, Entry
 from durable.core.payload import describe, encode_error
-from durable.engine import apply, attempts, children
+from durable.engine import apply, attempts, children, pause
 from durable.engine.committer import Group
 from durable.engine.deps import Deps
 from durable.engine.dispatch import Dispatch
@@ -84,6 +84,8 @@ class Executor:
         self.on_freed: Callable[[Resident], None] = lambda run: None
         self.on_due: Callable[[], None] = lambda: None
         self.on_nudge: Callable[[str, str | None], None] = lambda run_id, owner: None
+        self.webhooks_of: Callable[[str], Any] = lambda workspace: None
+        self.on_parked_mail: Callable[[str], None] = lambda run_id: None
 
         self.on_unwanted: Callable[[Resident, Sent], None] = lambda run, sent: None
         self.on_cancelling: Callable[[Resident], None] = lambda run: None
@@ -223,16 +225,27 @@ class Executor:
         """Take the run's own deadlines from its journal."""
         if entry.status in ("started", "requeued"):
             run.cancel_deadline = run.timed_out = None
+            run.tree_cancelled = False
             if run.definition.timeout is not None:
                 run.deadline = entry.at + int(run.definition.timeout * SECOND)
         elif entry.status in ("cancelling", "timed_out"):
             run.deadline = None
             run.timed_out = entry.seq if entry.status == "timed_out" else None
+            run.tree_cancelled = entry.status == "cancelling" and children.of_the_tree(entry)
             run.cancel_deadline = entry.at + int(self.settings.cancel_grace * SECOND)
+        elif entry.status == "paused":
+            pause.begin(run, entry)
+        elif entry.status in ("resumed", "forked"):
+            run.paused = None
+            if held := entry.held:
+                run.put_off(held)
+                run.holds.append((entry.seq, held))
 
     def _next(self, run: Resident) -> Arrival | None:
         """What comes next: arrivals by when they happened, timers by their deadline, arrivals first when equal."""
         while True:
+            if run.paused is not None and ((taken := pause.next_arrival(self, run)) or run.paused is not None):
+                return taken
             arrival = run.arrivals[0] if run.arrivals else None
             due = run.next_wake()
             if due is None or (arrival is not None and arrival.happened <= due) or due > self.clock.now():
@@ -276,11 +289,11 @@ class Executor:
         if arrival.ack is not None:
             run.acks.append(arrival.ack)
         kind = arrival.kind
-        if kind in COMMAND_KINDS:
+        if kind in COMMAND_KINDS and arrival.status != "held":
             if not attempts.accepts(self, run, arrival):
                 return
-        elif kind == RUN and (run.cancel_deadline is not None):
-            return  # cancelled twice, or timed out while cancelling: the first one counts
+        elif kind == RUN and (run.cancel_deadline is not None or arrival.status == "resumed"):
+            return  # cancelled twice, or timed out while cancelling: the first one counts; or it had gone on before
         elif kind == EVENT and arrival.key in run.machine.events_had:
             return  # it was found looking back, and has been told of too
         elif kind == LOG and arrival.line is not None and not attempts.hears(run, arrival):
@@ -288,7 +301,7 @@ class Executor:
         entry = self.append(run, arrival)
         if kind == RUN:
             self._recall(run, entry)
-            if run.sent:
+            if run.sent and entry.delivers:
                 self.on_cancelling(run)
         if entry.delivers:
             if arrival.whole is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from durable.core.errors import ErrorData, RunCancelled, RunDead, RunFailed, RunTimeout
 from durable.core.journal import Entry
 from durable.core.payload import decode, decode_error
+from durable.engine.pause import Timers
 from durable.engine.residents import Final
 from durable.protocol.states import Status
 from durable.store.records import RunRecord
@@ -44,9 +45,17 @@ class RunHandle(Generic[T]):
         """Send a signal; the same id again changes nothing (False). Raises RunFinished if it is too late."""
         return await self._engine.signal(self.id, name, payload, id=id, workspace=self.workspace)
 
-    async def cancel(self, reason: str = "") -> bool:
-        """Ask the run to stop and clean up."""
-        return await self._engine.cancel(self.id, reason, workspace=self.workspace)
+    async def cancel(self, reason: str = "", *, children: bool = False) -> bool:
+        """Ask the run to stop and clean up; with `children`, everything it has started too."""
+        return await self._engine.cancel(self.id, reason, children=children, workspace=self.workspace)
+
+    async def pause(self, *, by: str = "", reason: str = "") -> bool:
+        """Have the run begin nothing more until it is resumed. False: it is paused, or has been asked to."""
+        return await self._engine.pause(self.id, by=by, reason=reason, workspace=self.workspace)
+
+    async def resume(self, *, by: str = "", timers: Timers = "run") -> bool:
+        """Have the paused run go on. `timers="hold"`: all its deadlines are later by the length of the pause."""
+        return await self._engine.resume(self.id, by=by, timers=timers, workspace=self.workspace)
 
     async def get(self) -> RunRecord:
         """The run as stored."""

@@ -17,14 +17,14 @@ from durable.engine.deps import Deps
 from durable.protocol.states import REOPENABLE, Activity, Status
 
 
-async def requeue(deps: Deps, now: int, run_id: str, workspace: str | None = None) -> None:
-    """Raises RunNotFound; RunFinished if it completed or was cancelled. A run that is active and well is left alone."""
+async def requeue(deps: Deps, now: int, run_id: str, workspace: str | None = None) -> bool:
+    """Raises RunNotFound; RunFinished if it completed or was cancelled. False: it is active and well, and left alone."""
     record = (await deps.store.get([run_id]))[0]
     if record is None or record.workspace != (workspace or deps.settings.workspace):
         raise RunNotFound(f"There is no run {run_id!r} here. Is it another workspace's?", run_id=run_id)
     blocked = record.status is Status.ACTIVE and record.activity is Activity.BLOCKED
     if record.status is Status.ACTIVE and not blocked:
-        return
+        return False
     if record.status not in REOPENABLE and not blocked:
         raise RunFinished(
             f"Run {run_id!r} is {record.status}; only dead, failed and blocked runs can be requeued.", run_id=run_id
@@ -35,7 +35,10 @@ async def requeue(deps: Deps, now: int, run_id: str, workspace: str | None = Non
         payload = None if cut is None else msgspec.json.encode({"from": cut, "logs": await _lines(deps, run_id, cut)})
     status = "unblocked" if blocked else "requeued"
     entry = Entry(0, now, RUN, status, name=record.workflow, payload=payload)
-    await deps.store.requeue(run_id, commit_id=deps.ids.unique(), entry=entry, activity=Activity.QUEUED.value)
+    reopened = await deps.store.requeue(
+        run_id, commit_id=deps.ids.unique(), entry=entry, activity=Activity.QUEUED.value
+    )
+    return reopened is not None
 
 
 def dropped_lines(entries: Sequence[Entry]) -> int:

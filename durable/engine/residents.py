@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -19,6 +19,9 @@ from durable.core.journal import Entry
 from durable.core.replay import Machine
 from durable.protocol.states import Activity, Status
 from durable.store.records import Effect, Journal, Parent
+
+if TYPE_CHECKING:
+    from durable.engine.pause import Pause
 
 
 class Line(Struct, frozen=True, gc=False):
@@ -70,6 +73,8 @@ class Sent(Struct):
     attempt: int
     dispatched_at: int
     deadline: int | None = None
+    offered: bool = False
+    """It is being published, or was."""
     published: bool = False
     transport: str | None = None
     """The member of the pool that accepted it; None: not known (yet)."""
@@ -127,6 +132,7 @@ class Resident:
         "final",
         "flushing",
         "held",
+        "holds",
         "idle",
         "inbox_known",
         "inbox_read",
@@ -142,6 +148,7 @@ class Resident:
         "marks",
         "opening",
         "parent",
+        "paused",
         "pending",
         "progressed",
         "queued",
@@ -156,6 +163,7 @@ class Resident:
         "tail",
         "timed_out",
         "told",
+        "tree_cancelled",
         "unlooked",
         "workspace",
     )
@@ -240,8 +248,14 @@ class Resident:
         self.deadline: int | None = None
         """Of the run's own timeout."""
         self.cancel_deadline: int | None = None
+        self.tree_cancelled = False
+        """It is being cancelled with everything it has started."""
         self.timed_out: int | None = None
         """Seq of the entry that says the run took longer than its timeout."""
+
+        self.paused: Pause | None = None
+        self.holds: list[tuple[int, int]] = []
+        """By seq: by how many µs an entry of the replayed journal puts off what was pending there."""
 
         self.queued = False
         self.committing = False
@@ -261,6 +275,17 @@ class Resident:
         self.armed: int | None = None
         """When its alarm rings, µs."""
         self.alarm: asyncio.TimerHandle | None = None
+
+    def put_off(self, microseconds: int) -> None:
+        """The run's own deadlines are so much later: it stood still meanwhile."""
+        if self.deadline is not None:
+            self.deadline += microseconds
+        if self.cancel_deadline is not None:
+            self.cancel_deadline += microseconds
+
+    def held_since(self, seq: int) -> int:
+        """By how many µs what was pending at that entry was put off since."""
+        return sum(held for at, held in self.holds if at > seq)
 
     def next_wake(self) -> int | None:
         """The earliest moment, µs, at which something is due for this run by the clock alone."""

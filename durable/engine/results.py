@@ -42,7 +42,7 @@ class Results:
         """A hosted run's turn is over."""
         status, payload = _verdict(decision, self._executor.deps.store.capabilities.max_payload)
         run = self._executor.residents.get(decision.run_id)
-        if run is not None and not run.suspending:
+        if run is not None and not run.suspending and run.paused is None:
             try:
                 await self._durably(
                     run, decision_arrival(self._executor.clock.now(), decision.task_id, status, payload)
@@ -66,7 +66,7 @@ class Results:
         result, payload = _kept(result, limit)
         lines = _lines(result, limit)
         run = self._executor.residents.get(result.run_id)
-        if run is not None and not run.suspending:
+        if run is not None and not run.suspending and run.paused is None:
             try:
                 await self._hand_over(run, result, payload, lines)
                 return

@@ -148,6 +148,9 @@ def arrival_of(row: InboxRow) -> Arrival:
         return event_arrival(message.id, message.payload or b"null", row.number)
     if message.kind == "cancel":
         return Arrival(row.created_at, RUN, "cancelling", payload=message.payload, number=row.number)
+    if message.kind in ("pause", "resume"):
+        status = "paused" if message.kind == "pause" else "resumed"
+        return Arrival(row.created_at, RUN, status, payload=message.payload, number=row.number)
     if message.kind == "child":
         status = "completed" if message.name == "completed" else "failed"
         return Arrival(

@@ -17,9 +17,9 @@ from durable.core.commands import Cancelled, Completed, Failed, StartChild
 from durable.core.errors import ErrorData, NonDeterminism
 from durable.core.journal import CHILD, EMIT, REMOTE, RUN, SIGNAL, STEP, WAIT
 from durable.core.payload import describe, encode_error
-from durable.engine import apply
+from durable.engine import apply, pause
 from durable.engine.children import tell_parent
-from durable.engine.residents import Arrival, Final, Resident, left, tell
+from durable.engine.residents import Arrival, Final, Resident, Sent, left, tell
 from durable.protocol.states import Activity, Status
 from durable.store.records import Commit, CommitOutcome, CommitStatus, FreeSlots, PutMessage
 
@@ -52,12 +52,15 @@ class Settler:
             self._end(run)
         uncommitted = run.pending or run.effects or run.inbox_read > run.inbox_written
         if run.ended or run.effects:
-            self._commit(run)
+            self.commit(run)
+            return
+        if run.paused is not None:
+            pause.settle(self, run)
             return
         if run.actions or run.acks:
             # A body begins under the name `executing`: if the engine dies of it, it must be seen to.
             if uncommitted or (run.bodies and run.activity is not Activity.EXECUTING):
-                self._commit(run)
+                self.commit(run)
                 return
             self._release_barrier(run, run.actions, run.acks)
             run.actions, run.acks = [], []
@@ -73,10 +76,10 @@ class Settler:
                 # It has come to rest, so it was not what killed its engine. The next suspect may begin once that is stored.
                 run.progressed = True
             if self.settings.cold or run.lane is not None or self._far(run, wake):
-                self._commit(run, suspend=True)
+                self.commit(run, suspend=True)
                 return
             if run.progressed:
-                self._commit(run)
+                self.commit(run)
                 return
             if not run.idle:
                 self._executor.rest(run)
@@ -105,7 +108,11 @@ class Settler:
         pool = self._executor.deps.transport
         if not run.sent or pool.capabilities.shared:  # all members are
             return False
-        return any(not pool.member(sent.transport).capabilities.shared for sent in run.sent.values())
+        return any(not self.shared(sent) for sent in run.sent.values())
+
+    def shared(self, sent: Sent) -> bool:
+        """Whether a task's transport reaches beyond this process."""
+        return self._executor.deps.transport.member(sent.transport).capabilities.shared
 
     def _taken_away(self, run: Resident) -> bool:
         """An action may have ended or committed it; a function, since it changes behind the reader's back."""
@@ -118,6 +125,8 @@ class Settler:
         return not any(command.kind in _KEPT for command in run.machine.outstanding.values())
 
     def _activity(self, run: Resident) -> Activity:
+        if run.paused is not None:
+            return Activity.PAUSED
         if run.bodies or (run.sent and self.has_task_here(run)):
             return Activity.EXECUTING  # a task in this process is as good as a body
         if run.cancel_deadline is not None:
@@ -160,6 +169,9 @@ class Settler:
         runs, self._flush = self._flush, []
         for run in runs:
             run.flushing = False
+            if run.paused is not None:
+                self.settle(run)
+                continue
             if run.dropped or run.committing or run.held or run.ended:
                 continue
             if (
@@ -168,7 +180,7 @@ class Settler:
                 or run.inbox_read > run.inbox_written
                 or (run.idle and run.activity != self._activity(run))
             ):
-                self._commit(run)
+                self.commit(run)
 
     def evict(self) -> None:
         """Let runs leave memory that have waited long enough, and the longest idle above the limit. Called now and then."""
@@ -179,13 +191,13 @@ class Settler:
                 continue
             if not run.committing and not run.flushing and self._parked(run):
                 spare -= 1
-                self._commit(run, suspend=True)
+                self.commit(run, suspend=True)
 
     def suspend_waiting(self) -> None:
         """Let every run leave memory that only waits: the engine is about to stop."""
         for run in list(self._executor.residents.values()):
             if not (run.committing or run.held or run.ended or run.opening) and self._parked(run):
-                self._commit(run, suspend=True)
+                self.commit(run, suspend=True)
 
     # ------------------------------------------------------------------ end
 
@@ -197,7 +209,8 @@ class Settler:
         # Those given up inside the run have said so; what is left was never awaited.
         closing = final.status is not Status.COMPLETED
         for command in list(run.machine.outstanding.values()):
-            if not isinstance(command, StartChild) or (closing and command.options.on_parent_close == "cancel"):
+            closes = closing and isinstance(command, StartChild) and command.options.on_parent_close == "cancel"
+            if not isinstance(command, StartChild) or closes or run.tree_cancelled:
                 apply.abandon(self._executor, run, command)
         outcome = run.machine.outcome
         cut = outcome.cut if isinstance(outcome, Failed) and run.final.status is Status.FAILED else None
@@ -224,7 +237,7 @@ class Settler:
         details = {"position": error.position, "recorded": error.recorded, "asked": error.asked}
         payload = encode_error(ErrorData(message=data.message, code=data.code, type=data.type, details=details))
         self._executor.append(run, Arrival(self.clock.now(), RUN, "blocked", name=run.definition.name, payload=payload))
-        self._commit(run, suspend=True, blocked=payload)
+        self.commit(run, suspend=True, blocked=payload)
 
     def _forget(self, run: Resident) -> None:
         """Undo, in memory, what is not committed. Inbox rows stay unread; what came directly is sent again."""
@@ -239,18 +252,18 @@ class Settler:
 
     # ------------------------------------------------------------------ commit
 
-    def _commit(self, run: Resident, *, suspend: bool = False, blocked: bytes | None = None) -> None:
+    def commit(self, run: Resident, *, suspend: bool = False, blocked: bytes | None = None) -> None:
         if run.marks:
             for key, began in run.marks.items():
                 attempt = run.attempts.get(key, 1)
                 mark = Arrival(began, STEP, "started", key=key, attempt=attempt, started_at=began)
                 self._executor.append(run, mark)
             run.marks.clear()
-        if run.looked:
+        if run.looked and run.paused is None:  # what was found is not delivered: it is looked for again
             for key in [wait.key for wait in run.machine.events_waited() if wait.key in run.looked]:
                 self._executor.append(run, Arrival(self.clock.now(), WAIT, "looked", key=key))
             run.looked.clear()
-        if suspend and run.lane is not None and (blocked is not None or not run.sent):
+        if suspend and run.lane is not None and (blocked is not None or run.paused is not None or not run.sent):
             run.effects.append(FreeSlots())  # nothing is under way: others of its lane may go on
         self._commits_made += 1
         commit = Commit(
@@ -280,7 +293,7 @@ class Settler:
                 commit.suspend = True
                 commit.activity = activity
                 commit.error = blocked
-                if blocked is None:
+                if blocked is None and run.paused is None:
                     commit.wake_at = self._wake_at(run)
         actions, run.actions = run.actions, []
         acks, run.acks = run.acks, []
@@ -322,6 +335,9 @@ class Settler:
                 for effect in commit.effects:
                     if isinstance(effect, PutMessage):
                         executor.on_nudge(effect.message.run_id, answer.wake[0])
+            for effect in commit.effects:
+                if isinstance(effect, PutMessage) and effect.message.kind == "cancel":
+                    executor.on_parked_mail(effect.message.run_id)  # a paused one hears it only so
             executor.on_due()
         if run.lane is not None and (run.ended or commit.suspend):
             executor.on_freed(run)
@@ -336,6 +352,8 @@ class Settler:
         if commit.suspend:
             tell(acks, None)
             self._executor.drop(run)
+            if run.paused is not None and answer.inbox_last > run.inbox_known:
+                self._executor.on_parked_mail(run.run_id)  # it may be the word to go on
             # Mail that came in between has made it due at once.
             if answer.inbox_last > run.inbox_written or commit.wake_at is not None:
                 self._executor.on_due()

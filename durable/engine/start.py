@@ -78,7 +78,7 @@ class Starter:
             executor.deps.store.start,
             max_items=executor.deps.store.capabilities.max_batch,
             in_flight=executor.deps.store.capabilities.in_flight,
-            size=lambda run: len(run.input) + 256,
+            size=lambda run: len(run.input) + 256 + sum(len(entry.payload or b"") + 96 for entry in run.entries),
         )
         self.open = False
         """Whether runs may be started here."""
@@ -110,6 +110,17 @@ class Starter:
             except Exception as error:
                 answers.append(error)
         return answers
+
+    async def insert(self, new: NewRun) -> tuple[str, bool]:
+        """A run that is put together already, for whoever serves it: its id, and whether it is new. Raises
+        IdempotencyConflict, EngineStopped."""
+        if not self.open:
+            raise EngineStopped("This engine is stopping or has not been started; start runs on another.")
+        outcome = await self._group.ask(new)
+        _no_conflict(new, outcome)
+        if outcome.run_id == new.id:
+            self._executor.on_nudge(new.id, None)
+        return outcome.run_id, outcome.run_id == new.id
 
     async def asked(self, wish: StartRunRequest) -> None:
         """Another system's wish, by message: returns once the run is durable, whoever starts it. Raises MessageRefused for
@@ -199,12 +210,7 @@ class Starter:
                     self._executor.on_nudge(new.id, None)
 
         outcome = await self._group.ask(new, born)
-        if outcome.status is StartStatus.CONFLICT:
-            raise IdempotencyConflict(
-                f"Run {outcome.run_id} was started with key {new.idempotency_key!r} and another input. Use another key, "
-                "or look at that run.",
-                run_id=outcome.run_id,
-            )
+        _no_conflict(new, outcome)
         return outcome.run_id, definition
 
     def _begin(self, new: NewRun, definition: WorkflowDefinition) -> None:
@@ -216,6 +222,15 @@ class Starter:
         seq, born = len(new.entries), new.entries[0].at
         run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, seq, Activity.EXECUTING, born=born)
         executor.admit(run, Journal(list(new.entries)))
+
+
+def _no_conflict(new: NewRun, outcome: StartOutcome) -> None:
+    if outcome.status is StartStatus.CONFLICT:
+        raise IdempotencyConflict(
+            f"Run {outcome.run_id} was started with key {new.idempotency_key!r} and another input. Use another key, "
+            "or look at that run.",
+            run_id=outcome.run_id,
+        )
 
 
 def _priority(definition: WorkflowDefinition, data: bytes) -> int:

@@ -67,6 +67,9 @@ class LocalSteps:
         executor = self._executor
         if executor.draining:
             return  # the next owner begins it
+        if run.paused is not None:
+            run.paused.actions.append(partial(self._begin, run, command, attempt))
+            return
         instant = executor.clock.monotonic()
         if not executor.lease.safe_at(instant):
             self._held.append(partial(self._begin, run, command, attempt))
@@ -90,6 +93,7 @@ class LocalSteps:
             command.name,
             attempt,
             partial(self._log, run, key, Pace(self._executor.clock.monotonic)),
+            webhooks=self._executor.webhooks_of(run.workspace),
         )
         try:
             enter_step(scope, self._executor.deps.on_step)

@@ -140,7 +140,8 @@ class Message(Struct, frozen=True):
     result   step status       output or error; `key`, `ordinal`, `attempt` name the command
     decision turn status       a hosted run's WorkflowDecision, or the error why there is none; `id` is the turn's task id
     event    the event's       an EventFact; `id` is `event:<event id>`, so a run gets an event once
-    pause    ""                `{"by"}`
+    pause    ""                `{"by", "reason"}`
+    resume   ""                `{"by", "timers"}`: a paused run goes on
     report   step status       `{"lines", "result"}`: a result, and the payloads of the log lines that came with it
     line     ""                `{"mark", "line"}`: a log line told live; `key`, `ordinal`, `attempt` name the command
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from durable.store.admission import LimitState
 from durable.store.postgres import runs
 from durable.store.postgres.connection import Database
 from durable.store.postgres.packing import ints, texts
@@ -42,6 +43,15 @@ async def release(db: Database, schema: str, held: Sequence[tuple[str, int]]) ->
     parameters = [texts([run_id for run_id, _ in ordered]), ints([epoch for _, epoch in ordered])]
     [count] = await db.one(f"SELECT {schema}.release_runs(%s, %s)", parameters)
     return int(count)
+
+
+async def limits(db: Database, schema: str, workspace: str, workflow: str | None) -> list[LimitState]:
+    rows = await db.read(
+        'SELECT workflow, lane, rule, kind, "limit", period_us, used, queued, weight, next_at'
+        f" FROM {schema}.limits(%s, %s)",
+        [workspace, workflow],
+    )
+    return [LimitState(*row) for row in rows]
 
 
 async def owned(db: Database, schema: str, incarnation: str) -> list[tuple[str, int]]:

@@ -15,6 +15,7 @@ from durable.core.journal import Entry
 from durable.protocol.states import Status
 from durable.store.postgres import journal, runs
 from durable.store.postgres.connection import Connection, Database, ask, is_culprit, translate
+from durable.store.postgres.events import storable
 from durable.store.postgres.packing import (
     NO_BIGINTS,
     NO_BLOBS,
@@ -33,8 +34,10 @@ from durable.store.records import (
     Commit,
     CommitOutcome,
     CommitStatus,
+    DropItem,
     FreeSlots,
     OpenWaiter,
+    PutItem,
     PutMessage,
     RunRecord,
     SetAttributes,
@@ -46,8 +49,10 @@ _RUN_PARAMETERS = 13
 _CALL = ", ".join(["%s"] * (_RUN_PARAMETERS + journal.PARAMETERS))
 
 
-async def commit(db: Database, schema: str, batch: Sequence[Commit]) -> list[CommitOutcome]:
-    """Each commit done, fenced, or failed by itself: a batch that breaks is tried again in halves."""
+async def commit(
+    db: Database, schema: str, batch: Sequence[Commit], on_freed: Callable[[], None]
+) -> list[CommitOutcome]:
+    """Each commit done, fenced, or failed by itself: a batch that breaks is tried again in halves. `on_freed`: slots are free."""
     try:
         if len(batch) == 1 and _is_step(batch[0]):
             rows = await db.all(_STEP.format(schema=schema), _step_parameters(batch[0]))
@@ -55,12 +60,15 @@ async def commit(db: Database, schema: str, batch: Sequence[Commit]) -> list[Com
                 return [CommitOutcome(CommitStatus.DONE, rows[0][0])]
             # Refused: the long way says why.
         query, parameters = _statement(schema, batch)
-        return _outcomes(batch, await db.one(query, parameters))
+        answer = await db.one(query, parameters)
+        if _freed(answer):
+            on_freed()
+        return _outcomes(batch, answer)
     except (psycopg.Error, struct.error, UnicodeEncodeError) as error:  # the driver's: only culprits come out of `db`
         if len(batch) == 1:
             return [CommitOutcome(CommitStatus.FENCED, failure=_failure(error))]
     half = len(batch) // 2
-    return await commit(db, schema, batch[:half]) + await commit(db, schema, batch[half:])
+    return await commit(db, schema, batch[:half], on_freed) + await commit(db, schema, batch[half:], on_freed)
 
 
 # A run on its own that appends one row and changes nothing else: a sequential step. The same fence and the same rows as
@@ -125,7 +133,13 @@ class _Refused(Exception):
         self.why = why
 
 
-async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable[None]], one: Commit) -> CommitOutcome:
+async def commit_with(
+    db: Database,
+    schema: str,
+    work: Callable[[Any], Awaitable[None]],
+    one: Commit,
+    on_freed: Callable[[], None],
+) -> CommitOutcome:
     """The fence first, so that the author's work begins only where it counts; then both are committed at once."""
     try:
         query, parameters = _statement(schema, [one])
@@ -143,7 +157,9 @@ async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable
                 [outcome] = _outcomes([one], answer)
                 if outcome.status is CommitStatus.DONE and not await _done_before(connection, schema, one):
                     await work(connection)
-                return outcome
+            if _freed(answer):
+                on_freed()
+            return outcome
         except _Refused as refused:
             return CommitOutcome(CommitStatus.FENCED, failure=_failure(refused.why))
         except psycopg.Error as error:
@@ -198,6 +214,11 @@ def _packed(batch: Sequence[Commit]) -> tuple[Packed, ...]:
     )
 
 
+def _freed(answer: tuple[Any, ...]) -> bool:
+    """Whether somebody who waits for a slot may have it now: of runs to wake, the one without a name."""
+    return answer[2] is not None and "" in answer[2]
+
+
 def _outcomes(batch: Sequence[Commit], answer: tuple[Any, ...]) -> list[CommitOutcome]:
     places, mail, wake = answer
     ordered = sorted(batch, key=_run_id)
@@ -225,7 +246,7 @@ def _effects(batch: Sequence[Commit]) -> str | None:
     if not any(one.effects for one in batch):
         return None
     kinds: dict[str, list[Any]] = {
-        name: [] for name in ("starts", "fires", "messages", "opened", "closed", "attributes", "freed")
+        name: [] for name in ("starts", "fires", "messages", "opened", "closed", "attributes", "freed", "items")
     }
     for one in batch:
         waiters: dict[str, OpenWaiter | CloseWaiter] = {}
@@ -244,6 +265,11 @@ def _effects(batch: Sequence[Commit]) -> str | None:
                 kinds["attributes"].append(change)
             elif isinstance(effect, FreeSlots):
                 kinds["freed"].append({"of": one.run_id, "keys": effect.keys})
+            elif isinstance(effect, PutItem):
+                put = {"kind": effect.kind, "id": effect.id, "data": effect.data, "expires_at": effect.expires_at}
+                kinds["items"].append({"of": one.run_id, **put})
+            elif isinstance(effect, DropItem):
+                kinds["items"].append({"of": one.run_id, "kind": effect.kind, "id": effect.id})
         for waiter in waiters.values():
             if isinstance(waiter, CloseWaiter):
                 kinds["closed"].append({"of": one.run_id, "id": waiter.id})
@@ -253,8 +279,11 @@ def _effects(batch: Sequence[Commit]) -> str | None:
                     "event": waiter.event,
                     "match": waiter.match,
                     "expires_at": waiter.expires_at,
+                    "probe": storable(waiter.probe),
                 }
                 kinds["opened"].append({"of": one.run_id, **opened})
+    if not kinds["items"]:
+        del kinds["items"]  # rare, and looked for by name
     return runs.json_text(kinds)
 
 

@@ -1,4 +1,5 @@
-"""Deleting finished runs, in bounded batches; and the journal's months: made ahead, dropped once no run is left in them."""
+"""Deleting finished runs, and rows that nobody asks for any more, in bounded batches; and the journal's months: made ahead,
+dropped once no run is left in them."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from durable.store.records import PruneRequest
 
 MONTHS_AHEAD = 2
 TIDY_EVERY_S = 3600.0
+SWEEP_ROWS = 1000
+SWEEPS = 20
+"""How often a call sweeps so many rows, at most: the rest is for the next."""
 
 
 class Retention:
@@ -36,9 +40,21 @@ class Retention:
                 request.limit,
             ],
         )
+        if count < request.limit:
+            await self._sweep(request)
         if count < request.limit and time.monotonic() - self._tidied_at > TIDY_EVERY_S:
             await self.tidy()
         return int(count)
+
+    async def _sweep(self, request: PruneRequest) -> None:
+        """What hangs on no run: in parts too, all that is there now but for a bound."""
+        events = request.older_than_us if request.workflow is None else None
+        for _ in range(SWEEPS):
+            [count] = await self._db.one(
+                f"SELECT {self._schema}.sweep(%s, %s, %s)", [request.workspace, events, SWEEP_ROWS]
+            )
+            if count < SWEEP_ROWS:
+                return
 
     async def tidy(self) -> None:
         """The next months get their partitions, also where no engine has started for long; months that are over and empty go,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
@@ -24,7 +25,7 @@ from durable.store.records import (
 _COLUMNS = (
     "number, id, workspace, workflow, version, status, activity, input, output, error, priority, tags, attributes,"
     " parent_run_id, parent_key, parent_ordinal, idempotency_key, input_hash, wake_at, inbox_last, inbox_read, owner,"
-    " epoch, seq, commit_id, recovery_attempts, created_at, started_at, finished_at, updated_at"
+    " epoch, seq, commit_id, recovery_attempts, created_at, started_at, finished_at, updated_at, lane, meta"
 )
 _STATUS = {str(status): status for status in Status}
 _ACTIVITY = {str(activity): activity for activity in Activity}
@@ -75,7 +76,7 @@ async def _outcomes(db: Database, schema: str, runs: Sequence[NewRun], born: set
 
 def as_json(run: NewRun) -> dict[str, Any]:
     """One run as `start_runs` takes it."""
-    return {
+    fields: dict[str, Any] = {
         "id": run.id,
         "workspace": run.workspace,
         "workflow": run.workflow,
@@ -92,6 +93,11 @@ def as_json(run: NewRun) -> dict[str, Any]:
         "wake_at": run.wake_at,
         "entries": run.entries,
     }
+    if run.lane is not None:
+        fields["lane"] = run.lane
+    if run.meta is not None:
+        fields["meta"] = run.meta
+    return fields
 
 
 def attributes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,21 +133,57 @@ async def children(db: Database, schema: str, run_id: str) -> list[RunRecord]:
 
 async def find(db: Database, schema: str, query: RunQuery) -> RunPage:
     conditions, parameters = ["true"], list[Any]()
-    for condition, value in (
-        ("workspace = %s", query.workspace),
-        ("workflow = %s", query.workflow),
-        ("status = %s", query.status and str(query.status)),
-        ("activity = %s", query.activity and str(query.activity)),
-        ("%s = ANY (tags)", query.tag),
-        ("idempotency_key = %s", query.idempotency_key),
-        ("parent_run_id = %s", query.parent),
-        (f"number < (SELECT c.number FROM {schema}.runs c WHERE c.id = %s)", query.cursor),
+
+    def where(condition: str, *values: Any) -> None:
+        conditions.append(condition)
+        parameters.extend(values)
+
+    for column, value in (
+        ("workspace", query.workspace),
+        ("workflow", query.workflow),
+        ("status", query.status and str(query.status)),
+        ("activity", query.activity and str(query.activity)),
+        ("idempotency_key", query.idempotency_key),
+        ("parent_run_id", query.parent),
     ):
         if value is not None:
-            conditions.append(condition)
-            parameters.append(value)
+            where(f"{column} = %s", value)
+    if query.workflows is not None:
+        where("workflow = ANY (%s)", texts(query.workflows))
+    if query.statuses is not None:
+        where("status = ANY (%s)", texts([str(status) for status in query.statuses]))
+    if query.tag is not None:
+        where("tags @> %s", texts([query.tag]))
+    if query.attributes:
+        where("attributes @> %s::jsonb", json_text(attributes(query.attributes)))
+        for name, wanted in query.attributes.items():
+            if isinstance(wanted, (int, float)):  # to jsonb, 1 and 1.0 are one number
+                where("attributes->>%s = %s::jsonb->>0", name, json_text([*attributes({"": wanted}).values()]))
+    if query.since is not None:
+        where("created_at >= %s", query.since)
+        if query.workspace is not None:
+            where(f"number > (SELECT {schema}.number_before(%s, %s))", query.workspace, query.since)
+    if query.until is not None:
+        where("created_at < %s", query.until)
+        if query.workspace is not None:
+            where(f"number < (SELECT {schema}.number_behind(%s, %s))", query.workspace, query.until)
+    if query.text is not None:
+        like = re.sub(r"([\\%_])", r"\\\1", query.text)
+        where(
+            " OR ".join(
+                f"{schema}.folded({column}) LIKE '%%' || {schema}.folded(%s) || '%%'"
+                for column in ("id", "workflow", "idempotency_key")
+            ).join("()"),
+            like,
+            like,
+            like,
+        )
+    if query.cursor is not None:
+        side = ">" if query.oldest_first else "<"
+        where(f"number {side} (SELECT c.number FROM {schema}.runs c WHERE c.id = %s)", query.cursor)
     rows = await db.read(
-        f"SELECT {_COLUMNS} FROM {schema}.runs WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT %s",
+        f"SELECT {_COLUMNS} FROM {schema}.runs WHERE {' AND '.join(conditions)}"
+        f" ORDER BY number {'' if query.oldest_first else 'DESC'} LIMIT %s",
         [*parameters, query.limit + 1],
     )
     found = [record(row) for row in rows]
@@ -181,4 +223,6 @@ def record(row: Row) -> RunRecord:
         started_at=row[27],
         finished_at=row[28],
         updated_at=row[29],
+        lane=row[30],
+        meta=row[31],
     )

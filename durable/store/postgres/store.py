@@ -16,9 +16,20 @@ import psycopg
 
 from durable.core.errors import StoreError, StoreReadOnly, WeakDurability
 from durable.core.journal import Entry
-from durable.store.checks import check_batch, check_message, check_run, commit_storable, refusal
+from durable.store.admission import EventOutcome, EventQuery, EventRecord, LimitState, NewEvent
+from durable.store.checks import (
+    check_batch,
+    check_event,
+    check_events,
+    check_item,
+    check_message,
+    check_run,
+    commit_storable,
+    refusal,
+)
 from durable.store.interface import Capabilities
-from durable.store.postgres import claims, commits, inbox, journal, runs
+from durable.store.items import Fire, FireOutcome, Item, ItemKey, ItemPage, ItemQuery, NewItem, PutOutcome
+from durable.store.postgres import claims, commits, events, inbox, items, journal, runs
 from durable.store.postgres.connection import Address, Database, ask, translate
 from durable.store.postgres.heart import Heart
 from durable.store.postgres.hints import Hints
@@ -204,7 +215,7 @@ class PostgresStore:
         return await commit_storable(batch, self._max_payload, self._commit)
 
     async def _commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
-        outcomes = await commits.commit(self._db, self._schema, batch)
+        outcomes = await commits.commit(self._db, self._schema, batch, self._hints.abroad)
         self._hint_of(batch, outcomes)
         return outcomes
 
@@ -212,7 +223,7 @@ class PostgresStore:
         failure = refusal(commit, self._max_payload)
         if failure is not None:
             return CommitOutcome(CommitStatus.FENCED, failure=failure)
-        outcome = await commits.commit_with(self._db, self._schema, work, commit)
+        outcome = await commits.commit_with(self._db, self._schema, work, commit, self._hints.abroad)
         self._hint_of([commit], [outcome])
         return outcome
 
@@ -286,6 +297,58 @@ class PostgresStore:
 
     async def prune(self, request: PruneRequest) -> int:
         return await self._guard(self._retention.prune(request))
+
+    # ------------------------------------------------------------------ events
+
+    async def publish(self, events_: Sequence[NewEvent]) -> list[EventOutcome]:
+        for event in events_:
+            check_event(event, self._max_payload)
+        outcomes = await self._guard(events.publish(self._db, self._schema, events_, self._max_payload))
+        if not all(outcome.duplicate for outcome in outcomes):
+            self._hints.everywhere()
+        return outcomes
+
+    async def events(self, query: EventQuery) -> list[EventRecord]:
+        check_events(query)
+        return await self._guard(events.find(self._db, self._schema, query))
+
+    async def settle_events(self, ids: Sequence[str]) -> None:
+        await self._guard(events.settle(self._db, self._schema, ids))
+
+    async def limits(self, workspace: str, workflow: str | None = None) -> list[LimitState]:
+        return await self._guard(claims.limits(self._db, self._schema, workspace, workflow))
+
+    # ------------------------------------------------------------------ items
+
+    async def put_items(self, items_: Sequence[NewItem]) -> list[PutOutcome]:
+        for item in items_:
+            check_item(item, self._max_payload)
+        outcomes = await self._guard(items.put(self._db, self._schema, items_))
+        if any(outcome.done for outcome in outcomes):
+            self._hints.everywhere()
+        return outcomes
+
+    async def get_items(self, keys: Sequence[ItemKey]) -> list[Item | None]:
+        return await self._guard(items.get(self._db, self._schema, keys))
+
+    async def list_items(self, query: ItemQuery) -> ItemPage:
+        return await self._guard(items.listed(self._db, self._schema, query))
+
+    async def delete_items(self, keys: Sequence[ItemKey]) -> int:
+        count = await self._guard(items.delete(self._db, self._schema, keys))
+        if count:
+            self._hints.everywhere()
+        return count
+
+    async def fire(self, fires: Sequence[Fire]) -> list[FireOutcome]:
+        for one in fires:
+            check_item(one.item, self._max_payload)
+            for occurrence in one.occurrences:
+                check_run(occurrence.run, self._max_payload)
+        outcomes = await self._guard(items.fire(self._db, self._schema, fires))
+        if any(outcome.done for outcome in outcomes):
+            self._hints.everywhere()
+        return outcomes
 
     # ------------------------------------------------------------------ hints
 

@@ -41,7 +41,9 @@ $app = new App('shop', [
             $charge = $step->run('charge', static function () use ($note, $id, $step): array {
                 $note("charge $id");
 
-                return ['receipt' => "r-$id", 'key' => $step->key('charge')];
+                $step->run('seal', static fn () => $note("seal $id"));
+
+            return ['receipt' => "r-$id", 'key' => $step->key('charge')];
             });
             $step->sleep('nap', 0.05);
             $packed = $step->waitForEvent('packed', 'order/packed', match: ['id' => $id], timeout: '1 hour');

@@ -30,6 +30,7 @@ const app = createApp({
           { name: "order/told", data: { id } },
           { name: "order/told", data: { id: `${id} again` } },
         ]);
+        await step.run("seal", () => note(`seal ${id}`));
         const key = charge.key === `${step.runId}/charge`;
         return { receipt: charge.receipt, box: packed?.data.box, by: packed?.name, key };
       },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -145,3 +146,9 @@ async def fenced(store: Store, change: Commit) -> None:
     outcome = await one(store, change)
     assert outcome.status is CommitStatus.FENCED
     assert await store.get([change.run_id]) == before
+
+
+async def settled(heard: list[str]) -> None:
+    """Whatever was changed before listening began may be heard now; the test is about what comes after."""
+    await asyncio.sleep(0.05)
+    heard.clear()

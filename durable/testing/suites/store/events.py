@@ -26,7 +26,9 @@ from durable.store.admission import (
     Waiter,
 )
 from durable.store.interface import Store
+from durable.store.items import Fire, NewItem, Occurrence
 from durable.store.records import CloseWaiter, Lane, Message, OpenWaiter, PruneRequest, Rule
+from durable.testing.facts import eventually
 from durable.testing.suites.store.builder import (
     FAR,
     StoreBuilder,
@@ -39,6 +41,7 @@ from durable.testing.suites.store.builder import (
     later,
     new,
     read,
+    settled,
     suspend,
 )
 
@@ -118,6 +121,18 @@ class EventTests(Tests):
                 await store.publish([small, bad])
         assert await store.get(["r1", "r2"]) == [None, None]
         assert await store.events(EventQuery()) == []
+
+    async def test_S43_an_events_run_is_hinted(self, store: Store, other: Store) -> None:
+        """Another connection hears of a run that an event starts, and of one that a schedule starts."""
+        heard: list[str] = []
+        stop = other.listen(lambda: heard.append("hint"))
+        await settled(heard)
+        await publish(store, NewEvent("e", "n", b"1", triggers=go("r1")))
+        await eventually(lambda: heard, "the other was hinted of the event's run")
+        await settled(heard)
+        await store.fire([Fire(NewItem("w", "schedule", "s", b"1"), (Occurrence(1, new("r2")),))])
+        await eventually(lambda: heard, "the other was hinted of the schedule's run")
+        stop()
 
     # ------------------------------------------------------------------ rate
 

@@ -9,7 +9,7 @@ from durable.core.journal import Entry
 from durable.store.interface import Store
 from durable.store.records import Commit, Journal
 from durable.testing.facts import eventually
-from durable.testing.suites.store.builder import Tests, begin, commit, done, entry, new
+from durable.testing.suites.store.builder import Tests, begin, commit, done, entry, new, settled
 from durable.testing.suites.store.runs import ODD
 
 
@@ -97,7 +97,7 @@ class JournalTests(Tests):
         """What one connection changes, the other's listener hears of; after it stopped, no more."""
         heard: list[str] = []
         stop = other.listen(lambda: heard.append("hint"))
-        await _settled(heard)
+        await settled(heard)
         await begin(store, new())
         await eventually(lambda: heard, "the other was hinted")
         stop()
@@ -126,9 +126,3 @@ class JournalTests(Tests):
 
 def _of(*rows: Entry) -> Commit:
     return Commit("r", 1, 0, "c", list(rows))
-
-
-async def _settled(heard: list[str]) -> None:
-    """Whatever was changed before listening began may be heard now; the test is about what comes after."""
-    await asyncio.sleep(0.05)
-    heard.clear()

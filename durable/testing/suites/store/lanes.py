@@ -25,6 +25,7 @@ from durable.store.records import (
     RunRecord,
     StartRun,
 )
+from durable.testing.facts import eventually
 from durable.testing.suites.store.builder import (
     FAR,
     LEASE,
@@ -40,6 +41,7 @@ from durable.testing.suites.store.builder import (
     later,
     new,
     read,
+    settled,
     suspend,
 )
 
@@ -269,6 +271,24 @@ class LaneTests(Tests):
         assert await claimed_ids(store) == []
         await end(store, r3)
         assert await claimed_ids(store) == ["r2"]
+
+    async def test_S43_a_freed_slot_is_hinted(self, store: Store, other: Store) -> None:
+        """Whoever waits for a slot on another connection hears that one is free: by FreeSlots, a release and an end."""
+        await begin(store, limited("r", 1))
+        [taken] = await claim(store)
+        heard: list[str] = []
+        stop = other.listen(lambda: heard.append("hint"))
+        for how in ("effect", "release", "end"):
+            await settled(heard)
+            if how == "effect":
+                await done(store, commit(taken.run, activity=Activity.WAITING, effects=(FreeSlots(),)))
+            elif how == "release":
+                await store.release([("r", taken.run.epoch)])
+            else:
+                [taken] = await claim(store)
+                await end(store, taken)
+            await eventually(lambda: heard, f"the other was hinted: {how}")
+        stop()
 
     # ------------------------------------------------------------------ throttle
 
