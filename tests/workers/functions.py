@@ -197,7 +197,7 @@ class FunctionsSuite:
             process.close()
 
     def test_the_same_event_again_is_the_same(self, shop: Site) -> None:
-        """An event that is sent again with its id is answered the same and starts nothing; a hundred at once are one call."""
+        """An event that is sent again with its id is answered the same and starts nothing; so does each of many in one call."""
         first = shop.client("send", "late/go", {}, "event-1")
         assert shop.client("send", "late/go", {}, "event-1") == first
         many = [{"name": "late/go", "id": f"m-{n}", "data": {"n": n}} for n in range(3)]

@@ -41,13 +41,13 @@ $app = new App('shop', [
             $charge = $step->run('charge', static function () use ($note, $id, $step): array {
                 $note("charge $id");
 
-                $step->run('seal', static fn () => $note("seal $id"));
-
-            return ['receipt' => "r-$id", 'key' => $step->key('charge')];
+                return ['receipt' => "r-$id", 'key' => $step->key('charge')];
             });
             $step->sleep('nap', 0.05);
             $packed = $step->waitForEvent('packed', 'order/packed', match: ['id' => $id], timeout: '1 hour');
             $step->sendEvent('tell', [['name' => 'order/told', 'data' => ['id' => $id]], ['name' => 'order/told', 'data' => ['id' => "$id again"]]]);
+
+            $step->run('seal', static fn () => $note("seal $id"));
 
             return ['receipt' => $charge->receipt, 'box' => $packed?->data->box, 'by' => $packed?->name, 'key' => $charge->key === "$step->runId/charge"];
         },
