@@ -99,7 +99,14 @@ async def test_the_engine_leads_the_golden_conversation() -> None:
 async def test_the_engine_tells_the_app_of_its_failure_as_the_vectors_say() -> None:
     """After a failure for good the failure handler is asked, from its beginning, with the failure."""
     told = [one for one in load("conversation.json")["passes"] if "failure" in one["call"]]
-    failed = {"op": "error", "id": "charge", "message": "no funds", "name": "NonRetryable", "code": "no_funds", "retryable": False}
+    failed = {
+        "op": "error",
+        "id": "charge",
+        "message": "no funds",
+        "name": "NonRetryable",
+        "code": "no_funds",
+        "retryable": False,
+    }
     first = told[0]["call"] | {"steps": {}}
     del first["failure"]
     script = Script([{"name": "it fails", "call": first, "answer": failed}, *told])
