@@ -28,6 +28,21 @@ async function reached(handler: (step: Step) => unknown, steps = {}) {
   return answer;
 }
 
+test("nothing is imported but Node's own and ours", () => {
+  const source = fileURLToPath(new URL("../src/", import.meta.url));
+  const seen = new Set<string>();
+  const look = (path: string): void => {
+    if (seen.has(path)) return;
+    seen.add(path);
+    for (const [, name = ""] of readFileSync(path, "utf8").matchAll(/^(?:import|export) (?:.* from )?"([^"]+)";$/gm)) {
+      assert.match(name, /^(node:|\.)/, path);
+      if (name.startsWith(".")) look(join(path, "..", name));
+    }
+  };
+  look(join(source, "functions", "index.js"));
+  assert.ok(seen.size > 8);
+});
+
 test("signatures are those of everybody", () => {
   for (const { key, body, header, name } of load("signature.json").signatures) assert.equal(sign(body, key), header, name);
 });
