@@ -35,6 +35,7 @@ def capacity(app: str | None, store: str | None, config: str | None, drain_timeo
 
 async def _capacity(target: str | None, store: str | None, settings: ServerSettings, as_json: bool) -> None:
     from durable.opening import open_store
+    from durable.server.functions import functions_of
 
     node = await ServiceNode.load(target, store, settings)
     logs_to_stderr()
@@ -51,11 +52,14 @@ async def _capacity(target: str | None, store: str | None, settings: ServerSetti
                     )
                 node.durable.store = opened
                 async with node.found:
+                    functions = functions_of(node.durable.engine, settings)
+                    await functions.start()
                     _greet(
                         node, shown_url(place) if isinstance(place, str) else safe(opened.capabilities.name), as_json
                     )
                     await stopping.wait()
-                    await node.stop(None)
+                    await node.durable.engine.drain()
+                    await functions.close()
     if not as_json:
         click.echo("Stopped. Nothing is lost: runs go on when an engine serves them again.")
 

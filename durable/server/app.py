@@ -8,24 +8,26 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import StreamingResponse
-from starlette.routing import BaseRoute
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.routing import Route as StarletteRoute
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketState
 
 from durable.engine.engine import WorkflowEngine
+from durable.engine.functions import Functions
 from durable.protocol import signature
 from durable.server import errors
 from durable.server.auth import Authenticator, Principal, Request
 from durable.server.errors import ApiError
 from durable.server.limits import Bucket, check_json, read_body
-from durable.server.route import Answer, Call, Route, Service, Stream, decode_query
+from durable.server.route import Answer, Call, Opaque, Route, Service, Stream, decode_query
 from durable.server.settings import Network, ServerSettings
 
 log = logging.getLogger("durable.server")
@@ -60,26 +62,53 @@ class Guard:
 
     async def _answer(self, route: Route, request: _Incoming) -> Answer | Stream:
         _take(self._peers if route.auth == "none" else self._rate, f"peer:{request.peer}", 0.2)
-        if route.auth == "none":
+        if route.auth in ("none", "node"):
             principal = Principal(None, "read", f"peer:{request.peer}")
         else:
             principal = await self._authenticate(route.auth, route.role, request.for_auth())
             _take(self._rate, principal.id, route.cost)
         request.principal = principal
-        body = None
+        body, raw = None, b""
         if route.body is not None:
-            body = _decode(await request.json(), route.body)
+            raw = await request.json()
+            body = None if route.body is Opaque else _decode(raw, route.body)
             _refuse_strangers(body, principal, self.service)
-        call = Call(
+        answer: Answer | Stream = await route.handler(self._call(route, request, principal, body, raw))
+        return answer
+
+    def _call(self, route: Route, request: _Incoming, principal: Principal, body: Any = None, raw: bytes = b"") -> Call:
+        return Call(
             service=self.service,
             principal=principal,
             params=request.params,
             query=decode_query(route.query, request.query),
             body=body,
+            raw=raw,
+            path=request.path,
             peer=request.peer,
             headers=request.headers,
+            raw_headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers],
         )
-        return await route.handler(call)
+
+    async def converse(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        """A WebSocket: everything is looked at before it is accepted, and refused as any request is."""
+        socket = WebSocket(scope, receive, send)
+        request = _Incoming(scope, receive, route, self.service)
+        try:
+            _take(self._rate, f"peer:{request.peer}", 0.2)
+            _refuse_pages(request)
+            principal = await self._authenticate(route.auth, route.role, request.for_auth())
+            _take(self._rate, principal.id, route.cost)
+            await route.handler(self._call(route, request, principal), socket)
+        except ApiError as error:
+            refused = _refusal(error)
+            response = Response(errors.body(error), error.status, refused.headers, media_type="application/json")
+            await socket.send_denial_response(response)
+        except Exception:
+            log.exception("%s %s went wrong (request %s)", route.method, route.path, request.id)
+            if socket.application_state is not WebSocketState.DISCONNECTED:
+                with suppress(RuntimeError):
+                    await socket.close(1011)
 
 
 class _Incoming:
@@ -104,9 +133,13 @@ class _Incoming:
         return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.raw_headers}
 
     def for_auth(self) -> Request:
-        path = self.scope.get("raw_path", self.scope["path"].encode()).decode("latin-1")
-        query = f"?{self.query.decode('latin-1')}" if self.query else ""
-        return Request(self.scope["method"], path + query, self.raw_headers, self.peer, self.body)
+        return Request(self.scope.get("method", "GET"), self.path, self.raw_headers, self.peer, self.body)
+
+    @property
+    def path(self) -> str:
+        """As sent, with its query."""
+        path: str = self.scope.get("raw_path", self.scope["path"].encode()).decode("latin-1")
+        return path + (f"?{self.query.decode('latin-1')}" if self.query else "")
 
     async def body(self) -> bytes:
         if self._body is None:
@@ -132,6 +165,14 @@ class _Incoming:
             return b"{}"
         check_json(data)
         return data
+
+
+def _refuse_pages(request: _Incoming) -> None:
+    """Runners are no browsers: a page may not dial in, but one of this very host."""
+    headers = request.headers
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
+        raise ApiError(403, "forbidden", "A page of another origin may not open this.")
 
 
 def real_peer(peer: str, headers: Sequence[tuple[bytes, bytes]], proxies: Sequence[Network]) -> str:
@@ -249,10 +290,13 @@ class _Endpoint:
         self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._guard.converse(self.routes["WEBSOCKET"], scope, receive, send)
+            return
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         route = self.routes.get(method)
         if route is None:
-            raise HTTPException(405, headers={"allow": ", ".join(sorted(self.routes))})
+            raise HTTPException(405, headers={"allow": ", ".join(sorted(set(self.routes) - {"WEBSOCKET"}))})
         await self._guard.handle(route, scope, receive, send)
 
 
@@ -261,6 +305,7 @@ def create_app(
     settings: ServerSettings,
     *,
     local_app: str | None = None,
+    functions: Functions | None = None,
     routes: Sequence[Route] | None = None,
     mounts: Sequence[BaseRoute] = (),
 ) -> Starlette:
@@ -271,7 +316,7 @@ def create_app(
     from durable.server.routes_table import ROUTES
 
     table = tuple(ROUTES if routes is None else routes)
-    service = Service(engine, settings, local_app)
+    service = Service(engine, settings, local_app, functions)
     guard = Guard(service)
     paths: dict[str, list[Route]] = {}
     for route in table:
@@ -280,7 +325,7 @@ def create_app(
     ordered = sorted(paths, key=lambda path: (path.count("{"), path))
     app = Starlette(
         routes=[
-            *(StarletteRoute(path, _Endpoint(guard, paths[path]), methods=None) for path in ordered),
+            *(_route(path, _Endpoint(guard, paths[path])) for path in ordered),
             *mounts,
         ],
         exception_handlers={HTTPException: _http_error},
@@ -293,6 +338,12 @@ def create_app(
     return app
 
 
+def _route(path: str, endpoint: _Endpoint) -> BaseRoute:
+    if "WEBSOCKET" in endpoint.routes:
+        return WebSocketRoute(path, endpoint)
+    return StarletteRoute(path, endpoint, methods=None)
+
+
 class _Numbered:
     """Gives each request an id, and takes the last word where nothing else has answered."""
 
@@ -301,14 +352,12 @@ class _Numbered:
         self._ids = ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             scope.setdefault("state", {})["request_id"] = self._ids()
         await self._app(scope, receive, send)
 
 
 async def _http_error(request: Any, error: Exception) -> Any:
-    from starlette.responses import Response
-
     assert isinstance(error, HTTPException)
     told = {
         404: ("not_found", "There is no such route. GET /openapi.json lists them."),

@@ -187,6 +187,7 @@ class HttpServer:
                 await self._serving
                 raise DurableError("The HTTP server has ended before it began.")
             await asyncio.sleep(0.005)
+        await self._app.state.service.start(f"http://127.0.0.1:{self.port}")
 
     def drain(self) -> None:
         """Be not ready any more, and end streams; requests are still answered."""
@@ -197,6 +198,7 @@ class HttpServer:
         self.drain()
         if self._server is None or self._serving is None:
             return
+        await self._app.state.service.close()
         self._server.should_exit = True
         with suppress(asyncio.CancelledError):
             await self._serving

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from durable.core import errors
+from durable.engine.functions import WrongApp
 
 
 class ErrorBody(Struct, frozen=True, omit_defaults=True, rename="camel"):
@@ -55,6 +56,8 @@ STATUS: dict[type[Exception], int] = {
     errors.RunFinished: 409,
     errors.IdempotencyConflict: 409,
     errors.NotRegistered: 404,
+    errors.CallRefused: 400,
+    WrongApp: 403,
     errors.PayloadTooLarge: 413,
     errors.PayloadError: 400,
     errors.DefinitionError: 400,

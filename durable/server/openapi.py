@@ -33,6 +33,7 @@ _REFUSALS = {
 def document(table: Sequence[Route]) -> dict[str, Any]:
     """The whole document, as plain data."""
     types: list[Any] = [ErrorAnswer]
+    table = [route for route in table if route.method != "WEBSOCKET"]
     for route in table:
         types += [kind for kind in (route.body, route.answer) if kind is not None and kind != "stream"]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
@@ -45,7 +46,8 @@ def document(table: Sequence[Route]) -> dict[str, Any]:
         "info": {
             "title": "Durable",
             "version": __version__,
-            "description": "Error codes: " + " ".join(f"`{code}` {meaning}" for code, meaning in CODES.items()),
+            "description": "Runners dial in at /connect (WebSocket). Error codes: "
+            + " ".join(f"`{code}` {meaning}" for code, meaning in CODES.items()),
         },
         "paths": paths,
         "components": {
@@ -75,7 +77,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     }
     if route.path == "/readyz":
         made["responses"]["503"] = _answer(route, schemas)
-    if route.auth != "none":
+    if route.auth not in ("none", "node"):
         made["security"] = [{"admin": []}] if route.auth == "admin" else [{"key": []}, {"signature": []}]
     if route.body is not None:
         made["requestBody"] = {

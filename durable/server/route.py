@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from starlette.websockets import WebSocket
 
 from durable.core.errors import RunNotFound
 from durable.engine.engine import WorkflowEngine
+from durable.engine.functions import Functions
 from durable.server.auth import Auth, Principal, Role, in_reach
 from durable.server.errors import ApiError
+from durable.server.functions import functions_of
 from durable.server.limits import Slots
 from durable.server.settings import ServerSettings, networks
 from durable.server.workspaces import Workspaces, split
@@ -23,11 +26,22 @@ MAX_ID = 400
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+~-]*")
 
 
+NODE_PATH = "/internal/invoke"
+
+
 class Service:
     """What all requests share."""
 
-    def __init__(self, engine: WorkflowEngine, settings: ServerSettings, local_app: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: WorkflowEngine,
+        settings: ServerSettings,
+        local_app: str | None = None,
+        functions: Functions | None = None,
+    ) -> None:
         self.engine = engine
+        self.functions = functions or functions_of(engine, settings)
+        """What apps have registered, and the runners they run in."""
         self.settings = settings
         self.local_app = local_app
         """What apps call the engine's own workspace: the name of the app that runs in this process."""
@@ -38,6 +52,16 @@ class Service:
         """The API's description."""
         self.draining = False
         self._on_drain: list[Callable[[], None]] = []
+
+    async def start(self, url: str) -> None:
+        """Begin to serve apps and their runners. `url`: where this process listens."""
+        settings = self.settings
+        reached = settings.node_url or (None if settings.production else url)
+        await self.functions.start(None if reached is None else reached.rstrip("/") + NODE_PATH)
+
+    async def close(self) -> None:
+        """Let runners go; they dial in elsewhere."""
+        await self.functions.close()
 
     def drain(self) -> None:
         """From now on this process is not ready, and its streams end; watchers go on elsewhere."""
@@ -63,8 +87,22 @@ class Call(Struct, frozen=True, kw_only=True):
     params: Mapping[str, str]
     query: Any = None
     body: Any = None
+    raw: bytes = b""
+    """The body as it came; checked to be JSON where the route has a body."""
+    path: str
+    """As sent, with its query."""
     peer: str
     headers: Mapping[str, str]
+    raw_headers: Sequence[tuple[str, str]] = ()
+
+    @property
+    def functions(self) -> Functions:
+        return self.service.functions
+
+    @property
+    def key_id(self) -> str | None:
+        """Of the key the request came with."""
+        return None if self.principal.key is None else self.principal.id
 
     @property
     def engine(self) -> WorkflowEngine:
@@ -124,6 +162,12 @@ class Stream(Struct, frozen=True):
 
 
 Handler = Callable[[Call], Awaitable[Answer | Stream]]
+SocketHandler = Callable[[Call, WebSocket], Awaitable[None]]
+"""It accepts the socket; what it raises before is told as an answer."""
+
+
+class Opaque(Struct, frozen=True):
+    """A body that its handler reads itself, from `raw`."""
 
 
 class Nothing(Struct, frozen=True):
@@ -133,9 +177,10 @@ class Nothing(Struct, frozen=True):
 class Route(Struct, frozen=True, kw_only=True):
     """A row of the table of routes: everything that stands before a handler, and what the API's document says of it."""
 
-    method: Literal["GET", "POST", "PUT", "DELETE"]
+    method: Literal["GET", "POST", "PUT", "DELETE", "WEBSOCKET"]
     path: str
-    handler: Handler
+    handler: Any
+    """`Handler`; of a WebSocket, `SocketHandler`."""
     summary: str
     auth: Auth
     role: Role

@@ -5,8 +5,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from durable.server.route import Nothing, Route
-from durable.server.routes import events, flow, functions, health, runs, schedules, workflows, workspaces
+from durable.server.route import NODE_PATH, Nothing, Opaque, Route
+from durable.server.routes import (
+    approvals,
+    events,
+    flow,
+    functions,
+    health,
+    runners,
+    runs,
+    schedules,
+    workflows,
+    workspaces,
+)
 from durable.server.routes.runs import AppQuery
 from durable.server.views import LogLine, Run, Step
 
@@ -241,6 +252,69 @@ ROUTES: tuple[Route, ...] = (
         answer=None,
         **DELETE,
     ),
+    # -- approvals and runners
+    Route(
+        path="/approvals",
+        handler=approvals.list_approvals,
+        summary="What waits for a decision",
+        scope="workspace",
+        cost=5.0,
+        query=AppQuery,
+        answer=list[approvals.Approval],
+        **READ,
+    ),
+    Route(
+        path="/approvals/{id}/decision",
+        handler=approvals.decide,
+        summary="Decide an approval",
+        scope="workspace",
+        body=approvals.Decision,
+        answer=approvals.Decided,
+        **WRITE,
+    ),
+    Route(
+        path="/runners",
+        handler=runners.list_runners,
+        summary="Who is alive",
+        scope="workspace",
+        cost=2.0,
+        query=AppQuery,
+        answer=list[runners.Runner],
+        **READ,
+    ),
+    Route(
+        path="/register",
+        handler=runners.register,
+        summary="A runner that serves checks in",
+        scope="workspace",
+        cost=2.0,
+        body=Opaque,
+        answer=runners.Registered,
+        **WRITE,
+    ),
+    Route(
+        path="/connect",
+        method="WEBSOCKET",
+        auth="key",
+        role="full",
+        handler=runners.connect,
+        summary="A runner dials in",
+        scope="workspace",
+        cost=5.0,
+        answer=STREAM,
+    ),
+    Route(
+        path=NODE_PATH,
+        method="POST",
+        auth="node",
+        role="full",
+        handler=runners.node,
+        summary="Another engine asks a runner that is connected here",
+        scope="service",
+        max_body=4 << 20,
+        body=Opaque,
+        answer=dict[str, Any],
+    ),
     # -- apps and workspaces
     Route(
         path="/apps",
@@ -295,6 +369,27 @@ ROUTES: tuple[Route, ...] = (
         **ADMIN,
     ),
     # -- apps in any language, one POST for each thing
+    Route(
+        path="/fn/sync",
+        handler=runners.sync,
+        summary="These are all the functions of the app (apps)",
+        role="full",
+        scope="workspace",
+        cost=5.0,
+        body=Opaque,
+        answer=runners.Synced,
+        **APP,
+    ),
+    Route(
+        path="/versions/status",
+        handler=runners.versions,
+        summary="Versions of a function (apps)",
+        role="read",
+        scope="workspace",
+        body=runners.VersionsQuery,
+        answer=runners.Versions,
+        **APP,
+    ),
     Route(
         path="/e",
         handler=events.accept,

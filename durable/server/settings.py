@@ -106,6 +106,17 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
             "Addresses or networks, with commas, of proxies whose `X-Forwarded-For` is believed. Peers are counted by it.",
         ),
     ] = ""
+    node_url: Annotated[
+        str | None,
+        Setting(
+            "DURABLE_NODE_URL",
+            "Where other engines on the same store reach this one's port: `http://10.0.0.7:3030`. None: in development "
+            "here; in production runners that dial in serve only runs of the engine they are connected to.",
+        ),
+    ] = None
+    private_calls: Annotated[
+        bool, Setting("DURABLE_PRIVATE_CALLS", "Whether apps and webhooks in private networks may be called.")
+    ] = False
     refused_rate: Annotated[
         float, Setting("DURABLE_REFUSED_RATE", "Wrong credentials a second of one peer; above, 429 for that peer.")
     ] = 5.0

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from durable.core.journal import CHILD, COMMAND_KINDS, LOG, RUN, TIMER, Entry
+from durable.core.functions import PASSES
+from durable.core.journal import CHILD, COMMAND_KINDS, LOG, RUN, STEP, TIMER, Entry
 from durable.core.origin import Origin, origin_of
 from durable.core.payload import decode_error
 from durable.protocol.states import Activity, Status
@@ -241,6 +242,9 @@ class Progress:
             self.paused_by = by if isinstance(by, str) else None
         if entry.kind not in COMMAND_KINDS or entry.status in ("late", "published"):
             return
+        if is_pass(entry):
+            self.errors += entry.status in ("retrying", "failed")
+            return
         key = entry.key or entry.name or str(entry.ordinal)
         if key not in self.names:
             self.names[key] = None
@@ -250,6 +254,11 @@ class Progress:
             self.index = max(self.index, entry.ordinal)
         self.current = key
         self.attempt = max(1, entry.attempt) if entry.status in ("started", "dispatched", "retrying") else 1
+
+
+def is_pass(entry: Entry) -> bool:
+    """Whether this row is of a call to an app, and no step of the author's."""
+    return entry.kind == STEP and entry.ordinal is not None and entry.ordinal >= PASSES
 
 
 def run_view(run: RunRecord, progress: Progress | None, *, payloads: bool = True, local_app: str | None = None) -> Run:
@@ -302,7 +311,7 @@ def step_views(entries: Sequence[Entry]) -> list[Step]:
     """Steps in the order of their first call, each as it stands at the journal's end."""
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        if (entry.kind in COMMAND_KINDS and entry.status != "late") or entry.kind == TIMER:
+        if ((entry.kind in COMMAND_KINDS and entry.status != "late") or entry.kind == TIMER) and not is_pass(entry):
             found.setdefault((entry.kind, entry.key or str(entry.ordinal)), []).append(entry)
     views = [_step(kind, key, rows) for (kind, key), rows in found.items()]
     return sorted(views, key=lambda step: step.index)
@@ -369,6 +378,8 @@ def frame_of(run_id: str, entry: Entry) -> Frame | None:
         return RunStatusFrame(
             seq=entry.seq, ts=iso(entry.at), run_id=run_id, status=_RUN_FRAMES[entry.status], error=error
         )
+    if is_pass(entry) and entry.status not in ("retrying", "failed"):
+        return None
     if entry.kind in COMMAND_KINDS and entry.status in _STEP_FRAMES:
         retry = entry.status == "retrying"
         return StepStatusFrame(

@@ -137,6 +137,14 @@ class Workspaces:
                 return changed, False
         raise _busy()
 
+    async def set_url(self, token: str, url: str) -> None:
+        """Where the workspace's app is. Raises ApiError: there is no such workspace."""
+        for _ in range(10):
+            old, version = await self._must_read(token)
+            if old.app_url == url or await self._write(msgspec.structs.replace(old, app_url=url), version):
+                return
+        raise _busy()
+
     async def rotate(self, token: str, keep_us: int | None = None) -> Workspace:
         """A new key beside the newest one, which ends after `keep_us`; those older end now. Raises ApiError."""
         for _ in range(10):

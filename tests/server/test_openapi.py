@@ -24,7 +24,7 @@ DOCUMENT = document(ROUTES)
 def test_it_describes_every_route(service: Running) -> None:
     """Each row is an operation with its role, and the document is what the service serves."""
     operations = {(method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item}
-    assert operations == {(route.method, route.path) for route in ROUTES}
+    assert operations == {(route.method, route.path) for route in ROUTES if route.method != "WEBSOCKET"}
     names = [one["operationId"] for item in DOCUMENT["paths"].values() for one in item.values()]
     assert len(names) == len(set(names))
     with service.client() as client:

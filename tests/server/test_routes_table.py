@@ -6,6 +6,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route as StarletteRoute
+from starlette.routing import WebSocketRoute
 
 from durable.server.route import Route
 from durable.server.routes_table import ROUTES
@@ -16,7 +17,7 @@ def served(app: Starlette) -> set[tuple[str, str]]:
     """(method, path) of everything the application answers, as it stands and not as the table says."""
     found = set()
     for route in app.routes:
-        assert isinstance(route, StarletteRoute), f"{route} is no route of the table's"
+        assert isinstance(route, StarletteRoute | WebSocketRoute), f"{route} is no route of the table's"
         for method in getattr(route.endpoint, "routes", {"ANY": None}):
             found.add((method, route.path))
     return found
