@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from durable.cli.node import json_option
-from durable.cli.output import EXIT_HELP, Exit, Problem, show_json
+from durable.cli.output import EXIT_HELP, Problem, show_json
 from durable.cli.target import closing, load_app, logs_to_stderr, stop_signals
 from durable.cli.text import safe, shown_url
 
@@ -117,9 +117,7 @@ def runner(
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _DRIVERS:
             raise
-        raise Problem(
-            f"A runner needs {error.name}: pip install 'durable[service]'.", code="missing_driver", exit=Exit.USAGE
-        ) from None
+        raise Problem(f"A runner needs {error.name}: pip install 'durable[service]'.", code="no_service") from None
 
 
 _GIVEN = click.core.ParameterSource.COMMANDLINE

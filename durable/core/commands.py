@@ -116,6 +116,8 @@ class StartChild(Command):
     returns: Any
     meta: bytes | None = None
     """The child's origin (core/origin.py)."""
+    workspace: str | None = None
+    """Another one than the run's."""
 
     kind = "child"
 

@@ -49,6 +49,9 @@ DurableError
 │   ├── RunnerTimeout          runner_timeout: no answer within the bound of a call
 │   ├── RunnerRefused          runner_refused: the app refused the call, or its answer is refused (signature, status, size)
 │   └── BadAnswer              bad_answer: an answer that cannot be understood
+│                              (id_reused: in `error.code`, of a function that used one id for two operations)
+│                              (unknown_operation: in `error.code`, of an operation that the engine does not offer)
+├── WrongApp                   wrong_app: a registration names another app than its credential is of
 ├── CallRefused                call_refused: an address this engine does not call (runners/outgoing.py)
 ├── CallFailed                 call_failed: an outgoing call that may be tried again
 ├── Fenced                     fenced: another engine owns the run now
@@ -90,6 +93,12 @@ class DurableError(Exception):
 
 class DefinitionError(DurableError):
     code = "bad_definition"
+
+
+class TooCostly(DurableError):
+    """An expression looked at more of an event than its budget allows; a condition counts as not met then."""
+
+    code = "expression_budget"
 
 
 class DuplicateDefinition(DefinitionError):
@@ -333,6 +342,10 @@ class RunnerRefused(RunnerError):
 
 class BadAnswer(RunnerError):
     code = "bad_answer"
+
+
+class WrongApp(DurableError):
+    code = "wrong_app"
 
 
 class CallRefused(DurableError):

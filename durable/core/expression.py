@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from durable.core.errors import DefinitionError, DurableError
+from durable.core.errors import DefinitionError
+from durable.core.errors import TooCostly as TooCostly
 
 MAX_LENGTH = 4_000
 """Characters of an expression."""
@@ -46,12 +47,6 @@ _TOKEN = re.compile(
 _WORDS = {"&&": "and", "||": "or", "!": "not"}
 _CONSTANTS = {"true": True, "false": False, "null": None}
 _COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">=", "in"})
-
-
-class TooCostly(DurableError):
-    """An evaluation looked at more than its budget allows: the event is too large for this expression."""
-
-    code = "expression_budget"
 
 
 class _Meter:

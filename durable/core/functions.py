@@ -28,6 +28,7 @@ from durable.core import payload
 from durable.core.commands import (
     AppStep,
     AskApproval,
+    Cancelled,
     Completed,
     Failed,
     Invoke,
@@ -79,7 +80,7 @@ HANDLER = 500_000_000
 """Where the operations of a failure handler begin."""
 TIMERS = 2_000_000_000
 """The first ordinal of the driver's own timers: delays before something is tried again."""
-PATIENT = RetryPolicy(max_attempts=1_000_000, initial_delay=1.0, max_delay=30.0)
+PATIENT = RetryPolicy(max_attempts=1_000_000, initial_delay=1.0, max_delay=10.0)
 """How a pass is tried again while nobody is there to be asked: for as long as it takes."""
 
 _RETRY = RetryPolicy()
@@ -133,6 +134,8 @@ class AppFunction:
     """Seconds the whole run may take."""
     on_failure: bool = False
     cap: Any = None
+    cleans: bool = False
+    """Its runner knows `ctx.cancelling`: a cancelled run is asked for passes in which the code cleans up."""
 
     @property
     def function_id(self) -> str:
@@ -208,6 +211,10 @@ class FunctionHost:
         """The highest order the app knows, once it has answered."""
         self._patches: list[str] = []
         self._failure: tuple[ErrorData, str | None] | None = None
+        self._work: Any = None
+        """The task of the passes, where the run has a timeout."""
+        self._cancelling: dict[str, Any] | None = None
+        """When the run was cancelled, as its app is told."""
         self._broken: tuple[_Op, ErrorData] | None = None
         """The operation that the function has failed with."""
         self._reports_pending = False
@@ -216,19 +223,36 @@ class FunctionHost:
     async def run(self) -> Any:
         """To the end of the run."""
         try:
-            data = await self._bounded(self._series())
+            try:
+                data = await self._bounded(self._series())
+            except asyncio.CancelledError:
+                if not self._function.cleans:
+                    raise
+                data = await self._clean_up()
         except _FunctionFailed as failed:
+            if self._cancelling is not None and failed.error.code == "run_cancelled":
+                raise Ended(Cancelled(payload.encode_error(failed.error))) from None
             if self._function.on_failure and failed.error.code != RunnerGone.code:
                 await self._after_failure(failed)
             raise Ended(Failed(payload.encode_error(failed.error), failed.cut)) from None
         raise Ended(Completed(bytes(data)))
+
+    async def _clean_up(self) -> Raw:
+        """The run is being cancelled, and the app's code is told: what it does about it is passes like any others. The engine
+        gives it `cancel_grace`."""
+        entry = self._machine.entry
+        assert entry is not None
+        self._cancelling = {"order": entry.seq, "at": entry.at / 1_000}
+        if self._work is not None and not self._work.done():
+            await asyncio.wait([self._work])
+        return await self._series()
 
     async def _bounded(self, series: Any) -> Raw:
         limit = self._function.timeout
         if limit is None:
             whole: Raw = await series
             return whole
-        work = self._loop.create_task(series, name="series")
+        work = self._work = self._loop.create_task(series, name="series")
         end = self._timer(self._started_at + round(limit * 1e6))
         try:
             await asyncio.wait([work, end], return_when=asyncio.FIRST_COMPLETED)
@@ -259,7 +283,7 @@ class FunctionHost:
     async def _series(self) -> Raw:
         """Pass after pass, until the function has an outcome. Raises _FunctionFailed."""
         while True:
-            asked = self._changes
+            asked, told = self._changes, self._known_order()
             pending = {op.id for op in self._ops.values() if op.memo is None and op.pending}
             answer = await self._ask()
             at = self._seq()
@@ -276,6 +300,7 @@ class FunctionHost:
                 return result
             if advanced:
                 self._in_a_row, self._first_failure = 0, None
+            self._seen = told
             self._drop_unnamed(answer, pending)
             self._check()
             while self._changes == asked:
@@ -299,7 +324,6 @@ class FunctionHost:
     def _ask(self) -> Any:
         machine = self._machine
         body = partial(self._pass, dict(self._steps()), self._attempt, self._loop.now, self._seen, tuple(self._patches))
-        self._seen = max([self._seen or 0, *(op.memo["order"] for op in self._ops.values() if op.memo is not None)])
         command = Invoke(
             next(self._passes),
             machine.key("invoke"),
@@ -313,6 +337,14 @@ class FunctionHost:
             partial(stripped, seen=self._was_told),
         )
         return machine.ask(command, decode_answer)
+
+    def _known_order(self) -> int:
+        """The highest order of what the app is told now."""
+        orders = [op.memo["order"] for op in self._ops.values() if op.memo is not None]
+        if self._cancelling is not None:
+            orders.append(self._cancelling["order"])
+        highest: int = max([self._seen or 0, *orders])
+        return highest
 
     def _steps(self) -> Any:
         """What the app is told of its operations: a snapshot, since more may come while the pass is under way."""
@@ -397,6 +429,8 @@ class FunctionHost:
             ctx["runner"] = self._origin.runner
         if function.cap is not None:
             ctx["cap"] = function.cap
+        if self._cancelling is not None:
+            ctx["cancelling"] = self._cancelling
         if patches:
             ctx["patches"] = list(patches)
         failed = {op.id: op.attempt - 1 for op in self._ops.values() if op.step is not None and op.attempt > 1}
@@ -647,6 +681,7 @@ class FunctionHost:
             options,
             Any,
             meta_of(origin),
+            workspace_of(one.app, self._function.workspace),
         )
         return machine.ask(command, _bytes)
 

@@ -24,6 +24,8 @@ class Origin(Struct, frozen=True, omit_defaults=True, rename="camel"):
     """µs since the epoch."""
     trace_id: str | None = None
     session: str | None = None
+    parent_workspace: str | None = None
+    """The parent's, of a child in another one."""
 
 
 _decode = msgspec.json.Decoder(Origin).decode

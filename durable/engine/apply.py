@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from durable.core.commands import (
     Abandon,
@@ -36,6 +37,7 @@ from durable.core.commands import (
 from durable.core.errors import ErrorData, NotRegistered
 from durable.core.journal import CHILD, LOG, PATCHED, RUN, STEP, WAIT, Entry
 from durable.core.match import probe_of
+from durable.core.origin import meta_of, origin_of
 from durable.core.payload import encode_error
 from durable.engine import admission, children, pause
 from durable.engine.residents import Arrival, Resident
@@ -151,7 +153,7 @@ def abandon(executor: Executor, run: Resident, command: Command) -> None:
     elif isinstance(command, SendTask):
         executor.dispatch.cancel(run, key)
     elif isinstance(command, StartChild):
-        run.effects.append(children.cancel(run, key, command.child_id))
+        run.effects.append(children.cancel(run, key, command.child_id, command.workspace))
     elif isinstance(command, WaitEvent):
         _close(run, command)
 
@@ -236,8 +238,9 @@ def _close_approval(executor: Executor, run: Resident, note: CloseApproval) -> N
 
 
 def _start_child(executor: Executor, run: Resident, command: StartChild) -> None:
+    workspace = command.workspace or run.workspace
     try:
-        version = command.version or executor.deps.catalog.of(run.workspace).latest(command.workflow).version
+        version = command.version or executor.deps.catalog.of(workspace).latest(command.workflow).version
     except NotRegistered as error:
         data = ErrorData(message=str(error), code=error.code, retryable=False)
         executor.arrive(
@@ -253,21 +256,27 @@ def _start_child(executor: Executor, run: Resident, command: StartChild) -> None
         workflow=command.workflow,
         version=version,
         input=command.input,
-        workspace=run.workspace,
+        workspace=workspace,
         priority=command.options.priority or 0,
         parent=Parent(run.run_id, command.key, command.ordinal),
-        meta=command.meta,
-        lane=_lane(executor, run, command, version),
+        meta=_meta(run, command),
+        lane=_lane(executor, workspace, command, version),
     )
     run.effects.append(StartRun(child))
 
 
-def _lane(executor: Executor, run: Resident, command: StartChild, version: str) -> Lane | None:
+def _lane(executor: Executor, workspace: str, command: StartChild, version: str) -> Lane | None:
     try:
-        definition = executor.deps.catalog.of(run.workspace).workflow(command.workflow, version)
+        definition = executor.deps.catalog.of(workspace).workflow(command.workflow, version)
     except NotRegistered:
         return None  # another engine's to run, and nothing is known of its limits
-    return admission.lane_of_input(definition, command.input, run.workspace)
+    return admission.lane_of_input(definition, command.input, workspace)
+
+
+def _meta(run: Resident, command: StartChild) -> bytes | None:
+    if command.workspace is None:
+        return command.meta
+    return meta_of(replace(origin_of(command.meta), parent_workspace=run.workspace))
 
 
 def _wait_signal(executor: Executor, run: Resident, command: WaitSignal) -> None:
@@ -284,7 +293,7 @@ def _wait_event(executor: Executor, run: Resident, command: WaitEvent) -> None:
 
 def _look_back(executor: Executor, run: Resident, command: WaitEvent) -> None:
     run.unlooked.add(command.key)
-    run.actions.append(lambda: executor.on_look_back(run))
+    run.actions.append(lambda: executor.on_look_back(run, (command.key,)))
 
 
 def _waiter(command: WaitEvent) -> OpenWaiter:

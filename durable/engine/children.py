@@ -12,6 +12,7 @@ import msgspec
 from durable.core.commands import StartChild
 from durable.core.errors import ErrorData, StoreError
 from durable.core.journal import CHILD, COMMAND_KINDS, RUN, Entry
+from durable.core.origin import origin_of
 from durable.core.payload import encode_error
 from durable.engine.residents import Arrival, Final, Resident
 from durable.protocol.states import TERMINAL, Status
@@ -50,7 +51,12 @@ _PARENT_GAVE_UP = b'{"reason":"its parent no longer waits for it"}'
 _WHOLE_TREE = b'{"reason":"its parent was cancelled with all it had started","children":true}'
 
 
-def cancel(run: Resident, key: str, child_id: str) -> PutMessage:
+def parents_workspace(run: Resident) -> str:
+    """Where the parent of a child lives: almost always where the child does."""
+    return origin_of(run.machine.meta).parent_workspace or run.workspace
+
+
+def cancel(run: Resident, key: str, child_id: str, workspace: str | None = None) -> PutMessage:
     """The parent no longer waits for this child: part of the commit that says so."""
     return PutMessage(
         Message(
@@ -58,7 +64,7 @@ def cancel(run: Resident, key: str, child_id: str) -> PutMessage:
             id=f"{run.run_id}:{key}:cancel",
             kind="cancel",
             payload=_WHOLE_TREE if run.tree_cancelled else _PARENT_GAVE_UP,
-            workspace=run.workspace,
+            workspace=workspace or run.workspace,
         )
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -41,6 +42,8 @@ MARGIN = 2_048
 PAGE = 50
 """Events read at once when looking back, and in a sweep."""
 RETRY_SECONDS = 0.1
+CLOSE_SECONDS = 1.0
+"""What an engine that stops waits for those to be told whose event it has just stored."""
 SETTLED_AFTER = 1_000_000
 """µs after which a publisher is taken to have died before it told the waiters."""
 
@@ -116,7 +119,12 @@ class Events:
             "events", self._publish, max_items=most, size=lambda event: len(event.data) * (1 + len(event.triggers))
         )
         self._settling: Group[str, None] = Group("settled events", self._settle, max_items=most)
-        self._looking: set[Resident] = set()
+        self._looking: dict[Resident, set[str]] = {}
+        """Runs that are looked back for, and for which of their waits by key."""
+        self._telling = 0
+        self._told = asyncio.Event()
+        """Set while nobody is being told of an event."""
+        self._told.set()
         self._sweeping = False
 
     @property
@@ -131,8 +139,11 @@ class Events:
         return list(await asyncio.gather(*(self._store_event(event) for event in events)))
 
     async def close(self) -> None:
-        """Publish what is queued."""
+        """Publish what is queued, and tell who waits; what cannot be told now is left to the sweep of another engine."""
         await self._group.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._told.wait()
         await self._settling.close()
 
     # ------------------------------------------------------------------ publishing
@@ -197,6 +208,8 @@ class Events:
 
         def stored(answer: EventOutcome | BaseException) -> None:
             if not isinstance(answer, BaseException):
+                self._telling += 1
+                self._told.clear()
                 self._executor.keep(self._follow(event, answer, published))
             elif not published.done():
                 published.set_exception(answer)
@@ -215,6 +228,10 @@ class Events:
         except DurableError as error:
             log.warning("the waiters of event %s could not be told; the sweep will: %s", record.id, error)
             woke = 0
+        finally:
+            self._telling -= 1
+            if not self._telling:
+                self._told.set()
         if not published.done():
             published.set_result(Published(record.id, duplicate, woke, record.admissions))
 
@@ -286,39 +303,49 @@ class Events:
         run.asking -= 1
         self._executor.arrive(run, Arrival(self._executor.clock.now(), EMIT, status, key=command.key, payload=payload))
 
-    def look_back(self, run: Resident) -> None:
-        """Look for events that a wait of this run asks for and that were accepted before anybody could tell it."""
-        if run not in self._looking:
-            self._looking.add(run)
+    def look_back(self, run: Resident, keys: Iterable[str]) -> None:
+        """Look for events that these waits of a run ask for and that were accepted before anybody could tell it. Their waiters
+        are stored: what comes from here on is told."""
+        wanted = self._looking.get(run)
+        if wanted is not None:
+            wanted.update(keys)
+        else:
+            self._looking[run] = set(keys)
             self._executor.keep(self._look_back(run))
 
     async def _look_back(self, run: Resident) -> None:
+        wanted = self._looking[run]
         try:
-            while run.unlooked and not run.dropped:
-                keys, began = set(run.unlooked), self._executor.clock.now()
+            while wanted and not run.dropped:
+                keys, began = set(wanted), self._executor.clock.now()
                 try:
-                    found = await self._search(run, [w for w in run.machine.events_waited() if w.key in keys])
+                    found = await self._search(run, run.machine.events_waited())
                 except Exception as error:
                     known = isinstance(error, StoreError)
                     log.warning("events cannot be looked at, trying again: %s", error, exc_info=not known)
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
                 if not run.dropped:
+                    wanted -= keys
                     run.looked_back_at = began
                     run.unlooked -= keys
                     run.looked |= keys
                     # Before those that were told of: these are the older ones.
                     run.arrivals.extendleft(reversed(found))
         finally:
-            self._looking.discard(run)
+            del self._looking[run]
         self._executor.wake(run)
 
     async def _search(self, run: Resident, waits: Sequence[WaitEvent]) -> list[Arrival]:
         """For each wait the oldest event that it asks for and that the run has not had."""
         found: dict[str, Arrival] = {}
+        if run.born is None:
+            stored = (await self._store.get([run.run_id]))[0]
+            run.born = 0 if stored is None else stored.created_at
+        born = run.born
         for name in dict.fromkeys(wait.name for wait in waits):
             left = [wait for wait in waits if wait.name == name]
-            since = min(run.born if wait.since is None else wait.since for wait in left)
+            since = min(born if wait.since is None else wait.since for wait in left)
             after: int | None = None
             while left and not run.dropped:
                 query = EventQuery(workspace=run.workspace, name=name, since=since, after=after, limit=PAGE)
@@ -344,7 +371,7 @@ class Events:
             wait
             for wait in waits
             if run.machine.outstanding.get(wait.key) is wait
-            and record.received_at >= (run.born if wait.since is None else wait.since)
+            and record.received_at >= ((run.born or 0) if wait.since is None else wait.since)
             and asks_for(wait, fact)
         ]
 

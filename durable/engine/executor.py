@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context as Variables
 from operator import attrgetter
 from typing import Any
@@ -78,7 +78,7 @@ class Executor:
         self.on_committed: Callable[[Resident, Commit], None] = lambda run, commit: None
         self.on_calm: Callable[[Resident], None] = lambda run: None
         self.on_mail: Callable[[Resident], None] = lambda run: None
-        self.on_look_back: Callable[[Resident], None] = lambda run: None
+        self.on_look_back: Callable[[Resident, Iterable[str]], None] = lambda run, keys: None
         self.on_send_event: Callable[[Resident, SendEvent], None] = lambda run, command: None
         self.on_mailed: Callable[[str, str], None] = lambda run_id, kind: None
         self.on_freed: Callable[[Resident], None] = lambda run: None
@@ -255,8 +255,9 @@ class Executor:
             if run.unlooked:
                 return None
             if run.looked_back_at < due and (waits := run.machine.events_waited()):
-                run.unlooked.update(wait.key for wait in waits)
-                self.on_look_back(run)
+                keys = [wait.key for wait in waits]
+                run.unlooked.update(keys)
+                self.on_look_back(run, keys)
                 return None
             if run.looked_at < due and run.machine.signals_waited():
                 # What the store took before the deadline comes first, though no hint has told of it (S19).

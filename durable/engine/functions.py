@@ -18,8 +18,9 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from durable.core.commands import Invoke
 from durable.core.definition import WorkflowDefinition
-from durable.core.errors import DefinitionError, DurableError, StoreError
+from durable.core.errors import DefinitionError, DurableError, StoreError, WrongApp
 from durable.core.flow import read_flow, read_triggers
 from durable.core.functions import AppFunction, Pass, Reply, function_workflow
 from durable.core.names import check_name
@@ -61,12 +62,6 @@ class Function(Struct, kw_only=True, omit_defaults=True):
         return self.versions[self.current]
 
 
-class WrongApp(DurableError):
-    """A registration for another app than its credential is of."""
-
-    code = "wrong_app"
-
-
 class Functions:
     """Of one engine. Made by whoever serves it, started after the engine, closed before it."""
 
@@ -97,6 +92,7 @@ class Functions:
             timeout=self._timeout,
             heartbeat_ms=heartbeat_ms,
         )
+        self.directory.on_came = self._somebody_came
         self._known: dict[str, dict[str, tuple[int, Function]]] = {}
         """By workspace and name: the item's version, and what it says."""
         self._since: int | None = None
@@ -201,10 +197,22 @@ class Functions:
             spec.timeout,
             spec.on_failure,
             spec.cap,
+            spec.cleans,
         )
         definition = function_workflow(function, priority=spec.priority)
         triggers = read_triggers(spec.triggers) if triggered and spec.triggers else ()
         return dataclasses.replace(definition, triggers=triggers, flow=read_flow(spec.flow))
+
+    def _somebody_came(self, workspace: str) -> None:
+        """Passes that are to be tried again because nobody was there are due now."""
+        executor = self._engine._executor
+        now = executor.clock.now()
+        for run in list(executor.residents.values()):
+            if run.workspace == workspace and run.retries:
+                for key in run.retries.keys() & run.machine.outstanding.keys():
+                    if isinstance(run.machine.outstanding[key], Invoke):
+                        run.retries[key] = min(now, run.retries[key])
+                        executor.wake(run)
 
     async def _ask(self, call: Pass) -> Reply:
         return await self.directory.ask(call)

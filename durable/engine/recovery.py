@@ -18,7 +18,7 @@ from functools import partial
 from durable.core.errors import ErrorData
 from durable.core.journal import CHILD, RUN, Entry
 from durable.core.payload import encode_error
-from durable.engine.children import cancel, tell_parent, to_cancel
+from durable.engine.children import cancel, parents_workspace, tell_parent, to_cancel
 from durable.engine.dead_letter import route
 from durable.engine.executor import Executor
 from durable.engine.residents import Final, Resident
@@ -115,7 +115,7 @@ class Recovery:
         run.final = final
         entries, messages = self._last_entries(run, journal)
         if run.parent is not None:
-            messages.append(tell_parent(run.run_id, run.workspace, run.parent, final))
+            messages.append(tell_parent(run.run_id, parents_workspace(run), run.parent, final))
 
         def done(answer: CommitOutcome | BaseException) -> None:
             run.held = False

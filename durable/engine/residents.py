@@ -181,7 +181,7 @@ class Resident:
         inbox_read: int = 0,
         recovery_attempts: int = 0,
         *,
-        born: int = 0,
+        born: int | None = None,
         lane: str | None = None,
     ) -> None:
         self.run_id = run_id
@@ -199,7 +199,7 @@ class Resident:
         """As stored."""
         self.recovery_attempts = recovery_attempts
         self.born = born
-        """When it was started, µs: the first moment whose events are its business."""
+        """When it was started by the store's clock, µs: the first moment whose events are its business. None: not read yet."""
         self.lane = lane
         """The key of its lane: it holds slots while anything is under way for it."""
 

@@ -18,7 +18,7 @@ from durable.core.errors import ErrorData, NonDeterminism
 from durable.core.journal import CHILD, EMIT, REMOTE, RUN, SIGNAL, STEP, WAIT
 from durable.core.payload import describe, encode_error
 from durable.engine import apply, pause
-from durable.engine.children import tell_parent
+from durable.engine.children import parents_workspace, tell_parent
 from durable.engine.residents import Arrival, Final, Resident, Sent, left, tell
 from durable.protocol.states import Activity, Status
 from durable.store.records import Commit, CommitOutcome, CommitStatus, FreeSlots, PutMessage
@@ -227,7 +227,7 @@ class Settler:
             ),
         )
         if run.parent is not None:
-            run.effects.append(tell_parent(run.run_id, run.workspace, run.parent, final))
+            run.effects.append(tell_parent(run.run_id, parents_workspace(run), run.parent, final))
 
     def block(self, run: Resident, error: NonDeterminism) -> None:
         """Journal and code disagree: nothing has been done, nothing is lost; park it until the code is mended."""

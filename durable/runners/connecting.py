@@ -23,7 +23,8 @@ from msgspec import Raw
 
 from durable.core.errors import DefinitionError, DurableError
 from durable.protocol.runners import MAX_FRAME, SUBPROTOCOLS, VERSION, Envelope, Hello, read_envelope
-from durable.runners.runner import Malformed, Runner
+from durable.runners.passes import broken
+from durable.runners.runner import Malformed, Runner, fitting
 from durable.worker.stopping import stop_signals
 
 if TYPE_CHECKING:
@@ -300,6 +301,9 @@ class _Link:
             # No answer: whoever sent it times it out.
             log.warning("invoke %s cannot be read: %s", id, error)
             return
+        except Exception as error:
+            log.exception("invoke %s broke", id)
+            status, body = fitting(broken(error))
         finally:
             self._room.release()
         try:

@@ -87,6 +87,8 @@ class Directory:
         self.heartbeat_ms = heartbeat_ms
         self.sessions: dict[str, Session] = {}
         """Connections held here, by instance."""
+        self.on_came: Callable[[str], None] = lambda workspace: None
+        """Called when a runner of a workspace has come."""
         self.node_id = secrets.token_hex(8)
         self._store = store
         self._workspaces = workspaces
@@ -276,6 +278,7 @@ class Directory:
         self._known.pop(workspace, None)
         self._came.set()
         self._came = asyncio.Event()
+        self.on_came(workspace)
 
     # ------------------------------------------------------------------ whom to ask
 

@@ -41,6 +41,8 @@ class FunctionSpec(Struct, omit_defaults=True, kw_only=True):
     on_failure: bool = False
     priority: int = 0
     cap: Any = None
+    cleans: bool = False
+    """Its code may clean up when a run is cancelled."""
 
 
 class Registration(Struct, kw_only=True):
@@ -89,6 +91,8 @@ class _Sync(Struct, rename="camel"):
     url: str | None = None
 
 
+OURS = "durable"
+"""The SDK that knows what is ours on this wire."""
 FLOW_KEYS = ("concurrency", "throttle", "rateLimit", "debounce", "batch", "singleton", "weight")
 
 
@@ -102,6 +106,8 @@ def read_register(payload: bytes, *, instance: str) -> Registration:
     if len(said.workflows) > MAX_FUNCTIONS:
         raise DefinitionError(f"A runner has at most {MAX_FUNCTIONS:,} workflows, not {len(said.workflows):,}.")
     functions = [function for one in said.workflows for function in _workflow(app, one)]
+    for function in functions:
+        function.cleans = said.sdk_name == OURS
     _distinct(functions)
     info = RunnerInfo(
         instance=instance,

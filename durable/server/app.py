@@ -27,7 +27,7 @@ from durable.server import errors
 from durable.server.auth import Authenticator, Principal, Request
 from durable.server.errors import ApiError
 from durable.server.limits import Bucket, check_json, read_body
-from durable.server.route import Answer, Call, Opaque, Route, Service, Stream, decode_query
+from durable.server.route import Answer, Bytes, Call, Opaque, Route, Service, Stream, decode_query
 from durable.server.settings import Network, ServerSettings
 
 log = logging.getLogger("durable.server")
@@ -62,7 +62,7 @@ class Guard:
 
     async def _answer(self, route: Route, request: _Incoming) -> Answer | Stream:
         _take(self._peers if route.auth == "none" else self._rate, f"peer:{request.peer}", 0.2)
-        if route.auth in ("none", "node"):
+        if route.auth in ("none", "node", "token"):
             principal = Principal(None, "read", f"peer:{request.peer}")
         else:
             principal = await self._authenticate(route.auth, route.role, request.for_auth())
@@ -70,8 +70,8 @@ class Guard:
         request.principal = principal
         body, raw = None, b""
         if route.body is not None:
-            raw = await request.json()
-            body = None if route.body is Opaque else _decode(raw, route.body)
+            raw = await (request.body() if route.body is Bytes else request.json())
+            body = None if route.body in (Opaque, Bytes) else _decode(raw, route.body)
             _refuse_strangers(body, principal, self.service)
         answer: Answer | Stream = await route.handler(self._call(route, request, principal, body, raw))
         return answer

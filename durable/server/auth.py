@@ -22,9 +22,10 @@ from durable.server.settings import ServerSettings
 from durable.server.workspaces import Key, Workspaces, split, workspace_of_key
 from durable.store.records import DEFAULT_WORKSPACE
 
-Auth = Literal["none", "key", "app", "admin", "node"]
+Auth = Literal["none", "key", "app", "admin", "node", "token"]
 """none: anybody. key: a bearer key or a v1 signature. app: the same, and the plain signature of apps in any language; the
-answer is signed, too. admin: the admin token. node: another engine, which the handler itself makes sure of."""
+answer is signed, too. admin: the admin token. node: another engine, which the handler itself makes sure of. token: whoever
+knows the address, likewise."""
 Role = Literal["read", "full", "admin"]
 
 _NOBODYS = secrets.token_hex(32)

@@ -53,7 +53,10 @@ class ApiError(Exception):
 
 STATUS: dict[type[Exception], int] = {
     errors.RunNotFound: 404,
+    errors.ScheduleNotFound: 404,
     errors.RunFinished: 409,
+    errors.RunActive: 409,
+    errors.ForkRefused: 409,
     errors.IdempotencyConflict: 409,
     errors.NotRegistered: 404,
     errors.CallRefused: 400,

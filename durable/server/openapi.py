@@ -77,7 +77,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     }
     if route.path == "/readyz":
         made["responses"]["503"] = _answer(route, schemas)
-    if route.auth not in ("none", "node"):
+    if route.auth not in ("none", "node", "token"):
         made["security"] = [{"admin": []}] if route.auth == "admin" else [{"key": []}, {"signature": []}]
     if route.body is not None:
         made["requestBody"] = {

@@ -416,6 +416,48 @@ async def test_B11_a_crash_between_the_waiter_and_the_look_back_loses_nothing(wo
     assert await app.run(handle.id).result(5) == ["early"]
 
 
+async def test_B11_a_look_back_under_way_does_not_count_for_a_wait_that_opens_meanwhile(world: World) -> None:
+    """One wait's look at what came before is slow; a second wait is asked for; its event is published after the first look has
+    passed and before the second's waiter is stored. Both are had, and no poll heals it."""
+
+    @workflow(name="both")
+    async def both(ctx: Context) -> list[Any]:
+        first = ctx.wait_for_event("first")
+        await ctx.step("between", lambda: asyncio.sleep(0.05))
+        second = ctx.wait_for_event("second")
+        return [(await second).data, (await first).data]
+
+    app = await world.engine(both, poll_every=30, beat_every=30)
+    store = await world.store()
+    line: Any = world.line(app)
+    slow, published = asyncio.Event(), asyncio.Event()
+    read, write = line.events, app.engine._executor.commits._call
+
+    async def events(query: EventQuery) -> Any:
+        found = await read(query)
+        if query.name == "first" and not published.is_set():
+            slow.set()
+            await asyncio.sleep(0.1)
+        return found
+
+    async def commit(batch: Any) -> Any:
+        for one in batch:
+            if any(isinstance(effect, OpenWaiter) and effect.event == "second" for effect in one.effects):
+                # Long enough for any look that does not wait for this commit.
+                await asyncio.sleep(0.3)
+                await store.publish([NewEvent("e2", "second", b'"two"')])
+                published.set()
+        return await write(batch)
+
+    line.events = events
+    app.engine._executor.commits._call = commit
+    handle = await app.start(both)
+    await asyncio.wait_for(slow.wait(), 5)
+    await asyncio.wait_for(published.wait(), 5)
+    await app.send_event("first", "one")
+    assert await handle.result(5) == ["two", "one"]
+
+
 async def test_B15_the_wait_that_loses_a_race_is_torn_down(world: World) -> None:
     """A step wins over a wait for an event: the run ends at once, without waiter or timer, and the event finds nobody."""
 
@@ -513,6 +555,19 @@ async def test_a_hundred_runs_wait_each_for_its_own(world: World) -> None:
     answers = await app.publish([Publication(name="done", data={"job": number}) for number in range(100)])
     assert [answer.woke for answer in answers] == [1] * 100
     assert await all_results(handles) == list(range(100))
+
+
+async def test_an_engine_that_stops_tells_who_waits_first(world: World) -> None:
+    """An event is stored in the moment the engine is drained: the run that waits elsewhere hears of it, with no sweep."""
+    leaving, staying = await world.engine(wait), await world.engine(wait, beat_every=30)
+    handle = await staying.start(wait, 1)
+    await world.waits(handle.id)
+    publishing = asyncio.create_task(leaving.send_event("tick", "last words"))
+    await asyncio.sleep(0)
+    await leaving.close()
+    assert (await publishing).woke == 1
+    world.apps.remove(leaving)
+    assert await handle.result(5) == ["last words"]
 
 
 # ------------------------------------------------------------------ events of runs

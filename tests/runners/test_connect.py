@@ -376,9 +376,8 @@ async def test_frames_out_of_order_close_with_1002(world: World, frames: list[An
             for frame in frames:
                 whole = {"type": "runner.register", "payload": said} if frame == "register" else frame
                 await socket.send(msgspec.json.encode(whole).decode())
-            with pytest.raises(websockets.ConnectionClosed):
-                while True:
-                    await asyncio.wait_for(socket.recv(), 5)
+            async with asyncio.timeout(5):
+                await socket.wait_closed()
             assert socket.close_code == 1002
 
 
@@ -420,3 +419,66 @@ async def test_a_result_that_cannot_be_sent_times_out_and_names_the_limit(world:
             await handle.result(10)
         assert failed.value.error is not None
         assert failed.value.error.code == "runner_timeout"
+
+
+@pytest.mark.parametrize("sdk", ["durable", "field"])
+async def test_a_cancelled_run_cleans_up_where_its_runner_can(world: World, sdk: str) -> None:
+    """A runner of ours is told of a cancel, and its passes from then on are the clean-up; one that knows nothing of that is asked
+    no more. Either way the run ends cancelled."""
+    undone: list[int] = []
+
+    def order(invoke: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        memos = Memos(invoke)
+        if "cancelling" in invoke["ctx"]:
+            if "undo" not in memos:
+                undone.append(invoke["ctx"]["cancelling"]["order"])
+                return 206, {"opcodes": [op("StepRun", "undo", data=1)], "logs": [], "parked": []}
+            return 400, {"error": {"message": "The run was cancelled.", "code": "run_cancelled"}}
+        return 206, {"opcodes": [op("Sleep", "nap", sleepMs=60_000)], "logs": []}
+
+    app = await world.engine()
+    async with Site(app) as site, FieldRunner(site.base, {"order": order}, sdkName=sdk) as runner:
+        await registered(site, "order")
+        handle = await start(app, "order")
+        await eventually(lambda: runner.asked)
+        await world.until_journal(handle.id, lambda lines: "step invoke completed" in lines)
+        await app.engine.cancel(handle.id, workspace=WORKSPACE)
+        await world.until(handle.id, lambda record: record.status == "cancelled", "it ended")
+        assert len(undone) == (1 if sdk == "durable" else 0)
+        await world.sound(handle.id)
+
+
+async def test_another_app_is_reached_by_name(world: World) -> None:
+    """RunWorkflow with childApp starts a run of the other app in the same environment, whose result comes back, and Emit with
+    targetApp starts what listens there."""
+    told: list[Any] = []
+
+    def order(invoke: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        memos = Memos(invoke)
+        if not memos.known("bill"):
+            bill = op("RunWorkflow", "bill", childName="bill", childApp="billing", childData={"n": 3})
+            emit = op("Emit", "tell", eventName="heard.asked", targetApp="billing", data=1)
+            return 206, {"opcodes": [bill, emit], "logs": []}
+        if "bill" not in memos or "tell" not in memos:
+            return 206, {"opcodes": [], "logs": []}
+        return 200, {"data": memos.data("bill"), "logs": []}
+
+    def bill(invoke: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return 200, {"data": invoke["event"]["data"]["n"] + 1, "logs": []}
+
+    def heard(invoke: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        told.append(invoke["event"]["data"])
+        return 200, {"data": None, "logs": []}
+
+    app = await world.engine()
+    async with (
+        Site(app) as site,
+        FieldRunner(site.base, {"order": order}),
+        FieldRunner(site.base, {"bill": bill, "heard": heard}, app="billing"),
+    ):
+        await registered(site, "order")
+        await eventually(lambda: "bill" in site.functions.of("billing.dev"))
+        handle = await start(app, "order")
+        assert await handle.result(10) == 4
+        await eventually(lambda: told == [1])
+        await world.sound(handle.id)

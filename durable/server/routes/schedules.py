@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
@@ -47,7 +47,7 @@ class ScheduleView(Struct, frozen=True, rename="camel", omit_defaults=True):
     every_seconds: float | None = None
     at: str | None = None
     version: str | None = None
-    input: Raw = Raw(b"null")
+    input: Any = None
     tags: list[str] = []
     next_at: str | None = None
     last_at: str | None = None

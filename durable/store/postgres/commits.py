@@ -49,8 +49,10 @@ _RUN_PARAMETERS = 13
 _CALL = ", ".join(["%s"] * (_RUN_PARAMETERS + journal.PARAMETERS))
 
 
-async def commit(db: Database, schema: str, batch: Sequence[Commit]) -> list[CommitOutcome]:
-    """Each commit done, fenced, or failed by itself: a batch that breaks is tried again in halves."""
+async def commit(
+    db: Database, schema: str, batch: Sequence[Commit], on_freed: Callable[[], None]
+) -> list[CommitOutcome]:
+    """Each commit done, fenced, or failed by itself: a batch that breaks is tried again in halves. `on_freed`: slots are free."""
     try:
         if len(batch) == 1 and _is_step(batch[0]):
             rows = await db.all(_STEP.format(schema=schema), _step_parameters(batch[0]))
@@ -58,12 +60,15 @@ async def commit(db: Database, schema: str, batch: Sequence[Commit]) -> list[Com
                 return [CommitOutcome(CommitStatus.DONE, rows[0][0])]
             # Refused: the long way says why.
         query, parameters = _statement(schema, batch)
-        return _outcomes(batch, await db.one(query, parameters))
+        answer = await db.one(query, parameters)
+        if _freed(answer):
+            on_freed()
+        return _outcomes(batch, answer)
     except (psycopg.Error, struct.error, UnicodeEncodeError) as error:  # the driver's: only culprits come out of `db`
         if len(batch) == 1:
             return [CommitOutcome(CommitStatus.FENCED, failure=_failure(error))]
     half = len(batch) // 2
-    return await commit(db, schema, batch[:half]) + await commit(db, schema, batch[half:])
+    return await commit(db, schema, batch[:half], on_freed) + await commit(db, schema, batch[half:], on_freed)
 
 
 # A run on its own that appends one row and changes nothing else: a sequential step. The same fence and the same rows as
@@ -128,7 +133,13 @@ class _Refused(Exception):
         self.why = why
 
 
-async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable[None]], one: Commit) -> CommitOutcome:
+async def commit_with(
+    db: Database,
+    schema: str,
+    work: Callable[[Any], Awaitable[None]],
+    one: Commit,
+    on_freed: Callable[[], None],
+) -> CommitOutcome:
     """The fence first, so that the author's work begins only where it counts; then both are committed at once."""
     try:
         query, parameters = _statement(schema, [one])
@@ -146,7 +157,9 @@ async def commit_with(db: Database, schema: str, work: Callable[[Any], Awaitable
                 [outcome] = _outcomes([one], answer)
                 if outcome.status is CommitStatus.DONE and not await _done_before(connection, schema, one):
                     await work(connection)
-                return outcome
+            if _freed(answer):
+                on_freed()
+            return outcome
         except _Refused as refused:
             return CommitOutcome(CommitStatus.FENCED, failure=_failure(refused.why))
         except psycopg.Error as error:
@@ -199,6 +212,11 @@ def _packed(batch: Sequence[Commit]) -> tuple[Packed, ...]:
         blobs([one.output for one in batch]),
         blobs([one.error for one in batch]),
     )
+
+
+def _freed(answer: tuple[Any, ...]) -> bool:
+    """Whether somebody who waits for a slot may have it now: of runs to wake, the one without a name."""
+    return answer[2] is not None and "" in answer[2]
 
 
 def _outcomes(batch: Sequence[Commit], answer: tuple[Any, ...]) -> list[CommitOutcome]:

@@ -138,7 +138,8 @@ async def _get(db: Database, schema: str, ids: Sequence[str | None]) -> dict[str
 
 
 def _has_policy(trigger: Trigger) -> bool:
-    return not (trigger.rate is trigger.singleton is trigger.debounce is trigger.batch is None)
+    policies = (trigger.rate, trigger.singleton, trigger.debounce, trigger.batch)
+    return any(policy is not None for policy in policies)
 
 
 def _trigger(place: int, trigger: Trigger) -> dict[str, Any]:
@@ -153,7 +154,18 @@ def _trigger(place: int, trigger: Trigger) -> dict[str, Any]:
 
 
 def _record(row: Row) -> EventRecord:
-    return EventRecord(*row[:8], _admissions(row[8]), row[9])
+    return EventRecord(
+        id=row[0],
+        workspace=row[1],
+        name=row[2],
+        data=row[3],
+        number=row[4],
+        received_at=row[5],
+        dedupe_id=row[6],
+        meta=row[7],
+        admissions=_admissions(row[8]),
+        settled=row[9],
+    )
 
 
 def _admissions(made: Sequence[dict[str, Any]]) -> tuple[Admission, ...]:

@@ -49,9 +49,7 @@ async def listed(db: Database, schema: str, query: ItemQuery) -> ItemPage:
     later, later_parameters = "NULL::bigint", list[Any]()
     order = "i.workspace, i.id"
     if query.due:
-        later = (
-            f"(SELECT min(i.due_at) FROM {schema}.items i WHERE {' AND '.join(conditions)} AND i.due_at > c.now)"
-        )
+        later = f"(SELECT min(i.due_at) FROM {schema}.items i WHERE {' AND '.join(conditions)} AND i.due_at > c.now)"
         later_parameters = list(parameters)
         conditions.append("i.due_at <= c.now")
         order = "i.due_at, i.workspace, i.id"

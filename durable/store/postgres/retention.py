@@ -1,5 +1,5 @@
-"""Deleting finished runs, and rows that nobody asks for any more, in bounded batches; and the journal's months: made ahead, dropped once no run is left in
-them."""
+"""Deleting finished runs, and rows that nobody asks for any more, in bounded batches; and the journal's months: made ahead,
+dropped once no run is left in them."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ class PostgresStore:
         return await commit_storable(batch, self._max_payload, self._commit)
 
     async def _commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
-        outcomes = await commits.commit(self._db, self._schema, batch)
+        outcomes = await commits.commit(self._db, self._schema, batch, self._hints.abroad)
         self._hint_of(batch, outcomes)
         return outcomes
 
@@ -223,7 +223,7 @@ class PostgresStore:
         failure = refusal(commit, self._max_payload)
         if failure is not None:
             return CommitOutcome(CommitStatus.FENCED, failure=failure)
-        outcome = await commits.commit_with(self._db, self._schema, work, commit)
+        outcome = await commits.commit_with(self._db, self._schema, work, commit, self._hints.abroad)
         self._hint_of([commit], [outcome])
         return outcome
 

@@ -620,7 +620,7 @@ def events_once(evidence: Evidence) -> Iterator[str]:
             event = evidence.events.get((entry.key or "").removeprefix("event:"))
             if event is None:
                 yield f"{run_id} journaled {entry.key}, which nobody published"
-            elif event.name != entry.name or event.received_at < stored.run.created_at - SECOND:
+            elif event.name != entry.name or event.received_at < stored.run.created_at:
                 yield f"{run_id} journaled {entry.key}, which is none of its business"
             elif not any(wait.name == event.name and wait.seq < entry.seq for wait in names.values()):
                 yield f"{run_id} journaled {entry.key}, and had never waited for {event.name}"

@@ -589,14 +589,14 @@ AS $$
   ORDER BY h.rank, h.id LIMIT 1
 $$;
 
--- When this throttle lets the next run begin; null: now.
+-- When this throttle or rate lets the next one through; null: now.
 CREATE FUNCTION @schema@.throttled_until(p_key text, p_limit bigint, p_period_us bigint, p_now bigint)
 RETURNS bigint LANGUAGE sql STABLE
 AS $$
   SELECT CASE WHEN p_limit < 1 THEN p_now + 86400000000 ELSE (
     SELECT m.at + p_period_us FROM @schema@.moments m
-    WHERE m.key = 'throttle:' || p_key AND m.at > p_now - p_period_us AND m.number = p_limit * -1 + 1 + (
-      SELECT max(t.number) FROM @schema@.moments t WHERE t.key = 'throttle:' || p_key)) END
+    WHERE m.key = p_key AND m.at > p_now - p_period_us AND m.number = 1 - p_limit + (
+      SELECT max(t.number) FROM @schema@.moments t WHERE t.key = p_key)) END
 $$;
 
 -- Whether a lane's rules let this run go now: each slot it lacks has a free place, and, if it is `p_new`, each throttle is
@@ -608,7 +608,7 @@ AS $$
     SELECT r.kind, CASE
       WHEN r.kind = 'slots' AND NOT EXISTS (SELECT 1 FROM @schema@.slots s WHERE s.run_id = p_run AND s.key = r.key)
         AND (SELECT count(*) FROM @schema@.slots s WHERE s.key = r.key) >= r."limit" THEN 0
-      WHEN r.kind <> 'slots' AND p_new THEN @schema@.throttled_until(r.key, r."limit", r.period_us, p_now)
+      WHEN r.kind <> 'slots' AND p_new THEN @schema@.throttled_until('throttle:' || r.key, r."limit", r.period_us, p_now)
     END AS closed_until
     FROM jsonb_to_recordset(p_rules) AS r(key text, "limit" bigint, kind text, period_us bigint))
   SELECT count(r.closed_until) = 0,
@@ -640,21 +640,26 @@ BEGIN
   END LOOP;
 END $$;
 
--- One more moment of this key; those that no limit asks for any more go. The number is taken by one alone, as above.
-CREATE FUNCTION @schema@.add_moment(p_key text, p_limit bigint, p_period_us bigint, p_now bigint) RETURNS void LANGUAGE plpgsql
+-- One more moment of this key, if it is open; those that no limit asks for any more go. The number is taken by one alone, as above.
+CREATE FUNCTION @schema@.take_moment(p_key text, p_limit bigint, p_period_us bigint, p_now bigint) RETURNS boolean
+LANGUAGE plpgsql
 AS $$
 DECLARE
   v_number bigint;
   v_at bigint;
 BEGIN
   LOOP
+    IF @schema@.throttled_until(p_key, p_limit, p_period_us, p_now) IS NOT NULL THEN
+      RETURN false;
+    END IF;
     SELECT m.number, m.at INTO v_number, v_at FROM @schema@.moments m WHERE m.key = p_key ORDER BY m.number DESC LIMIT 1;
     v_number := coalesce(v_number, 0) + 1;
     INSERT INTO @schema@.moments (key, number, at, until)
     VALUES (p_key, v_number, greatest(p_now, v_at), greatest(p_now, v_at) + p_period_us) ON CONFLICT DO NOTHING;
     EXIT WHEN FOUND;
   END LOOP;
-  DELETE FROM @schema@.moments m WHERE m.key = p_key AND m.number <= v_number - greatest(p_limit, 1) AND m.until <= p_now;
+  DELETE FROM @schema@.moments m WHERE m.key = p_key AND m.number <= v_number - p_limit AND m.until <= p_now;
+  RETURN true;
 END $$;
 
 -- Turns of free runs (given in their order, with their ranks) and of lanes, lowest rank first, up to the limit: see
@@ -820,17 +825,19 @@ BEGIN
           ELSE h_new[v_best] END
         ORDER BY r.kind, r.key
       LOOP
-        IF v_rule.kind <> 'slots' THEN
-          PERFORM @schema@.add_moment('throttle:' || v_rule.key, v_rule."limit", v_rule.period_us, p_now);
-        ELSIF NOT @schema@.take_slot(
-          v_rule.key, v_rule."limit", h_ids[v_best], (SELECT r.epoch + 1 FROM @schema@.runs r WHERE r.id = h_ids[v_best])) THEN
-          v_fits := false;
-          EXIT;  -- slots are tried first: nothing has been counted
-        END IF;
+        v_fits := CASE WHEN v_rule.kind = 'slots'
+          THEN @schema@.take_slot(v_rule.key, v_rule."limit", h_ids[v_best],
+                                  (SELECT r.epoch + 1 FROM @schema@.runs r WHERE r.id = h_ids[v_best]))
+          ELSE @schema@.take_moment('throttle:' || v_rule.key, v_rule."limit", v_rule.period_us, p_now) END;
+        EXIT WHEN NOT v_fits;
         v_keys := v_keys || v_rule.key;
       END LOOP;
       IF NOT v_fits THEN
         DELETE FROM @schema@.slots s WHERE s.run_id = h_ids[v_best] AND s.key = ANY (v_keys);
+        -- The last of each key is ours: whoever adds one more waits for our end.
+        DELETE FROM @schema@.moments m USING unnest(v_keys) k
+        WHERE m.key = 'throttle:' || k
+          AND m.number = (SELECT max(t.number) FROM @schema@.moments t WHERE t.key = 'throttle:' || k);
         h_ids[v_best] := NULL;
         CONTINUE;
       END IF;
@@ -1287,11 +1294,8 @@ DECLARE
   v_until bigint;
   v_member bytea;
 BEGIN
-  IF jsonb_typeof(v_rate) = 'object' AND ((v_rate->>'limit')::bigint < 1 OR EXISTS (
-      SELECT 1 FROM @schema@.moments m
-      WHERE m.key = 'rate:' || (v_rate->>'key') AND m.at > p_now - (v_rate->>'period_us')::bigint
-        AND m.number = 1 - (v_rate->>'limit')::bigint + (
-          SELECT max(t.number) FROM @schema@.moments t WHERE t.key = 'rate:' || (v_rate->>'key')))) THEN
+  IF jsonb_typeof(v_rate) = 'object' AND @schema@.throttled_until(
+      'rate:' || (v_rate->>'key'), (v_rate->>'limit')::bigint, (v_rate->>'period_us')::bigint, p_now) IS NOT NULL THEN
     RETURN jsonb_build_object('workflow', v_run->>'workflow', 'verdict', 'dropped');
   END IF;
   IF v_window IS NOT NULL THEN
@@ -1320,7 +1324,7 @@ BEGIN
     v_new := cardinality(@schema@.start_runs(jsonb_build_array(v_run))) > 0;
     v_run_id := @schema@.run_there(v_run);
     IF jsonb_typeof(v_rate) = 'object' AND v_new THEN
-      PERFORM @schema@.add_moment(
+      PERFORM @schema@.take_moment(
         'rate:' || (v_rate->>'key'), (v_rate->>'limit')::bigint, (v_rate->>'period_us')::bigint, p_now);
     END IF;
   ELSE
@@ -1505,7 +1509,7 @@ BEGIN
       AND CASE WHEN c.kind = 'slots'
         THEN NOT EXISTS (SELECT 1 FROM @schema@.slots s WHERE s.run_id = x.id AND s.key = c.key)
         ELSE x.started_at IS NULL END),
-    c.weight, CASE WHEN c.kind <> 'slots' THEN @schema@.throttled_until(c.key, c."limit", c.period_us, v_now) END
+    c.weight, CASE WHEN c.kind <> 'slots' THEN @schema@.throttled_until('throttle:' || c.key, c."limit", c.period_us, v_now) END
   FROM counted c
   WHERE c.used > 0 OR EXISTS (
     SELECT 1 FROM @schema@.runs x
