@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from durable.core import errors
-from durable.engine.functions import WrongApp
+from durable.core.errors import WrongApp
 
 
 class ErrorBody(Struct, frozen=True, omit_defaults=True, rename="camel"):
