@@ -58,6 +58,9 @@ SAYS: dict[str, list[str]] = {
         "cancel: started, then started; cancelled; synced graz",
         "queue: started, then started; synced graz; synced graz",
     ],
+    "service": ["sent again, the same run: True", "log packed", "o-1 leaves from Graz", "[run_not_found]", "Stopped."],
+    "runner_connect": ["cat: 30 px - by right", "right has gone; connected is left", "horse: 50 px"],
+    "runner_serve": ["checked in: [('web', 'serve', True)]", "invoice 1001 for o-1, mailed to ann"],
     "search_attributes": ["heavy, in the depot: ['bob']", "at home: ['ann', 'bob']", "fragile is left: False"],
 }
 
