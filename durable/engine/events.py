@@ -275,8 +275,9 @@ class Events:
                         record.id, record.name, record.data, record.workspace, record.dedupe_id, probes=probes
                     )
                     await self._store_event(again)
-        except DurableError as error:
-            log.warning("events that are not settled could not be looked for: %s", error)
+        except Exception as error:
+            known = isinstance(error, DurableError)
+            log.warning("events that are not settled could not be looked for: %s", error, exc_info=not known)
         finally:
             self._sweeping = False
 

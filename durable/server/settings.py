@@ -47,7 +47,11 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
     ] = None
     pg_dir: Annotated[str, Setting("DURABLE_PG_DIR", "Folder of the private Postgres.")] = ".durable/postgres"
     pg_port: Annotated[
-        int | None, Setting("DURABLE_PG_PORT", "TCP port of the private Postgres. None: a socket in its folder only.")
+        int | None,
+        Setting(
+            "DURABLE_PG_PORT",
+            "Taken and without effect: the private Postgres has no TCP port, only a socket in its folder, so none is open.",
+        ),
     ] = None
     workers: Annotated[
         int, Setting("DURABLE_WORKERS", "Runs this process drives at once. 0: it serves the API and executes none.")

@@ -1304,19 +1304,22 @@ BEGIN
     WHERE p.key = v_window AND r.status = 'active' AND r.owner IS NULL AND r.epoch = 0 AND r.activity = 'scheduled'
       AND r.wake_at > p_now;
   END IF;
+  IF v_waits IS NOT NULL AND jsonb_typeof(v_batch) = 'object' THEN
+    -- A batch that has no room for it is full: due, and an unfinished run like any other.
+    UPDATE @schema@.runs r SET wake_at = p_now, activity = 'queued', updated_at = p_now
+    WHERE r.id = v_waits AND length(r.input) + 1 + length(decode(v_batch->>'member', 'base64')) > p_max_payload;
+    IF FOUND THEN
+      v_waits := NULL;
+    END IF;
+  END IF;
   IF jsonb_typeof(v_singleton) = 'object' THEN
     SELECT r.id INTO v_in_the_way FROM @schema@.policies p JOIN @schema@.runs r ON r.id = p.run_id
     WHERE p.key = 'singleton:' || (v_singleton->>'key') AND r.status = 'active';
-    IF v_in_the_way IS DISTINCT FROM v_waits AND v_in_the_way IS NOT NULL THEN
-      IF v_singleton->>'mode' = 'skip' THEN
-        RETURN jsonb_build_object('workflow', v_run->>'workflow', 'verdict', 'skipped', 'run_id', v_in_the_way);
-      END IF;
-      PERFORM @schema@.send_messages(jsonb_build_array(jsonb_build_object(
-        'run_id', v_in_the_way, 'id', 'singleton:' || (v_run->>'id'), 'kind', 'cancel', 'name', '', 'attempt', 0,
-        'workspace', (SELECT r.workspace FROM @schema@.runs r WHERE r.id = v_in_the_way),
-        'payload', encode(convert_to(jsonb_build_object(
-          'reason', format('run %s takes its place', v_run->>'id'))::text, 'UTF8'), 'base64'))));
-      v_cancelled := v_in_the_way;
+    IF v_in_the_way = v_waits THEN
+      v_in_the_way := NULL;  -- the run that this event joins is not in its way
+    END IF;
+    IF v_in_the_way IS NOT NULL AND v_singleton->>'mode' = 'skip' THEN
+      RETURN jsonb_build_object('workflow', v_run->>'workflow', 'verdict', 'skipped', 'run_id', v_in_the_way);
     END IF;
   END IF;
 
@@ -1346,13 +1349,11 @@ BEGIN
       IF v_waits IS NOT NULL THEN
         UPDATE @schema@.runs r SET
           input = substr(r.input, 1, length(r.input) - 2) || ','::bytea || v_member || ']}'::bytea, updated_at = p_now
-        WHERE r.id = v_waits AND length(r.input) + 1 + length(v_member) <= p_max_payload;
-        IF FOUND THEN
-          v_run_id := v_waits;
-          v_members := v_members + 1;
-          UPDATE @schema@.policies p SET members = v_members, used_at = p_now WHERE p.key = v_window;
-        END IF;
-        IF v_run_id IS NULL OR v_members >= (v_batch->>'max_size')::integer THEN
+        WHERE r.id = v_waits;
+        v_run_id := v_waits;
+        v_members := v_members + 1;
+        UPDATE @schema@.policies p SET members = v_members, used_at = p_now WHERE p.key = v_window;
+        IF v_members >= (v_batch->>'max_size')::integer THEN
           UPDATE @schema@.runs r SET wake_at = p_now, activity = 'queued', updated_at = p_now WHERE r.id = v_waits;
         END IF;
       END IF;
@@ -1369,6 +1370,14 @@ BEGIN
   END IF;
   IF jsonb_typeof(v_singleton) = 'object' THEN
     UPDATE @schema@.policies p SET run_id = v_run_id, used_at = p_now WHERE p.key = 'singleton:' || (v_singleton->>'key');
+    IF v_in_the_way <> v_run_id THEN
+      PERFORM @schema@.send_messages(jsonb_build_array(jsonb_build_object(
+        'run_id', v_in_the_way, 'id', 'singleton:' || (v_run->>'id'), 'kind', 'cancel', 'name', '', 'attempt', 0,
+        'workspace', (SELECT r.workspace FROM @schema@.runs r WHERE r.id = v_in_the_way),
+        'payload', encode(convert_to(jsonb_build_object(
+          'reason', format('run %s takes its place', v_run->>'id'))::text, 'UTF8'), 'base64'))));
+      v_cancelled := v_in_the_way;
+    END IF;
   END IF;
   RETURN jsonb_build_object('workflow', v_run->>'workflow', 'verdict', v_verdict, 'run_id', v_run_id, 'new', v_new,
                             'cancelled', v_cancelled);
