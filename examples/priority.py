@@ -1,4 +1,4 @@
-"""Priority: who goes first where runs queue. Here by the event's own word; a number or a name says it for the whole workflow.
+"""Priority: who goes first where runs queue. Here by the event's own word; a number says it for all of a workflow.
 
 python examples/priority.py
 """
