@@ -1,6 +1,7 @@
 """What every test may ask for: services with their remedies, and a budget for suites that could go on for ever.
 
-Tests under tests/simulation and tests/chaos bear those marks by where they stand, and so do those of brokers and workers, and of the service.
+Tests under tests/simulation and tests/chaos bear those marks by where they stand, and so do those of brokers and workers, and
+those of the service.
 """
 
 from __future__ import annotations
