@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from durable.server.routes_table import ROUTES
 from tests.house.sources import ROOT
 
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -62,3 +63,12 @@ def test_what_the_readme_says_of_the_service(tmp_path: Path) -> None:
 
 FAILING = 'curl() { command curl --fail-with-body --no-progress-meter "$@"; echo; }\n'
 """A refusal ends the shell, as nobody who reads along would miss it."""
+
+
+def test_every_route_has_its_row() -> None:
+    """docs/api.md has each route of the table once, with who may ask, and none that is not there."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    shown = re.findall(r"^\| `([A-Z]+ /\S*)` \| ([a-z ]+) \|", page, re.MULTILINE)
+    who = {"none": "open", "app": "app", "admin": "admin", "node": "other engines", "token": "link"}
+    there = [(f"{route.method} {route.path}", who.get(route.auth, str(route.role))) for route in ROUTES]
+    assert sorted(shown) == sorted(there)
