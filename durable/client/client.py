@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import httpx2
 import msgspec
+from msgspec import UNSET
 
 from durable.client.errors import ServiceError, Unavailable, error_of
 from durable.client.shapes import TERMINAL, Approval, Event, EventAnswer, Frame, LogLine, Run, Schedule, Step
@@ -63,11 +65,11 @@ class Client:
 
     async def runners(self) -> list[Any]:
         """Who runs functions, and whether they are alive."""
-        return await self.get("/runners", list[Any])
+        return await self.get("/runners", list[Any], params=self.here())
 
     async def flow_state(self, **filters: Any) -> list[Any]:
         """Limits, their use and what queues behind them."""
-        return await self.get("/flow-state", list[Any], params=filters)
+        return await self.get("/flow-state", list[Any], params=self.here(filters))
 
     async def health(self) -> dict[str, Any]:
         """That the service lives."""
@@ -118,9 +120,11 @@ class Client:
 
     def query(self, params: Mapping[str, Any] | None) -> dict[str, str]:
         given = {name: value for name, value in (params or {}).items() if value is not None}
-        if self._app is not None:
-            given.setdefault("app", self._app)
         return {name: value.isoformat() if hasattr(value, "isoformat") else str(value) for name, value in given.items()}
+
+    def here(self, filters: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """These filters, for a route about a workspace: with the app, unless they name one."""
+        return {"app": self._app, **filters}
 
     @property
     def app(self) -> str | None:
@@ -187,11 +191,11 @@ class Events(_Part):
 
     async def get(self, id: str) -> Event:
         """Raises NotFound."""
-        return await self._client.get(f"/events/{_part(id)}", Event)
+        return await self._client.get(f"/events/{_part(id)}", Event, params=self._client.here())
 
     async def list(self, **filters: Any) -> Many[Event]:
         """The latest, newest first."""
-        return await self._client.get("/events", Many[Event], params=filters)
+        return await self._client.get("/events", Many[Event], params=self._client.here(filters))
 
 
 class Runs(_Part):
@@ -206,7 +210,7 @@ class Runs(_Part):
         cursor: str | None = None
         while True:
             runs, cursor = await self._client.call(
-                "GET", "/runs", Many[Run], params={**filters, "cursor": cursor}, tries=TRIES
+                "GET", "/runs", Many[Run], params=self._client.here({**filters, "cursor": cursor}), tries=TRIES
             )
             for run in runs:
                 yield run
@@ -228,7 +232,7 @@ class Runs(_Part):
 
     def watch_all(self, **filters: Any) -> AsyncIterator[Frame]:
         """What happens to all runs from now on."""
-        return self._client.stream("/runs/stream", params=filters)
+        return self._client.stream("/runs/stream", params=self._client.here(filters))
 
     async def wait(self, id: str) -> Run:
         """The run once it has ended. Raises NotFound."""
@@ -259,9 +263,18 @@ class Runs(_Part):
         """A new run that takes over what came before the step."""
         return await self._client.post(f"/runs/{_part(id)}/retry-from-step", dict[str, Any], {"step": step})
 
-    async def fork(self, id: str, **edits: Any) -> Any:
-        """A new run with another input, or another result of one step."""
+    async def fork(
+        self, id: str, *, step: str | None = None, result: Any = UNSET, input: Any = UNSET, from_step: str | None = None
+    ) -> Any:
+        """A new run with another result of `step`; or with another input, from `from_step` on if that is said."""
+        given = {"step": step, "result": result, "input": input, "fromStep": from_step}
+        edits = {name: value for name, value in given.items() if value is not UNSET}
         return await self._client.post(f"/runs/{_part(id)}/fork", dict[str, Any], edits)
+
+    async def signal(self, id: str, name: str, payload: Any = None, *, message_id: str | None = None) -> Any:
+        """Send it a signal; the same `message_id` again changes nothing."""
+        body = {"name": name, "payload": payload, "id": message_id or str(uuid.uuid4())}
+        return await self._client.post(f"/runs/{_part(id)}/signal", dict[str, Any], body, again=True)
 
 
 class Workflows(_Part):
@@ -269,7 +282,7 @@ class Workflows(_Part):
 
     async def list(self) -> Many[Any]:
         """All that are registered."""
-        return await self._client.get("/workflows", Many[Any])
+        return await self._client.get("/workflows", Many[Any], params=self._client.here())
 
     async def trigger(
         self,
@@ -280,11 +293,12 @@ class Workflows(_Part):
         id: str | None = None,
         runner: str | None = None,
         tags: Sequence[str] | None = None,
-    ) -> EventAnswer:
-        """Start a run; the same `id` again finds it. Raises ServiceError."""
+    ) -> str:
+        """Start a run and get its id; the same `id` again finds it. Raises ServiceError."""
         body: dict[str, Any] = {"input": input, "dedupeId": id or str(uuid.uuid4())}
         body |= {key: value for key, value in {"runner": runner, "tags": tags}.items() if value is not None}
-        return await self._client.post(f"/workflows/{_part(app)}/{_part(name)}/trigger", EventAnswer, body, again=True)
+        path = f"/workflows/{_part(app)}/{_part(name)}/trigger"
+        return str((await self._client.post(path, dict[str, Any], body, again=True))["runId"])
 
 
 class Schedules(_Part):
@@ -292,32 +306,61 @@ class Schedules(_Part):
 
     async def list(self) -> Many[Schedule]:
         """All, by id."""
-        return await self._client.get("/schedules", Many[Schedule])
+        return await self._client.get("/schedules", Many[Schedule], params=self._client.here())
 
     async def get(self, id: str) -> Schedule:
         """Raises NotFound."""
-        return await self._client.get(f"/schedules/{_part(id)}", Schedule)
+        return await self._ask("GET", id, Schedule, tries=TRIES)
 
-    async def ensure(self, id: str, workflow: str, input: Any = None, **options: Any) -> Schedule:
-        """See that there is this schedule: cron and timezone, every, or at; catch_up, overlap, paused."""
-        body = {"workflow": workflow, "input": input, **options}
-        return (await self._client.call("PUT", f"/schedules/{_part(id)}", Schedule, body=body, tries=TRIES))[0]
+    async def ensure(
+        self,
+        id: str,
+        workflow: str,
+        input: Any = None,
+        *,
+        cron: str | None = None,
+        timezone: str | None = None,
+        every: float | None = None,
+        at: datetime | None = None,
+        catch_up: str | None = None,
+        overlap: str | None = None,
+        **more: Any,
+    ) -> Schedule:
+        """See that there is this schedule: by a cron line, `every` so many seconds, or once. `more`: priority, tags, version,
+        paused. Raises ServiceError."""
+        given = {
+            "cron": cron,
+            "timezone": timezone,
+            "everySeconds": every,
+            "at": at,
+            "catchUp": catch_up,
+            "overlap": overlap,
+        }
+        body = {"workflow": workflow, "input": input, **more}
+        body |= {name: value for name, value in given.items() if value is not None}
+        return await self._ask("PUT", id, Schedule, body=body, tries=TRIES)
 
     async def pause(self, id: str) -> Schedule:
         """Let nothing come due."""
-        return await self._client.post(f"/schedules/{_part(id)}/pause", Schedule, again=True)
+        return await self._ask("POST", id, Schedule, "/pause", body={}, tries=TRIES)
 
     async def resume(self, id: str) -> Schedule:
         """Go on from now."""
-        return await self._client.post(f"/schedules/{_part(id)}/resume", Schedule, again=True)
+        return await self._ask("POST", id, Schedule, "/resume", body={}, tries=TRIES)
 
     async def trigger(self, id: str) -> Any:
         """Start a run of it now."""
-        return await self._client.post(f"/schedules/{_part(id)}/trigger", dict[str, Any])
+        return await self._ask("POST", id, dict[str, Any], "/trigger", body={})
 
     async def remove(self, id: str) -> None:
         """No more of it."""
-        await self._client.call("DELETE", f"/schedules/{_part(id)}", dict[str, Any])
+        await self._ask("DELETE", id, dict[str, Any])
+
+    async def _ask(
+        self, method: str, id: str, shape: type[T], action: str = "", *, body: Any = None, tries: int = 1
+    ) -> T:
+        path = f"/schedules/{_part(id)}{action}"
+        return (await self._client.call(method, path, shape, params=self._client.here(), body=body, tries=tries))[0]
 
 
 class Approvals(_Part):
@@ -325,7 +368,7 @@ class Approvals(_Part):
 
     async def list(self) -> Many[Approval]:
         """All that wait."""
-        return await self._client.get("/approvals", Many[Approval])
+        return await self._client.get("/approvals", Many[Approval], params=self._client.here())
 
     async def decide(self, id: str, approved: bool, *, by: str | None = None, args: Any = None) -> Any:
         """Say yes or no; the first word counts."""
