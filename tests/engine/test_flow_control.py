@@ -27,15 +27,6 @@ from durable.protocol.states import Status
 from durable.store.admission import Verdict
 from tests.engine.world import Gate, World, all_results, eventually
 
-STORES = ["memory"]
-"""Until the others have lanes."""
-
-
-@pytest.fixture(params=STORES)
-def store_kind(request: pytest.FixtureRequest) -> str:
-    kind: str = request.param
-    return kind
-
 
 class Meter:
     """A step body that knows how many are in it at once, by key."""
