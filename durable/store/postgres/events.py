@@ -63,6 +63,7 @@ async def publish(db: Database, schema: str, events: Sequence[NewEvent], max_pay
         ],
     )
     there = await _get(db, schema, [row[1] for row in rows if row[2] is None])
+    again = await _waiting_for(db, schema, events, [record for record in there.values() if not record.settled])
     outcomes = []
     for event, admissions, row in zip(events, expected, rows, strict=True):
         _, event_id, number, received_at, made, waiters = row
@@ -71,7 +72,7 @@ async def publish(db: Database, schema: str, events: Sequence[NewEvent], max_pay
                 # What was in its way has been pruned since: now it is new.
                 outcomes += await publish(db, schema, [event], max_payload)
             else:
-                outcomes.append(EventOutcome(there[event_id], True))
+                outcomes.append(EventOutcome(there[event_id], True, again.get(event_id, ())))
             continue
         record = EventRecord(
             event.id,
@@ -135,6 +136,35 @@ async def _get(db: Database, schema: str, ids: Sequence[str | None]) -> dict[str
         return {}
     rows = await db.read(f"SELECT {_COLUMNS} FROM {schema}.events e WHERE e.id = ANY (%s)", [texts(wanted)])
     return {row[0]: _record(row) for row in rows}
+
+
+async def _waiting_for(
+    db: Database, schema: str, events: Sequence[NewEvent], unsettled: Sequence[EventRecord]
+) -> dict[str, tuple[Waiter, ...]]:
+    """Who waits now for events that were there before and whose waiters may not have been told. A wait that opens later
+    looks back. What such an event holds says only who gives its own id."""
+    if not unsettled:
+        return {}
+    given = {event.id: event.probes for event in events}
+    probes = [given.get(record.id) for record in unsettled]
+    rows = await db.read(
+        "SELECT g.id, jsonb_agg(jsonb_build_object("
+        "'run_id', w.run_id, 'id', w.id, 'match', translate(encode(w.match, 'base64'), E'\\n', ''),"
+        " 'expires_at', w.expires_at, 'owner', r.owner) ORDER BY w.number)"
+        " FROM unnest(%s::text[], %s::text[], %s::text[]) WITH ORDINALITY AS g(id, workspace, name, place)"
+        f" JOIN {schema}.event_waiters w ON w.workspace = g.workspace AND w.event = g.name"
+        f" AND (w.expires_at IS NULL OR w.expires_at > {schema}.now_us())"
+        " AND CASE WHEN jsonb_typeof(%s::jsonb->(g.place::integer - 1)) = 'array'"
+        " THEN w.probe = '' OR jsonb_exists(%s::jsonb->(g.place::integer - 1), w.probe) ELSE true END"
+        f" JOIN {schema}.runs r ON r.id = w.run_id GROUP BY g.id",
+        [
+            texts([record.id for record in unsettled]),
+            texts([record.workspace for record in unsettled]),
+            texts([record.name for record in unsettled]),
+            *[runs.json_text([None if some is None else [storable(one) for one in some] for some in probes])] * 2,
+        ],
+    )
+    return {event_id: tuple(map(_waiter, waiters)) for event_id, waiters in rows}
 
 
 def _has_policy(trigger: Trigger) -> bool:

@@ -71,9 +71,20 @@ def _publish(
             record.id: record
             for record in _records(cx, "id IN (SELECT value FROM json_each(?))", [listed(list(older))])
         }
+        waiters |= _waiting_for(cx, _told_again(events, [records[one] for one in older]), now)
     return [
-        EventOutcome(records[there or event.id], there is not None, () if there else tuple(waiters.get(event.id, ())))
+        EventOutcome(records[there or event.id], there is not None, tuple(waiters.get(there or event.id, ())))
         for event, there in zip(events, same_as, strict=True)
+    ]
+
+
+def _told_again(events: Sequence[NewEvent], older: Sequence[EventRecord]) -> list[NewEvent]:
+    """Those whose waiters may not have been told, as they are stored. What they hold says only who gives their own id."""
+    probes = {event.id: event.probes for event in events}
+    return [
+        NewEvent(one.id, one.name, one.data, one.workspace, probes=probes.get(one.id))
+        for one in older
+        if not one.settled
     ]
 
 
