@@ -19,6 +19,7 @@ class Cutter:
         self.cuts = 0
         self.connections = 0
         self.url = ""
+        self._open: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -27,28 +28,43 @@ class Cutter:
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
+        for task in list(self._open):
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
 
     async def _serve(self, near: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
         far, service = await asyncio.open_connection("127.0.0.1", self._port)
         asking = asyncio.ensure_future(_copy(near, service))
-        left = self._after()
-        with suppress(OSError):
-            while data := await far.read(65536):
-                part = data if left is None else data[:left]
-                client.write(part)
-                await client.drain()
-                if left is not None:
-                    left -= len(part)
-                    if left <= 0:
-                        self.cuts += 1
-                        if not self._kindly():
-                            client.transport.abort()
-                        break
-        asking.cancel()
-        for writer in (client, service):
-            with suppress(OSError):
+        try:
+            await self._answer(far, client)
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            asking.cancel()
+            await asyncio.wait({asking})
+            for writer in (client, service):
                 writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+            self._open.discard(task)
+
+    async def _answer(self, far: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        left = self._after()
+        while data := await far.read(65536):
+            part = data if left is None else data[:left]
+            client.write(part)
+            await client.drain()
+            if left is not None:
+                left -= len(part)
+                if left <= 0:
+                    self.cuts += 1
+                    if not self._kindly():
+                        client.transport.abort()
+                    return
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
