@@ -54,7 +54,6 @@ def test_what_the_readme_says_of_the_service(tmp_path: Path) -> None:
             service.terminate()
             service.communicate(timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"woke":1' in done.stdout
     assert '"kind":"run_status"' in done.stdout
     assert '"result":"o-1 is on its way"' in done.stdout
     assert '"nextAt"' in done.stdout
