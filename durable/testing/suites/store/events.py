@@ -472,8 +472,8 @@ class EventTests(Tests):
             assert await ids_of(store, query) == wanted, query
 
     async def test_B42_who_pages_by_number_misses_nothing(self, store: Store, other: Store) -> None:
-        """B42: publishers on two connections, and a reader that asks for what comes after the last it has seen: every event, once,
-        in the order of numbers, though a lower number may be committed after a higher one."""
+        """B42: publishers on two connections, and a reader that asks for what comes after the last it has seen: every event,
+        once, in the order of numbers, though a lower number may be committed after a higher one."""
         wanted = {f"e{n}.{k}" for n in range(40) for k in range(3)}
         seen: list[EventRecord] = []
 
