@@ -1,4 +1,4 @@
-"""Every engine test runs hot and with cold forced at every wait, in memory and on SQLite; those marked `on_postgres` there too."""
+"""Every engine test runs hot and with cold forced at every wait, in memory and on SQLite; some on Postgres too."""
 
 from __future__ import annotations
 
