@@ -418,7 +418,7 @@ INSERT INTO durable.slots (key, number, run_id, epoch) VALUES ('old', 1, 'held',
 """
 
 
-PUBLISH = "SELECT durable.publish(%s, '{default}', '{order}', %s, %s, ARRAY[NULL::bytea], '{\"[]\"}', '[null]', NULL, NULL, 99)"
+UNDER_WAY = "SELECT durable.publish(%s, '{default}', '{order}', %s, %s, ARRAY[NULL::bytea], '{\"[]\"}', '[null]', NULL, NULL, 99)"
 
 
 async def test_B42_a_number_that_is_committed_late_is_waited_for(
@@ -435,9 +435,9 @@ async def test_B42_a_number_that_is_committed_late_is_waited_for(
         await psycopg.AsyncConnection.connect(postgres_url) as slow,
         await psycopg.AsyncConnection.connect(postgres_url) as dies,
     ):
-        await slow.execute(PUBLISH, (["slow"], [None], [b"1"]))
+        await slow.execute(UNDER_WAY, (["slow"], [None], [b"1"]))
         await stores[0].publish([event("e3")])
-        await dies.execute(PUBLISH, (["dies"], [None], [b"1"]))
+        await dies.execute(UNDER_WAY, (["dies"], [None], [b"1"]))
         await stores[0].publish([event("e5")])
         assert await whole() == ["e1"]
         assert await whole(1) == []
