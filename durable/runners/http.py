@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from durable.core.errors import CallRefused, RunnerGone, RunnerRefused
 from durable.core.functions import Pass, Reply
@@ -26,12 +26,15 @@ class HttpLink:
         if workspace is None or not workspace.app_url:
             raise RunnerGone(f"App {call.app} has no URL yet. Register it with `appUrl`, or sync with `url`.")
         headers: dict[str, str] = {}
-        key = workspace.signing_key(self._workspaces.now())
+        now = self._workspaces.now()
+        key = workspace.signing_key(now)
         if key is not None:
             headers[signing.HEADER] = signing.sign_plain(key.secret, call.body)
         answer = await post(self._outgoing, workspace.app_url, call.body, headers, timeout)
         if answer.status != 200:
             raise refused(answer, call.app)
+        if key is not None:
+            check_signed(answer, [one.secret for one in workspace.live_keys(now)], call.app)
         return Reply(200, answer.body)
 
 
@@ -41,6 +44,20 @@ async def post(outgoing: Outgoing, url: str, body: bytes, headers: Mapping[str, 
         return await outgoing.request("POST", url, body=body, headers=headers, timeout=timeout)
     except CallRefused as error:
         raise RunnerRefused(str(error), retryable=False) from None
+
+
+def check_signed(answer: Answered, keys: Sequence[str], app: str) -> None:
+    """Any of the keys may have signed it: while one is being replaced there are two. Raises RunnerRefused."""
+    given = answer.headers.get(signing.HEADER)
+    try:
+        live = [signing.Key(key) for key in keys]
+        signing.check_plain(live, [] if given is None else [given], answer.body, now=0)
+    except signing.SignatureRefused:
+        how = "is not signed" if given is None else "is signed with another key, or was changed on its way"
+        raise RunnerRefused(
+            f"The answer of app {app} {how}, and is not believed. It bears {signing.HEADER}: the HMAC-SHA256 of the body "
+            "with the workspace's signing key."
+        ) from None
 
 
 def refused(answer: Answered, app: str) -> Exception:
