@@ -622,7 +622,9 @@ class FunctionHost:
         fingerprint = payload.fingerprint(condition or b"")
         key = machine.key(f"event:{one.event}")
         command = WaitEvent(ordinal, key, one.event, fingerprint, condition, None, deadline)
-        return machine.wait_event(command, _event_data if self._function.dialect == "runner" else _whole_event, _nothing)
+        return machine.wait_event(
+            command, _event_data if self._function.dialect == "runner" else _whole_event, _nothing
+        )
 
     def _left(self, until: int | None) -> int | None:
         return None if until is None else max(0, until - self._loop.now)

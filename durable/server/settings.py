@@ -119,7 +119,11 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     private_calls: Annotated[
-        bool, Setting("DURABLE_PRIVATE_CALLS", "Whether apps and webhooks in private networks may be called.")
+        bool,
+        Setting(
+            "DURABLE_PRIVATE_CALLS",
+            "Whether apps and webhooks in private networks and on this machine may be called; in development they may.",
+        ),
     ] = False
     refused_rate: Annotated[
         float, Setting("DURABLE_REFUSED_RATE", "Wrong credentials a second of one peer; above, 429 for that peer.")

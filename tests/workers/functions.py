@@ -155,7 +155,11 @@ class FunctionsSuite:
         """A failure that is final is not tried again, no catch of the function hides it, the failure handler hears of it once
         and may use steps, and the run has failed with it."""
         run = shop.ended(shop.send("declined/go"))
-        assert (run["status"], run["error"]["message"], run["error"]["code"]) == ("failed", "card declined", "card_declined")
+        assert (run["status"], run["error"]["message"], run["error"]["code"]) == (
+            "failed",
+            "card declined",
+            "card_declined",
+        )
         assert (shop.said("pay"), shop.said("swallowed")) == (1, 0)
         assert shop.said("sorry: card declined, card_declined, pay, 5") == 1
 
