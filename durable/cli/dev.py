@@ -43,9 +43,16 @@ FORCED = "Stopped at once. Steps that were running will run again."
 @click.option(
     "--port", metavar="N", type=click.IntRange(0, 65_535), help="Of the API; 0 takes a free one.  [default: 3030]"
 )
+@click.option(
+    "--app-url",
+    metavar="URL",
+    help="Ask the app at this URL for its functions, and again when they change.  [env var: DURABLE_APP_URL]",
+)
 @click.option("--config", metavar="FILE", type=click.Path(dir_okay=False), help="Settings in TOML; docs/service.md.")
 @json_option
-def dev(app: str | None, store: str | None, port: int | None, config: str | None, as_json: bool) -> None:
+def dev(
+    app: str | None, store: str | None, port: int | None, app_url: str | None, config: str | None, as_json: bool
+) -> None:
     """Run an engine and its API here, with a line for everything that happens.
 
     MODULE:APP names a module (or a .py file) and the Durable object or root module class in it; ":APP" may be left out
@@ -63,11 +70,12 @@ def dev(app: str | None, store: str | None, port: int | None, config: str | None
       durable dev orders:app --port 8080
       durable dev examples/orders.py --store sqlite:///try.db
       durable dev orders:app --store postgres
+      durable dev --app-url http://127.0.0.1:3000/api/durable
       durable dev --store sqlite:////var/lib/orders/durable.db
     """
     from durable.server.settings import load_settings
 
-    settings = load_settings({"port": port}, config=config)
+    settings = load_settings({"port": port, "app_url": app_url}, config=config)
     code = asyncio.run(_dev(app, store, settings, as_json))
     if code:
         raise click.exceptions.Exit(code)

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from durable.core.errors import CallRefused, RunnerError, RunnerGone, RunnerRefused, RunnerTimeout, StoreError
 from durable.core.functions import Pass, Reply
-from durable.runners import signing
+from durable.protocol import signature
 from durable.runners.connect import REPLACED, Session
 from durable.runners.http import HttpLink
 from durable.runners.interface import KIND, NODE, Node, RunnerInfo, RunnerLink
@@ -109,7 +109,7 @@ class Directory:
         self._turns = 0
         self._shunned: dict[str, float] = {}
         self._came = asyncio.Event()
-        self._nonces: dict[str, float] = {}
+        self._nonces = signature.Nonces()
         self._beating: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------------ life
@@ -350,7 +350,7 @@ class Directory:
             raise RunnerTimeout(f"No runner of app {call.app} took the pass within {self._timeout:g} s.")
         link: RunnerLink | None = self.sessions.get(one.instance)
         if link is None and one.mode == "serve" and one.url is not None:
-            link = ServeLink(self._outgoing, self._workspaces, one.url)
+            link = ServeLink(self._outgoing, self._workspaces, one.url, signs=one.key_fingerprint is not None)
         if link is None and one.node is not None and one.node != self.node_id:
             link = _NodeLink(self, one.node, one.instance)
         if link is None:
@@ -378,8 +378,8 @@ class Directory:
     async def forward(self, node: Node, instance: str, call: Pass, timeout: float) -> Reply:
         """Have another engine ask a runner that is connected to it."""
         body = _encode(_Asked(instance, call, timeout))
-        signature = signing.sign(node.key, "POST", request_path(node.url), body, now=self._now() / 1e6)
-        headers = {signing.HEADER: signature}
+        ts, nonce = self._now() // 1_000_000, secrets.token_urlsafe(16)
+        headers = {signature.HEADER: signature.sign(node.key, "POST", request_path(node.url), body, ts=ts, nonce=nonce)}
         try:
             answer = await self._between.request(
                 "POST", node.url, body=body, headers=headers, timeout=timeout + 1.0, limit=NODE_BODY
@@ -400,17 +400,14 @@ class Directory:
             return 404, b"{}"
         now = self._now() / 1e6
         try:
-            checked = signing.check([signing.Key(self._node.key)], given, "POST", path, body, now=now)
-        except signing.SignatureRefused as error:
+            signed = signature.check(given, [self._node.key], "POST", path, body, now=now)
+        except signature.BadSignature as error:
             log.warning("a request to the internal endpoint is refused: %s", error)
             return 401, b"{}"
-        for nonce, until in list(self._nonces.items()):
-            if until > now:
-                break
-            del self._nonces[nonce]
-        if checked.nonce in self._nonces:
+        try:
+            self._nonces.use(signed.nonce, now)
+        except signature.BadSignature:
             return 409, b"{}"
-        self._nonces[checked.nonce] = checked.remember_until
         try:
             asked = msgspec.json.decode(body, type=_Asked)
         except msgspec.MsgspecError:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from durable.core.errors import CallRefused, RunnerGone, RunnerRefused
 from durable.core.functions import Pass, Reply
-from durable.runners import signing
+from durable.protocol import signature
 from durable.runners.outgoing import Answered, Outgoing
 from durable.runners.workspaces import Workspaces
 
@@ -36,11 +37,12 @@ class HttpLink:
         if answer.status != 200:
             raise refused(answer, call.app)
         if keys:
-            check_signed(answer, keys, call.app)
+            with believed(call.app):
+                signature.check_body(signatures(answer), keys, answer.body)
         return Reply(200, answer.body)
 
     async def _post(self, url: str, body: bytes, key: str | None, timeout: float) -> Answered:
-        headers = {} if key is None else {signing.HEADER: signing.sign_plain(key, body)}
+        headers = {} if key is None else {signature.HEADER: signature.body_signature(key, body)}
         return await post(self._outgoing, url, body, headers, timeout)
 
 
@@ -52,18 +54,22 @@ async def post(outgoing: Outgoing, url: str, body: bytes, headers: Mapping[str, 
         raise RunnerRefused(str(error), retryable=False) from None
 
 
-def check_signed(answer: Answered, keys: Sequence[str], app: str) -> None:
-    """Any of the keys may have signed it: while one is being replaced there are two. Raises RunnerRefused."""
-    given = answer.headers.get(signing.HEADER)
+@contextmanager
+def believed(app: str) -> Iterator[None]:
+    """What is raised of an answer's signature is told as a refusal. Raises RunnerRefused."""
     try:
-        live = [signing.Key(key) for key in keys]
-        signing.check_plain(live, [] if given is None else [given], answer.body, now=0)
-    except signing.SignatureRefused:
-        how = "is not signed" if given is None else "is signed with another key, or was changed on its way"
+        yield
+    except signature.BadSignature as error:
         raise RunnerRefused(
-            f"The answer of app {app} {how}, and is not believed. It bears {signing.HEADER}: the HMAC-SHA256 of the body "
-            "with the workspace's signing key."
+            f"The answer of app {app} is not believed. {error} Answers bear {signature.HEADER}, made with the workspace's "
+            "signing key."
         ) from None
+
+
+def signatures(answer: Answered) -> list[str]:
+    """The values of its signature header."""
+    given = answer.headers.get(signature.HEADER)
+    return [] if given is None else [given]
 
 
 def refused(answer: Answered, app: str) -> Exception:

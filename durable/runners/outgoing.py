@@ -179,8 +179,7 @@ def check_address(address: _Address, host: str, calls: Calls) -> None:
             raise _local(host)
     elif not inner.is_global and not calls.private:
         raise CallRefused(
-            f"{host} is in a private network. Allow those calls in the settings (DURABLE_ALLOW_PRIVATE_CALLS=1) if apps live "
-            "there."
+            f"{host} is in a private network. If apps live there, allow it: setting `private_calls` (DURABLE_PRIVATE_CALLS=1)."
         )
 
 
@@ -221,7 +220,7 @@ def _is_local(host: str) -> bool:
 
 def _local(host: str) -> CallRefused:
     return CallRefused(
-        f"{host} is this machine. Allow those calls in the settings (DURABLE_ALLOW_LOOPBACK_CALLS=1) if apps live here."
+        f"{host} is this machine. If apps live here, allow it: setting `private_calls` (DURABLE_PRIVATE_CALLS=1)."
     )
 
 

@@ -28,8 +28,7 @@ from durable.core.clock import SECOND
 from durable.core.errors import DefinitionError, DurableError, ErrorData
 from durable.core.payload import describe
 from durable.protocol.runners import MAX_FRAME, REGISTER_SECONDS
-from durable.protocol.signature import HEADER, sign
-from durable.runners.proof import BadSignature, Nonces, check
+from durable.protocol.signature import HEADER, BadSignature, Nonces, check, sign
 from durable.runners.runner import Malformed, Runner
 
 if TYPE_CHECKING:
@@ -291,7 +290,10 @@ class Serving:
         if self.runner.key is None:
             return None
         values = [value for name, value in given if name.lower() == HEADER]
-        return check(values, self.runner.key, method, path, body, now=self._now(), nonces=self._nonces)
+        now = self._now()
+        nonce = check(values, [self.runner.key], method, path, body, now=now).nonce
+        self._nonces.use(nonce, now)
+        return nonce
 
     def _signed(self, method: str, path: str, body: bytes, nonce: str) -> str:
         assert self.runner.key is not None
@@ -404,6 +406,9 @@ def _input_of(environ: dict[str, Any]) -> bytes | HTTPStatus:
     said = environ.get("CONTENT_LENGTH") or ""
     if said.isascii() and said.isdigit():
         if int(said) > MAX_FRAME:
+            environ["wsgi.input"].read(
+                min(int(said), 4 * MAX_FRAME)
+            )  # a server that closes on unread bytes resets the answer
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         return bytes(environ["wsgi.input"].read(int(said)))
     if not environ.get("wsgi.input_terminated"):

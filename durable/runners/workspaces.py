@@ -35,6 +35,10 @@ class WorkspaceInfo(Struct, rename="camel"):
         """Those that count now; read-only ones sign nothing."""
         return [key for key in self.keys if key.role == "full" and (key.ends_at is None or now < key.ends_at)]
 
+    def secrets(self, now: int) -> list[str]:
+        """Of those keys: any of them may have signed what an app answers."""
+        return [key.secret for key in self.live_keys(now)]
+
     def signing_key(self, now: int) -> WorkspaceKey | None:
         """The newest; None: this workspace has none, and calls are not signed."""
         return max(self.live_keys(now), key=lambda key: key.created_at, default=None)

@@ -137,24 +137,26 @@ class Authenticator:
 
     async def _signed(self, auth: Auth, request: Request, header: str) -> Principal:
         apps = request.header(signature.APP_HEADER.encode())
-        signed = signature.read(header)
-        if len(apps) != 1 or signed is None or (isinstance(signed, str) and auth != "app"):
+        plain = signature.is_plain([header])
+        if len(apps) != 1 or (plain and auth != "app"):
             raise unauthorized()
         body = await request.body()
-        found = None
-        for key in await self._keys(apps[0]):
-            if signature.matches(signed, key.secret, request.method, request.path, body) and key.role == "full":
-                found = key
-        if found is None:
+        keys = {key.secret: key for key in await self._keys(apps[0])}
+        nonce = None
+        try:
+            if plain:
+                found = keys[signature.check_body([header], keys, body)]
+            else:
+                now = self._workspaces.now / 1e6
+                signed = signature.check([header], keys, request.method, request.path, body, now=now)
+                found, nonce = keys[signed.key], signed.nonce
+        except signature.BadSignature:
+            raise unauthorized() from None
+        if found.role != "full":
             raise unauthorized()
-        if isinstance(signed, signature.Signed):
-            now = self._workspaces.now // 1_000_000
-            if abs(now - signed.ts) > signature.WINDOW or signed.key_id != found.id:
-                raise unauthorized()
-            if not await self._workspaces.first_time(apps[0], found.id, signed.nonce, 2 * signature.WINDOW + 60):
-                raise ApiError(
-                    409, "replayed", "This signed request was taken before. Sign it anew, with another nonce."
-                )
+        memory = 2 * signature.WINDOW + 60
+        if nonce is not None and not await self._workspaces.first_time(apps[0], found.id, nonce, memory):
+            raise ApiError(409, "replayed", "This signed request was taken before. Sign it anew, with another nonce.")
         return Principal(apps[0], found.role, found.id, found.secret)
 
     async def _keys(self, workspace: str | None) -> list[Key]:

@@ -10,5 +10,5 @@ from durable.server.settings import ServerSettings
 
 def functions_of(engine: WorkflowEngine, settings: ServerSettings) -> Functions:
     """The functions of apps, for an engine that serves them with these settings."""
-    near = not settings.production and settings.env == "dev"
-    return Functions(engine, calls=Calls(loopback=near, private=near or settings.private_calls))
+    near = settings.private_calls or (not settings.production and settings.env == "dev")
+    return Functions(engine, calls=Calls(loopback=near, private=near))

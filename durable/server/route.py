@@ -14,6 +14,7 @@ from durable.core.errors import RunNotFound
 from durable.engine.engine import WorkflowEngine
 from durable.engine.functions import Functions
 from durable.server.auth import Auth, Principal, Role, in_reach
+from durable.server.discovery import Discovery
 from durable.server.errors import ApiError
 from durable.server.functions import functions_of
 from durable.server.limits import Slots
@@ -47,6 +48,7 @@ class Service:
         self.local_app = local_app
         """What apps call the engine's own workspace: the name of the app that runs in this process."""
         self.workspaces = Workspaces(engine, settings.rotation_ms * 1_000)
+        self.discovery = Discovery(self.functions, self.workspaces)
         self.proxies = networks(settings)
         self.streams = Slots(settings.max_streams)
         self.document: Mapping[str, Any] = {}
@@ -59,9 +61,12 @@ class Service:
         settings = self.settings
         reached = settings.node_url or (None if settings.production else url)
         await self.functions.start(None if reached is None else reached.rstrip("/") + NODE_PATH)
+        if settings.app_url is not None:
+            self.discovery.follow(settings.app_url)
 
     async def close(self) -> None:
         """Let runners go; they dial in elsewhere."""
+        await self.discovery.close()
         await self.functions.close()
 
     def drain(self) -> None:

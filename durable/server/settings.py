@@ -83,6 +83,14 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
             production="prod",
         ),
     ] = "dev"
+    app_url: Annotated[
+        str | None,
+        Setting(
+            "DURABLE_APP_URL",
+            "In development: the URL of an app whose functions are asked for there, and again when they change. Its SDK "
+            "has discovery on.",
+        ),
+    ] = None
     max_body: Annotated[int, Setting("DURABLE_MAX_BODY", "Bytes a request's body may have.")] = 1 << 20
     max_headers: Annotated[int, Setting("DURABLE_MAX_HEADERS", "Headers a request may have.")] = 100
     max_header_bytes: Annotated[
@@ -119,7 +127,11 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     private_calls: Annotated[
-        bool, Setting("DURABLE_PRIVATE_CALLS", "Whether apps and webhooks in private networks may be called.")
+        bool,
+        Setting(
+            "DURABLE_PRIVATE_CALLS",
+            "Whether apps and webhooks in private networks and on this machine may be called; in development they may.",
+        ),
     ] = False
     refused_rate: Annotated[
         float, Setting("DURABLE_REFUSED_RATE", "Wrong credentials a second of one peer; above, 429 for that peer.")
@@ -209,6 +221,13 @@ def _check(settings: ServerSettings) -> None:
             raise DefinitionError(f"Setting {name} is a number from 1, not {value}.")
     if settings.port > 65_535:
         raise DefinitionError(f"Setting port is at most 65535, not {settings.port}.")
+    if settings.app_url is not None:
+        if settings.production:
+            raise DefinitionError(
+                "Setting app_url is for `durable dev`. In production an app syncs its functions itself."
+            )
+        if not settings.app_url.startswith(("http://", "https://")):
+            raise DefinitionError(f"Setting app_url begins with http:// or https://, not {settings.app_url!r}.")
     networks(settings)
     if settings.admin_token is not None and len(settings.admin_token) < 16:
         raise DefinitionError("Setting admin_token has at least 16 characters: what is shorter can be guessed.")

@@ -130,11 +130,30 @@ class Workspaces:
                     return new, True
                 continue
             old, version = found
-            if app_url is None or app_url == old.app_url:
+            now = self.now
+            keyless = not any(key.role == "full" for key in old.live(now))
+            if not keyless and app_url in (None, old.app_url):
                 return old, False
-            changed = msgspec.structs.replace(old, app_url=app_url)
+            keys = (*old.keys, self._new_key(token, "full", now)) if keyless else old.keys
+            changed = msgspec.structs.replace(old, keys=keys, app_url=app_url or old.app_url)
             if await self._write(changed, version):
                 return changed, False
+        raise _busy()
+
+    async def adopt(self, app: str, app_url: str, secret: str | None) -> Workspace:
+        """The workspace, in dev, of an app that was there before this service: with the key it has, or with none. One that
+        is here already keeps its keys, too. Raises ApiError."""
+        token = f"{check_app(app)}.dev"
+        for _ in range(10):
+            found = await self._read(token)
+            now = self.now
+            old, version = found or (Workspace(app, "dev", (), now), 0)
+            keys = old.keys
+            if secret is not None and secret not in [key.secret for key in keys]:
+                keys = (*keys, Key(fingerprint(secret), secret, "full", now))
+            new = msgspec.structs.replace(old, keys=keys, app_url=app_url)
+            if new == old or await self._write(new, version):
+                return new
         raise _busy()
 
     async def set_url(self, token: str, url: str) -> None:

@@ -12,6 +12,7 @@ from durable import Context, RetryPolicy, RunCancelled, StepFailed, StepTimeout,
 from durable.core.errors import DefinitionError, ErrorData, MessageRefused, PayloadError, RunNotFound
 from durable.protocol.messages import RemoteTask, StepResult, Task
 from durable.protocol.states import Activity, Status
+from durable.protocol.token import make_token
 from durable.protocol.trace import trace_id
 from durable.transports.event_emitter import EventEmitterTransport
 from durable.transports.pool import TransportPool
@@ -609,6 +610,56 @@ async def test_A44_a_forged_result_is_refused_and_the_real_one_counts(world: Wor
             await end.results(msgspec.structs.replace(forged, attempt=1))
     await end.results(msgspec.structs.replace(forged, attempt=1, output=msgspec.Raw(b'"real"'), token=task.token))
     assert await handle.result(5) == "real"
+
+
+async def test_A09_a_token_is_good_for_its_own_task_and_attempt(world: World) -> None:
+    """Another run's token, an edited or cut one, one of another attempt, one made with another key: refused, and nothing is
+    written. What another tenant may read of its own tasks opens nothing here."""
+    broker = Broker()
+    end = broker.end()
+    end.signed = True
+    app = await world.engine(far, transport=end, task_key="secret")
+    mine, others = await app.start(far), await app.start(far)
+    await broker.sent(2)
+    task, foreign = sorted(broker.tasks, key=lambda one: one.run_id != mine.id)
+    await world.until_journal(mine.id, lambda lines: "remote far published" in lines)
+    assert task.token is not None
+    assert foreign.token is not None
+    flipped = ("1" if task.token[0] != "1" else "2") + task.token[1:]
+    before = await world.statuses(mine.id)
+    own = StepResult(
+        run_id=task.run_id,
+        seq=task.seq,
+        step_id=task.step_id,
+        status="completed",
+        output=msgspec.Raw(b'"mine"'),
+        attempt=1,
+        token=task.token,
+    )
+    assert end.results is not None
+    for changes in (
+        {"token": foreign.token},
+        {"token": flipped},
+        {"token": task.token[:-1]},
+        {"token": task.token.upper()},
+        {"token": ""},
+        {"attempt": 2},
+        {"run_id": others.id, "step_id": foreign.step_id},
+        {"token": make_token("another", task.run_id, task.seq, 1)},
+    ):
+        with pytest.raises(MessageRefused):
+            await end.results(msgspec.structs.replace(own, **changes))
+    assert await world.statuses(mine.id) == before
+    assert (await world.record(mine.id)).inbox_last == 0
+    await end.results(own)
+    assert await mine.result(5) == "mine"
+    await end.results(
+        msgspec.structs.replace(
+            own, run_id=others.id, step_id=foreign.step_id, output=msgspec.Raw(b'"theirs"'), token=foreign.token
+        )
+    )
+    assert await others.result(5) == "theirs"
+    await world.sound(mine.id, others.id)
 
 
 def test_a_transport_that_demands_tokens_needs_a_key() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import msgspec
@@ -351,6 +352,40 @@ async def test_a_newer_runner_of_a_name_wins(world: World) -> None:
             handle = await start(app, "order")
             assert await handle.result(10) == 1
             assert len(second.asked) == 1
+
+
+async def test_a_newer_runner_of_a_name_wins_at_another_node(world: World) -> None:
+    """A29: two runners of one name at two engines: the newer one counts for both, and the older one's connection is closed by
+    the engine that holds it, whatever that one still says."""
+
+    def one(invoke: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return 200, {"data": invoke["event"]["data"], "logs": []}
+
+    async def stays(runner: FieldRunner) -> None:
+        while runner.closed is None:
+            with contextlib.suppress(websockets.ConnectionClosed):
+                await runner.send({"type": "ping"})
+            await asyncio.sleep(0.02)
+
+    engine, another = await world.engine(), await world.engine()
+    async with (
+        Site(engine, heartbeat_ms=200) as here,
+        Site(another, heartbeat_ms=200) as there,
+        asyncio.TaskGroup() as group,
+    ):
+        async with FieldRunner(here.base, {"order": one}, runner="same") as older:
+            group.create_task(stays(older))
+            await registered(here, "order")
+            async with FieldRunner(there.base, {"order": one}, runner="same") as newer:
+                group.create_task(stays(newer))
+                await eventually(lambda: older.closed == 4409)
+                assert newer.closed is None
+                for app in (engine, another):
+                    assert await (await start(app, "order")).result(10) is None
+                assert (len(older.asked), len(newer.asked)) == (0, 2)
+                for site in (here, there):
+                    (live,) = await site.functions.directory.live(WORKSPACE)
+                    assert live.node == there.functions.directory.node_id
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,8 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from durable.core.errors import DefinitionError, RunFailed
-from durable.protocol.signature import fingerprint, matches, read
+from durable.core.errors import DefinitionError, RunFailed, RunnerRefused
+from durable.core.functions import Pass
+from durable.protocol.signature import BadSignature, body_signature, check, fingerprint, sign
+from durable.runners.serve import ServeLink
 from durable.store.items import ItemQuery, NewItem
 from tests.engine.world import World, eventually
 from tests.runners.apps import HttpApp, HttpServer, Memos, Step, op
@@ -187,11 +191,13 @@ async def test_one_bad_function_refuses_the_whole_sync(world: World, wrong: dict
 
 
 class Served(HttpServer):
-    """A runner that serves, as somebody wrote it against another engine."""
+    """A runner that serves, as somebody wrote it against another engine. It signs its answers as apps do; `signs` has it do
+    otherwise."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
         self.asked: list[dict[str, Any]] = []
+        self.signs: Callable[[str, int, bytes], str | None] = lambda nonce, status, said: body_signature(KEY, said)
         super().__init__(Starlette(routes=[Route("/invoke", self._invoke, methods=["POST"])]))
 
     @property
@@ -211,19 +217,81 @@ class Served(HttpServer):
             "protocolVersion": 1,
             "minProtocolVersion": 1,
             "maxProtocolVersion": 1,
-            "workflows": [{"name": "order", "triggers": [{"event": "order.asked"}]}],
+            "workflows": [{"name": "order", "triggers": [{"event": "order.asked"}], "retry": {"maxAttempts": 1}}],
         }
         return msgspec.json.encode(said | more)
 
     async def _invoke(self, request: Request) -> Response:
         body = await request.body()
-        signed = read(request.headers.get("x-durable-signature", ""))
-        if signed is None or not matches(signed, KEY, "POST", "/invoke", body):
+        given = request.headers.getlist("x-durable-signature")
+        try:
+            nonce = check(given, [KEY], "POST", "/invoke", body, now=time.time()).nonce
+        except BadSignature:
             return Response(status_code=401)
         invoke = msgspec.json.decode(body)
         self.asked.append(invoke)
-        status, said = self.answer(invoke)
-        return Response(msgspec.json.encode(said), status)
+        status, answer = self.answer(invoke)
+        said = msgspec.json.encode(answer)
+        signed = self.signs(nonce, status, said)
+        return Response(said, status, headers={} if signed is None else {"x-durable-signature": signed})
+
+
+def again(nonce: str, status: int | str, said: bytes, *, key: str = KEY, path: str = "/invoke", off: int = 0) -> str:
+    """An answer's signature of ours."""
+    return sign(key, str(status), path, said, ts=int(time.time()) + off, nonce=nonce)
+
+
+NOT_BELIEVED: dict[str, Callable[[str, int, bytes], str | None]] = {
+    "none": lambda nonce, status, said: None,
+    "empty": lambda nonce, status, said: "",
+    "two": lambda nonce, status, said: f"{body_signature(KEY, said)}, {body_signature(KEY, said)}",
+    "another key": lambda nonce, status, said: body_signature("another", said),
+    "another body": lambda nonce, status, said: body_signature(KEY, said + b" "),
+    "v1, another key": lambda nonce, status, said: again(nonce, status, said, key="another"),
+    "v1, another status": lambda nonce, status, said: again(nonce, 206, said),
+    "v1, a request": lambda nonce, status, said: again(nonce, "POST", said),
+    "v1, another path": lambda nonce, status, said: again(nonce, status, said, path="/"),
+    "v1, another request's": lambda nonce, status, said: again("n0nce-of-another-one", status, said),
+    "v1, an old one": lambda nonce, status, said: again(nonce, status, said, off=-400),
+}
+
+
+@pytest.mark.parametrize("signs", NOT_BELIEVED.values(), ids=NOT_BELIEVED)
+async def test_an_answer_of_a_runner_that_is_not_its_own_is_refused(
+    world: World, signs: Callable[[str, int, bytes], str | None]
+) -> None:
+    """A01, A02, A05: whatever is wrong with the signature of a serving runner's answer, nothing of the answer counts."""
+    if world.kind != "memory" or world.cold:
+        pytest.skip("the store has no part in it")
+    await provide(world)
+    engine = await world.engine()
+    async with Site(engine) as site, Served(lambda _: (200, {"data": "forged", "logs": []})) as runner:
+        await site.functions.check_in(WORKSPACE, runner.registration(heartbeatMs=30_000))
+        (live,) = await site.functions.directory.live(WORKSPACE)
+        link = ServeLink(
+            site.functions.outgoing, site.functions.workspaces, runner.url, signs=bool(live.key_fingerprint)
+        )
+        runner.signs = signs
+        call = Pass(WORKSPACE, "shop", "order", "1", "order", "r", "runner", b"{}")
+        with pytest.raises(RunnerRefused, match="not believed"):
+            await link.invoke(call, timeout=5)
+        runner.signs = again
+        assert (await link.invoke(call, timeout=5)).status == 200
+
+
+async def test_a_runner_that_has_no_key_need_not_sign_and_may_not_sign_wrongly(world: World) -> None:
+    """A runner of another make that registers without a key is believed unsigned; a wrong signature is refused of it, too."""
+    await provide(world)
+    engine = await world.engine()
+    async with Site(engine) as site, Served(lambda _: (200, {"data": "plain", "logs": []})) as runner:
+        runner.signs = lambda nonce, status, said: None
+        await site.functions.check_in(WORKSPACE, runner.registration(heartbeatMs=30_000, keyFingerprint=None))
+        handle = await engine.engine.start_run("order", {}, workspace=WORKSPACE)
+        assert await handle.result(10) == "plain"
+        runner.signs = lambda nonce, status, said: body_signature("another", said)
+        handle = await engine.engine.start_run("order", {}, workspace=WORKSPACE)
+        with pytest.raises(RunFailed, match="not believed"):
+            await handle.result(10)
 
 
 async def test_a_runner_that_serves_is_called_signed_and_ages_out(world: World) -> None:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from durable.core.errors import RunFailed, RunTimeout
 from durable.core.functions import AppFunction, Pass, Reply, function_workflow
 from durable.core.retry import RetryPolicy
-from durable.runners import signing
+from durable.protocol import signature
 from durable.runners.http import post, refused
 from durable.runners.outgoing import Calls, Outgoing
 from tests.engine.world import World, eventually
@@ -27,7 +27,7 @@ def function_of(app: HttpApp, name: str, **options: Any) -> Any:
     app.at_end.append(outgoing.close)
 
     async def ask(call: Pass) -> Reply:
-        headers = {signing.HEADER: signing.sign_plain(app.key or "", call.body)}
+        headers = {signature.HEADER: signature.body_signature(app.key or "", call.body)}
         answer = await post(outgoing, app.url, call.body, headers, 5.0)
         if answer.status != 200:
             raise refused(answer, call.app)

@@ -28,9 +28,8 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from durable import Context, workflow
 from durable.core.errors import DefinitionError
 from durable.protocol.runners import MAX_FRAME
-from durable.protocol.signature import HEADER, fingerprint, sign
+from durable.protocol.signature import HEADER, check, fingerprint, sign
 from durable.runners import serving
-from durable.runners.proof import check
 from durable.runners.serving import RegistrationRefused, Serving, serve
 from durable.testing.clock import ManualClock
 from durable.testing.facts import eventually
@@ -82,7 +81,7 @@ class Asking:
             answer = await client.post(target, content=body, headers=self.headers("POST", path, body, nonce))
         if self.key is not None and answer.status_code != 401:
             given = answer.headers.get_list(HEADER)
-            check(given, self.key, str(answer.status_code), path, answer.content, now=time.time(), nonce=nonce)
+            check(given, [self.key], str(answer.status_code), path, answer.content, now=time.time(), nonce=nonce)
         return answer.status_code, answer.json()
 
 

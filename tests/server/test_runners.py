@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from durable.protocol.signature import body_signature, sign
+from durable.runners import connect as engine_end
 from tests.server.world import Running, finished, running, until
 
 PROTOCOL = Subprotocol("duraton.connect.v0")
@@ -154,6 +156,41 @@ def test_a27_a_flood(service: Running, key: str, client: httpx2.Client) -> None:
             pass
         assert closed(socket) in (1008, 1013)
     assert client.get("/healthz").status_code == 200
+
+
+def test_a27_one_that_never_reads(service: Running, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A27: a runner that does not read is hung up on after a while, with what it was sent bounded; others are served
+    meanwhile, and its runs wait for another."""
+    monkeypatch.setattr(engine_end, "SEND_SECONDS", 0.3)
+    with service.client(key) as client, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", service.port))
+        deaf.sendall(
+            b"GET /connect HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+            b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\nsec-websocket-version: 13\r\n"
+            + f"sec-websocket-protocol: {PROTOCOL}\r\nauthorization: Bearer {key}\r\n\r\n".encode()
+        )
+        deaf.sendall(text_frame(register("shop", "deaf")))
+        until(lambda: any(one["name"] == "deaf" for one in client.get("/workflows").json()), "it is registered")
+        data = {"name": "deaf.asked", "data": "x" * 900_000}
+        for _ in range(20):
+            client.post("/events", json=data).raise_for_status()
+        until(lambda: client.get("/runners").json() == [], "it is hung up on")
+        assert client.get("/healthz").status_code == 200
+        with dial(service, key) as reads:
+            reads.send(register("shop", "deaf"))
+            while True:
+                frame = json.loads(reads.recv(timeout=20))
+                if frame["type"] == "invoke":
+                    break
+        for run in client.get("/runs", params={"workflow": "deaf"}).json():
+            client.post(f"/runs/{run['id']}/cancel")
+
+
+def text_frame(text: str) -> bytes:
+    """As a client sends it, masked with zeros."""
+    data = text.encode()
+    return b"\x81" + bytes([0x80 | 126]) + len(data).to_bytes(2, "big") + bytes(4) + data
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ async def test_a_server_that_is_not_there_is_said(server: RedisServer) -> None:
 
 
 async def test_what_cannot_be_read_is_put_away_and_the_lane_goes_on(redis_url: str) -> None:
-    """Rubbish among tasks and answers: each is found in the stream of the dead, and the next message is read."""
+    """(A44) Rubbish among tasks and answers: each is found in the stream of the dead, and the next message is read."""
     async with engine_end(redis_url) as (engine, results), worker_end(redis_url) as worker:
         async with Redis.from_url(redis_url) as other:
             await other.xadd(STREAM, {"t": b"\xff rubbish", "r": "nobody"})

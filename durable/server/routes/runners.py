@@ -76,6 +76,7 @@ class Runner(Struct, frozen=True, rename="camel", omit_defaults=True):
 async def sync(call: Call) -> Answer:
     """These are all the functions of the app now; and where it is, if it says so."""
     workspace = call.workspace()
+    call.service.discovery.said(workspace)
     specs, url = await call.functions.sync(workspace, call.raw)
     if url is not None:
         check_url(url, call.functions.outgoing.calls)

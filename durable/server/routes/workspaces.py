@@ -79,6 +79,8 @@ async def create_app(call: Call) -> Answer:
     if body.app_url is not None and not body.app_url.startswith(("http://", "https://")):
         raise ApiError(400, "bad_body", "An appUrl begins with http:// or https://.")
     found, created = await call.service.workspaces.provision(body.name, environment, body.app_url)
+    if body.app_url is not None:
+        call.service.discovery.provisioned(found.token, body.app_url)
     key = found.signing_key(call.engine.clock.now())
     return Answer(AppKey(found.token, found.token, found.app, found.environment, key.secret, key.id, created))
 
