@@ -167,7 +167,8 @@ class Schedules:
         workspace: str | None = None,
     ) -> Schedule:
         """See that there is this schedule. The same again changes nothing; a changed one takes its next occurrence from now
-        on. `paused` None: as it is, and a new one is not. One of `cron`, `every` and `at`. Raises DefinitionError, NotRegistered, PayloadError."""
+        on. `paused` None: as it is, and a new one is not. One of `cron`, `every` and `at`. Raises DefinitionError, NotRegistered,
+        PayloadError."""
         check_name(id, "schedule id")
         request = StartRequest(workflow=workflow, input=input, version=version, workspace=workspace)
         prepared = self._starter.prepare(request)  # says now what would fail at each occurrence
