@@ -416,3 +416,15 @@ UPDATE durable.runs SET status = 'completed', owner = NULL, finished_at = 1 WHER
 INSERT INTO durable.event_waiters (run_id, id, event) VALUES ('held', 'w', 'order');
 INSERT INTO durable.slots (key, number, run_id, epoch) VALUES ('old', 1, 'held', 1);
 """
+
+
+async def test_a_call_that_lets_no_run_go_lets_go_what_has_expired(store: PostgresStore, postgres_url: str) -> None:
+    """Without a rule for runs nonces and the like would stay for ever."""
+    await begin(store, new(owner="a"))
+    await done(store, commit("r", status=Status.COMPLETED))
+    await store.put_items([NewItem("default", "nonce", "n", b"", expires_in=0)])
+    assert await store.prune(PruneRequest(5)) == 0
+    async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as cx:
+        rows = await (await cx.execute("SELECT count(*) FROM durable.items")).fetchone()
+    assert rows == (0,)
+    assert await store.get(["r"]) != [None]
