@@ -251,7 +251,9 @@ def _start_child(executor: Executor, run: Resident, command: StartChild) -> None
             Arrival(executor.clock.now(), CHILD, "failed", key=command.key, payload=encode_error(data)),
         )
         return
-    note = children.ChildNote(command.child_id, command.workflow, version, command.options.on_parent_close)
+    note = children.ChildNote(
+        command.child_id, command.workflow, version, command.options.on_parent_close, command.workspace
+    )
     payload = msgspec.json.encode(note)
     _note(executor, run, command, CHILD, "started", payload=payload)
     child = NewRun(
