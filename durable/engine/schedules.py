@@ -45,6 +45,9 @@ MAX_CATCH_UP = 1_000
 LOOKED_AT = 10_000
 """Missed moments that are counted; beyond them "more than"."""
 PAGE = 500
+LOOK_POLLS = 5
+"""Between two looks at what others have changed, in `poll_every`. Whoever changes a schedule here looks at once, and what is
+known to come due is waited for; so a look costs a schedule made elsewhere some lateness, and an idle engine a statement."""
 
 
 class Schedule(Struct, frozen=True, omit_defaults=True):
@@ -346,13 +349,14 @@ class Schedules:
                     await self._follow_triggers()
                 while await self._look():
                     pass
+                polls = LOOK_POLLS
             except StoreError as error:
-                self._next_due = None
+                self._next_due, polls = None, 1
                 log.warning("cannot look for schedules, trying again: %s", error)
             except Exception:
-                self._next_due = None
+                self._next_due, polls = None, 1
                 log.exception("firing schedules went wrong, trying again")
-            delay = self._executor.settings.poll_every
+            delay = self._executor.settings.poll_every * polls
             if self._next_due is not None:
                 delay = min(delay, max(0.001, (self._next_due - self._executor.clock.now()) / SECOND))
             try:

@@ -388,3 +388,28 @@ async def test_S22_the_run_before_is_asked_to_stop_before_the_next_is_there() ->
         await app.schedules.ensure("s", "long", cron=SECONDLY, overlap="cancel")
         await seen(lambda: app.schedules.get("s"), lambda one: one.fired >= 2)
         assert store.alone
+
+
+class Counted(MemoryStore):
+    """How often it is asked."""
+
+    looks = claims = 0
+
+    async def list_items(self, query: ItemQuery) -> Any:
+        self.looks += query.due
+        return await super().list_items(query)
+
+    async def claim(self, request: Any) -> Any:
+        self.claims += 1
+        return await super().claim(request)
+
+
+async def test_an_engine_without_schedules_seldom_asks_for_them() -> None:
+    """An idle engine looks for due schedules far less often than for due runs; one that is made here fires at its time all the
+    same."""
+    store = Counted()
+    async with apps(store) as (app,):
+        await seen(lambda: asyncio.sleep(0, store.claims), lambda claims: claims >= 25)
+        assert store.looks <= store.claims // 2
+        await app.schedules.ensure("s", "tick", at=datetime.now(UTC) + timedelta(seconds=0.1))
+        await seen(lambda: runs(app), lambda found: len(found) == 1)

@@ -446,3 +446,13 @@ async def test_B42_a_number_that_is_committed_late_is_waited_for(
         assert await whole(1) == ["slow", "e3"]
         await dies.rollback()
         assert await whole(3) == ["e5"]
+async def test_a_call_that_lets_no_run_go_lets_go_what_has_expired(store: PostgresStore, postgres_url: str) -> None:
+    """Without a rule for runs nonces and the like would stay for ever."""
+    await begin(store, new(owner="a"))
+    await done(store, commit("r", status=Status.COMPLETED))
+    await store.put_items([NewItem("default", "nonce", "n", b"", expires_in=0)])
+    assert await store.prune(PruneRequest(5)) == 0
+    async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as cx:
+        rows = await (await cx.execute("SELECT count(*) FROM durable.items")).fetchone()
+    assert rows == (0,)
+    assert await store.get(["r"]) != [None]
