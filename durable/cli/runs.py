@@ -4,6 +4,7 @@ An API node on the store: nothing is executed here."""
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import click
@@ -322,8 +323,9 @@ async def _watch_service(url: str, key: str | None, run_id: str, from_seq: int, 
         run = await client.runs.get(run_id)
         if as_json:
             frames = client.stream(f"/runs/{run.id}/stream", msgspec.Raw, {"from": from_seq - 1}, ends=True)
-            async for frame in frames:
-                show_json(frame, indent=None)
+            async with aclosing(frames):
+                async for frame in frames:
+                    show_json(frame, indent=None)
         else:
             name = f"{run.workflow_name}@{run.version}"
             await follow_tree(run.id, name, lambda id: client.runs.watch(id, from_seq - 1 if id == run.id else 0))

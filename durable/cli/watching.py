@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from durable.cli.output import console
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from durable.app import Durable
     from durable.client import Frame
 
-Follow = Callable[[str], AsyncIterator["Frame"]]
+Follow = Callable[[str], AsyncGenerator["Frame", None]]
 
 EVERY = 0.12
 """Seconds between two drawings."""
@@ -28,15 +29,16 @@ LAST_WORDS = 2.0
 def from_store(app: Durable) -> Follow:
     """Frames as a service tells them, from a store's journals."""
 
-    async def follow(run_id: str) -> AsyncIterator[Frame]:
+    async def follow(run_id: str) -> AsyncGenerator[Frame, None]:
         import msgspec
 
         from durable.client.shapes import Frame
         from durable.server.views import frame_of
 
-        async for entry in app.watch(run_id):
-            if (frame := frame_of(run_id, entry)) is not None:
-                yield msgspec.json.decode(msgspec.json.encode(frame), type=Frame)
+        async with aclosing(app.watch(run_id)) as entries:  # type: ignore[type-var]
+            async for entry in entries:
+                if (frame := frame_of(run_id, entry)) is not None:
+                    yield msgspec.json.decode(msgspec.json.encode(frame), type=Frame)
 
     return follow
 
@@ -57,11 +59,12 @@ async def _grow(root: Branch, follow: Follow, told: Callable[[Branch, Frame], No
 
     async def one(branch: Branch) -> None:
         assert branch.run_id is not None
-        async for frame in follow(branch.run_id):
-            child = branch.feed(frame)
-            told(branch, frame)
-            if child is not None:
-                tasks.add(asyncio.create_task(one(child)))
+        async with aclosing(follow(branch.run_id)) as frames:
+            async for frame in frames:
+                child = branch.feed(frame)
+                told(branch, frame)
+                if child is not None:
+                    tasks.add(asyncio.create_task(one(child)))
 
     try:
         await one(root)

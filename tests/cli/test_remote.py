@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,11 +89,15 @@ def test_a_schedule_that_is_none(ask: Ask, arguments: list[str]) -> None:
 
 def test_limits_use_and_queue(ask: Ask, service: Running) -> None:
     """`durable flow` shows a limit, how much of it is used, and how many runs wait behind it."""
-    holder = Durable("memory://")
+    holder, gate = Durable("memory://"), threading.Event()
+
+    async def hold() -> None:
+        while not gate.is_set():
+            await asyncio.sleep(0.01)
 
     @holder.workflow(concurrency=Concurrency(limit=2))
-    async def narrow(ctx: Context) -> Any:
-        return await ctx.wait_for_signal("go")
+    async def narrow(ctx: Context) -> None:
+        await ctx.step(hold)
 
     key = service.make_app("narrow")
     service.call(lambda: service.app.engine.deps.catalog.put("narrow.dev", holder.registry))
@@ -106,6 +112,7 @@ def test_limits_use_and_queue(ask: Ask, service: Running) -> None:
     assert "2/2" in shown
     assert "QUEUED" in shown
     assert answer(ask("flow", "--workflow", "other", "--json", DURABLE_KEY=key)) == {"limits": []}
+    gate.set()
 
 
 def test_what_a_service_refuses(ask: Ask) -> None:
@@ -122,3 +129,29 @@ def test_each_explains_itself(ask: Ask, command: list[str]) -> None:
     told = ask(*command, "--help")
     assert told.exit_code == 0
     assert "Examples:" in told.output
+
+
+# ------------------------------------------------------------------ watch
+
+
+def test_watch_a_run_of_a_service(ask: Ask, service: Running) -> None:
+    """`runs watch --url` tells a run to its end, line by line in a pipe, frames with --json, from a row on; and exits 0 if it
+    succeeded, 1 if not, 3 if there is none."""
+    with service.client(service.make_app("shop")) as client:
+        good, bad = (
+            client.post(f"/workflows/shop/{name}/trigger", json={"input": "x"}).raise_for_status().json()["runId"]
+            for name in ("hello", "broken")
+        )
+    told = ask("runs", "watch", good, "--url", service.url)
+    assert told.exit_code == 0, told.output
+    assert "hello@1  log info: greeting who=x" in told.stdout
+    assert "Ended: succeeded" in told.stdout
+    assert 'output    "hello x"' in told.stdout
+    failed = ask("runs", "watch", bad, "--url", service.url)
+    assert failed.exit_code == 1
+    assert "ValueError: " in failed.stdout.rpartition("Ended: failed")[2]
+    rows = [json.loads(line) for line in ask("runs", "watch", good, "--url", service.url, "--json").stdout.splitlines()]
+    assert [row["kind"] for row in rows] == ["run_status", "log", "step_status", "run_status"]
+    later = ask("runs", "watch", good, "--url", service.url, "--json", "--from", str(rows[1]["seq"]))
+    assert [json.loads(line) for line in later.stdout.splitlines()] == rows[1:]
+    assert ask("runs", "watch", "no-such-run", "--url", service.url).exit_code == 3
