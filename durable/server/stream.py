@@ -175,7 +175,7 @@ async def event_blocks(
     """Events of a workspace as they are accepted, after the given number; None: from now on."""
     store = call.engine.deps.store
     if after is None:
-        newest = await store.events(EventQuery(workspace, newest_first=True, limit=1))
+        newest = await store.events(EventQuery(workspace, whole=True, newest_first=True, limit=1))
         after = newest[0].number if newest else 0
     yield OPEN
 
@@ -184,7 +184,7 @@ async def event_blocks(
         while True:
             found: list[EventRecord] = []
             with suppress(StoreUnavailable):
-                found = await store.events(EventQuery(workspace, after=number, limit=PAGE))
+                found = await store.events(EventQuery(workspace, after=number, whole=True, limit=PAGE))
             for event in found:
                 number = event.number
                 yield event
