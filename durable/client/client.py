@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from types import GenericAlias
@@ -174,14 +174,14 @@ class Client:
 
     async def stream(
         self, path: str, shape: type[T], params: Mapping[str, Any] | None = None, *, ends: bool = False
-    ) -> AsyncIterator[T]:
+    ) -> AsyncGenerator[T, None]:
         """What a stream tells, opened again behind the last that came as often as it is cut. `ends`: it has an end of its
         own, and says so; one that closes otherwise was cut. Raises ServiceError."""
         last: str | None = None
         failures = 0
         while True:
             try:
-                async with aclosing(self._blocks(path, params, last)) as source:  # type: ignore[type-var]
+                async with aclosing(self._blocks(path, params, last)) as source:
                     async for block in source:
                         if block.data:
                             failures = 0
@@ -200,14 +200,16 @@ class Client:
                 raise Unavailable(f"The stream was cut {failures} times in a row: {why}. Is the service up?")
             await asyncio.sleep(min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1)) if failures > 1 else 0)
 
-    async def _blocks(self, path: str, params: Mapping[str, Any] | None, last: str | None) -> AsyncIterator[Block]:
+    async def _blocks(
+        self, path: str, params: Mapping[str, Any] | None, last: str | None
+    ) -> AsyncGenerator[Block, None]:
         """What one connection brings. `last`: the id of the last event of the connection before."""
         headers = {"accept": "text/event-stream"} | ({"last-event-id": last} if last else {})
         timeout = httpx2.Timeout(30.0, read=QUIET_SECONDS)
         async with self._http.stream("GET", path, params=_query(params), headers=headers, timeout=timeout) as response:
             if response.status_code != 200:
                 raise error_of(response.status_code, _json(await response.aread()))
-            async with aclosing(blocks(response.aiter_bytes())) as source:  # type: ignore[type-var]
+            async with aclosing(blocks(response.aiter_bytes())) as source:
                 async for block in source:
                     yield block
 
@@ -266,7 +268,7 @@ class Events(_Part):
         params = self._client.about(app, name=name, since=since, limit=limit, cursor=cursor)
         return self._client.pages("/events", Event, params)
 
-    def watch(self, after: int | None = None, *, app: str | None = None) -> AsyncIterator[Event]:
+    def watch(self, after: int | None = None, *, app: str | None = None) -> AsyncGenerator[Event, None]:
         """Events as they are accepted, after a number; without one, from now on."""
         return self._client.stream("/events/stream", Event, self._client.about(app, **{"from": after}))
 
@@ -324,12 +326,12 @@ class Runs(_Part):
         """A run's lines behind a seq, oldest first, page by page. `limit`: of a page. Raises NotFound."""
         return self._client.pages(f"/runs/{_part(id)}/logs", LogLine, {"from": after, "limit": limit}, "from")
 
-    def watch(self, id: str, after: int = 0) -> AsyncIterator[Frame]:
+    def watch(self, id: str, after: int = 0) -> AsyncGenerator[Frame, None]:
         """What has happened to a run behind `after`, and what happens, until it ends; nothing twice and nothing left out,
         also where the connection is cut or the service starts anew. Raises NotFound."""
         return self._client.stream(f"/runs/{_part(id)}/stream", Frame, {"from": after}, ends=True)
 
-    def watch_all(self, *, app: str | None = None) -> AsyncIterator[Frame]:
+    def watch_all(self, *, app: str | None = None) -> AsyncGenerator[Frame, None]:
         """Whenever a run's status changes, from now on; a `resync` frame after a cut."""
         return self._client.stream("/runs/stream", Frame, self._client.about(app))
 

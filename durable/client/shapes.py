@@ -123,6 +123,8 @@ class Frame(Shape, frozen=True, kw_only=True):
     scope: str | None = None
     workflow_name: str | None = None
     app: str | None = None
+    duration_ms: float | None = None
+    child_run_id: str | None = None
 
 
 class NewRun(Shape, frozen=True, kw_only=True):

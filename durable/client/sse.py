@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable
 
 from msgspec import Struct
 
@@ -18,7 +18,7 @@ class Block(Struct, frozen=True):
     comment: str | None = None
 
 
-async def blocks(chunks: AsyncIterable[bytes]) -> AsyncIterator[Block]:
+async def blocks(chunks: AsyncIterable[bytes]) -> AsyncGenerator[Block, None]:
     """By line feeds alone: text in an event may hold other characters that some call line ends. Raises ValueError."""
     rest = b""
     async for chunk in chunks:

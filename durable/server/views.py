@@ -187,6 +187,10 @@ class StepStatusFrame(
     error: Error | UnsetType = UNSET
     will_retry: bool | UnsetType = UNSET
     next_attempt_at: str | UnsetType = UNSET
+    duration_ms: float | UnsetType = UNSET
+    """What its body took, this attempt."""
+    child_run_id: str | UnsetType = UNSET
+    """The run it is, where it is a child."""
 
 
 class LogFrame(Struct, frozen=True, omit_defaults=True, rename="camel", kw_only=True, tag_field="kind", tag="log"):
@@ -441,8 +445,16 @@ def frame_of(run_id: str, entry: Entry) -> Frame | None:
             error=_without_stack(_step_error(entry)),
             will_retry=retry if retry or entry.status == "failed" else UNSET,
             next_attempt_at=_next_attempt(entry),
+            duration_ms=_executed(entry),
+            child_run_id=_child([entry]),
         )
     return None
+
+
+def _executed(entry: Entry) -> float | UnsetType:
+    if entry.started_at is None or entry.finished_at is None:
+        return UNSET
+    return max(0, entry.finished_at - entry.started_at) / 1000
 
 
 def _step_error(entry: Entry) -> Error | UnsetType:

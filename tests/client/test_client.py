@@ -59,7 +59,7 @@ async def test_events_by_pages_and_as_they_come(client: Client) -> None:
     sent = [(await client.events.send("note", {"n": n})).event_id for n in range(7)]
     listed = [one async for one in client.events.list(name="note", limit=3, since="1h")]
     assert [one.id for one in listed] == sent[::-1]
-    async with aclosing(client.events.watch(listed[-1].number)) as watched:  # type: ignore[type-var]
+    async with aclosing(client.events.watch(listed[-1].number)) as watched:
         assert [(await anext(watched)).id for _ in range(6)] == sent[1:]
 
 
@@ -238,7 +238,7 @@ async def test_nobody_there(free_port: int) -> None:
 
 async def test_all_runs_watched(client: Client) -> None:
     """`watch_all` tells of runs of the workspace whose status changes."""
-    async with aclosing(client.runs.watch_all()) as frames:  # type: ignore[type-var]
+    async with aclosing(client.runs.watch_all()) as frames:
         mine: list[str] = []
 
         async def start() -> bool:
