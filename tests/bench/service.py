@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
 from os import getloadavg
 from pathlib import Path
-from sys import executable, stdout
+from sys import executable
 from typing import Any
 
 from tests.bench.kit.child import VALUE
@@ -208,7 +209,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--lone", type=int, default=200, help="events of which each is timed")
     parser.add_argument("--store", choices=["postgres", "sqlite"], default="postgres", help="of the service")
     parser.add_argument("--only", type=lambda text: text.split(","), default=WHAT, help=f"of {','.join(WHAT)}")
-    parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop", help="of the service")
+    parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio", help="of the service")
     parser.add_argument("--profile", action="store_true", help="say where the CPU goes; the figures suffer")
     parser.add_argument("--json", action="store_true", help="print the last line alone")
     parser.add_argument("--quick", action="store_true", help="a glance; the figures mean nothing")
@@ -217,7 +218,7 @@ def main(args: list[str] | None = None) -> None:
         options.runs, options.seconds, options.workflows, options.lone = 1, 0.3, 20, 10
     if strange := set(options.only) - set(WHAT):
         parser.error(f"--only takes {','.join(WHAT)}, not {','.join(strange)}")
-    with redirect_stdout(StringIO() if options.json else stdout):
+    with redirect_stdout(StringIO() if options.json else sys.stdout):
         report = measured(options)
     last_line(report)
 
