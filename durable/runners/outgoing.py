@@ -25,7 +25,7 @@ from durable.core.errors import CallRefused, RunnerGone, RunnerRefused, RunnerTi
 MAX_BODY = 1 << 20
 """Bytes of a request and of an answer."""
 MAX_URL = 4_000
-POOL = 20
+POOL = 8
 """Connections of one pool."""
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
