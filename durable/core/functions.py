@@ -136,11 +136,13 @@ class AppFunction:
     cap: Any = None
     cleans: bool = False
     """Its runner knows `ctx.cancelling`: a cancelled run is asked for passes in which the code cleans up."""
+    versioned: bool = False
+    """Whether the app itself named the version."""
 
     @property
     def function_id(self) -> str:
         """As the app knows it."""
-        return self.name if self.version == "1" else f"{self.name}@{self.version}"
+        return f"{self.name}@{self.version}" if self.versioned else self.name
 
 
 def function_workflow(function: AppFunction, **options: Any) -> WorkflowDefinition:
@@ -620,7 +622,9 @@ class FunctionHost:
         fingerprint = payload.fingerprint(condition or b"")
         key = machine.key(f"event:{one.event}")
         command = WaitEvent(ordinal, key, one.event, fingerprint, condition, None, deadline)
-        return machine.wait_event(command, _event_data, _nothing)
+        return machine.wait_event(
+            command, _event_data if self._function.dialect == "runner" else _whole_event, _nothing
+        )
 
     def _left(self, until: int | None) -> int | None:
         return None if until is None else max(0, until - self._loop.now)
@@ -881,6 +885,12 @@ async def _all(promises: list[Any]) -> list[Any]:
 
 def _event_data(fact: bytes) -> bytes:
     return bytes(read_fact(fact).data)
+
+
+def _whole_event(fact: bytes) -> bytes:
+    """As section 4 tells of it: the event, and not its data alone."""
+    event = read_fact(fact)
+    return _encode({"id": event.id, "name": event.name, "data": event.data})
 
 
 def _text(data: bytes) -> Any:

@@ -198,6 +198,7 @@ class Functions:
             spec.on_failure,
             spec.cap,
             spec.cleans,
+            spec.versioned,
         )
         definition = function_workflow(function, priority=spec.priority)
         triggers = read_triggers(spec.triggers) if triggered and spec.triggers else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from durable.core.errors import CallRefused, RunnerGone, RunnerRefused
 from durable.core.functions import Pass, Reply
@@ -25,14 +25,23 @@ class HttpLink:
         workspace = await self._workspaces.get(call.workspace)
         if workspace is None or not workspace.app_url:
             raise RunnerGone(f"App {call.app} has no URL yet. Register it with `appUrl`, or sync with `url`.")
-        headers: dict[str, str] = {}
-        key = workspace.signing_key(self._workspaces.now())
-        if key is not None:
-            headers[signing.HEADER] = signing.sign_plain(key.secret, call.body)
-        answer = await post(self._outgoing, workspace.app_url, call.body, headers, timeout)
+        live = sorted(workspace.live_keys(self._workspaces.now()), key=lambda key: -key.created_at)
+        keys = [key.secret for key in live]
+        answer = await self._post(workspace.app_url, call.body, keys[0] if keys else None, timeout)
+        for older in keys[1:]:
+            if answer.status != 401:
+                break
+            # A key is being replaced, and the app has not been given the new one yet.
+            answer = await self._post(workspace.app_url, call.body, older, timeout)
         if answer.status != 200:
             raise refused(answer, call.app)
+        if keys:
+            check_signed(answer, keys, call.app)
         return Reply(200, answer.body)
+
+    async def _post(self, url: str, body: bytes, key: str | None, timeout: float) -> Answered:
+        headers = {} if key is None else {signing.HEADER: signing.sign_plain(key, body)}
+        return await post(self._outgoing, url, body, headers, timeout)
 
 
 async def post(outgoing: Outgoing, url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> Answered:
@@ -41,6 +50,20 @@ async def post(outgoing: Outgoing, url: str, body: bytes, headers: Mapping[str, 
         return await outgoing.request("POST", url, body=body, headers=headers, timeout=timeout)
     except CallRefused as error:
         raise RunnerRefused(str(error), retryable=False) from None
+
+
+def check_signed(answer: Answered, keys: Sequence[str], app: str) -> None:
+    """Any of the keys may have signed it: while one is being replaced there are two. Raises RunnerRefused."""
+    given = answer.headers.get(signing.HEADER)
+    try:
+        live = [signing.Key(key) for key in keys]
+        signing.check_plain(live, [] if given is None else [given], answer.body, now=0)
+    except signing.SignatureRefused:
+        how = "is not signed" if given is None else "is signed with another key, or was changed on its way"
+        raise RunnerRefused(
+            f"The answer of app {app} {how}, and is not believed. It bears {signing.HEADER}: the HMAC-SHA256 of the body "
+            "with the workspace's signing key."
+        ) from None
 
 
 def refused(answer: Answered, app: str) -> Exception:

@@ -43,6 +43,8 @@ class FunctionSpec(Struct, omit_defaults=True, kw_only=True):
     cap: Any = None
     cleans: bool = False
     """Its code may clean up when a run is cancelled."""
+    versioned: bool = False
+    """Whether the app named the version, of functions over HTTP: then it is asked for `<id>@<version>`."""
 
 
 class Registration(Struct, kw_only=True):
@@ -183,6 +185,7 @@ def _function(app: str, given: dict[str, Any]) -> FunctionSpec:
         timeout=_timeout(given.get("timeoutMs"), name),
         on_failure=given.get("hasOnFailure") is True,
         priority=_priority(given.get("priority")),
+        versioned=given.get("version") not in (None, ""),
     )
 
 

@@ -6,8 +6,6 @@ import asyncio
 from collections import Counter
 from typing import Any
 
-import pytest
-
 from durable import (
     Batch,
     Concurrency,
@@ -26,15 +24,6 @@ from durable import (
 from durable.protocol.states import Status
 from durable.store.admission import Verdict
 from tests.engine.world import Gate, World, all_results, eventually
-
-STORES = ["memory"]
-"""Until the others have lanes."""
-
-
-@pytest.fixture(params=STORES)
-def store_kind(request: pytest.FixtureRequest) -> str:
-    kind: str = request.param
-    return kind
 
 
 class Meter:

@@ -104,6 +104,8 @@ class HttpApp(HttpServer):
         self.asked: list[dict[str, Any]] = []
         """Every request that was answered."""
         self.forged = 0
+        self.signs = key
+        """What its answers are signed with; None: not at all."""
         self.before: Callable[[dict[str, Any]], Awaitable[Response | None]] | None = None
         super().__init__(Starlette(routes=[Route("/fn", self._answer, methods=["POST"])]))
 
@@ -131,7 +133,11 @@ class HttpApp(HttpServer):
             said = reached.operation
         except Exception as error:
             said = {"op": "error", "id": None, "message": str(error), "name": type(error).__name__, "retryable": True}
-        return Response(msgspec.json.encode(said), media_type="application/json")
+        answer = msgspec.json.encode(said)
+        headers = {}
+        if self.key is not None and self.signs:
+            headers["x-durable-signature"] = hmac.new(self.signs.encode(), answer, hashlib.sha256).hexdigest()
+        return Response(answer, media_type="application/json", headers=headers)
 
 
 def step_hash(name: str) -> str:

@@ -24,9 +24,12 @@ WORKSPACE = "shop.dev"
 KEY = "dk_shop.dev_s3cret"
 
 
-async def provide(world: World, url: str | None = None, key: str = KEY) -> None:
-    """The workspace's item, as the service writes it."""
-    keys = [{"id": fingerprint(key), "secret": key, "role": "full", "createdAt": 1, "endsAt": None}]
+async def provide(world: World, url: str | None = None, *given: str) -> None:
+    """The workspace's item, as the service writes it; of several keys the last is the newest."""
+    keys = [
+        {"id": fingerprint(key), "secret": key, "role": "full", "createdAt": number, "endsAt": None}
+        for number, key in enumerate(given or [KEY], 1)
+    ]
     said = {"app": "shop", "environment": "dev", "keys": keys, "createdAt": 1, "appUrl": url}
     item = NewItem(WORKSPACE, "workspace", WORKSPACE, msgspec.json.encode(said))
     await (await world.store()).put_items([item])
@@ -45,7 +48,7 @@ async def test_synced_functions_start_by_events_and_are_called_signed(world: Wor
         paid = step.wait("paid", "order.paid", soon(60), {"order": event["data"]["order"]})
         late = step.wait("late", "never", soon(0.02))
         step.send("tell", {"name": "hears.asked", "data": {"n": 1}, "id": "one"}, {"name": "other", "data": None})
-        return [paid, late, event["name"]]
+        return [paid["name"], paid["data"], late, event["name"]]
 
     async def hears(step: Step, event: dict[str, Any], failure: Any) -> Any:
         heard.append(event["data"])
@@ -65,11 +68,67 @@ async def test_synced_functions_start_by_events_and_are_called_signed(world: Wor
             await first.engine.send_event("order.paid", {"order": 8}, workspace=WORKSPACE)
             await first.engine.send_event("order.paid", {"order": 7, "by": "ann"}, workspace=WORKSPACE)
             result = await first.engine.result(run_id, 10, workspace=WORKSPACE)
-            assert result == [{"order": 7, "by": "ann"}, None, "order.asked"]
+            assert result == ["order.paid", {"order": 7, "by": "ann"}, None, "order.asked"]
             await eventually(lambda: heard == [{"n": 1}])
             assert app.forged == 0
             assert len(app.asked[-1]["steps"].get("tell", {"data": {"ids": [1, 2]}})["data"]["ids"]) == 2
             await world.sound(run_id)
+
+
+@pytest.mark.parametrize("signs", [None, "dk_shop.dev_another"])
+async def test_an_answer_that_is_not_signed_by_the_app_is_refused(world: World, signs: str | None) -> None:
+    """An answer without the workspace's signature, or with another's, is no answer: nothing of it counts, and the run fails
+    for it when its retries are over."""
+
+    async def order(step: Step, event: dict[str, Any], failure: Any) -> Any:
+        return "forged"
+
+    async with HttpApp({"order": order}, key=KEY) as app:
+        app.signs = signs
+        await provide(world, app.url)
+        engine = await world.engine()
+        async with Site(engine) as site:
+            await site.functions.sync(WORKSPACE, msgspec.json.encode({"functions": [function("order", retries=0)]}))
+            handle = await engine.engine.start_run("order", {}, workspace=WORKSPACE)
+            with pytest.raises(RunFailed, match="not believed"):
+                await handle.result(10)
+
+
+@pytest.mark.parametrize("holds", ["dk_shop.dev_old", "dk_shop.dev_new"])
+async def test_while_a_key_is_replaced_the_app_may_hold_either(world: World, holds: str) -> None:
+    """Between a rotation and the app's next start the app knows only the older key: it is called with that, and loses
+    nothing."""
+
+    async def order(step: Step, event: dict[str, Any], failure: Any) -> Any:
+        return await step.run("one", lambda: 1)
+
+    async with HttpApp({"order": order}, key=holds) as app:
+        await provide(world, app.url, "dk_shop.dev_old", "dk_shop.dev_new")
+        engine = await world.engine()
+        async with Site(engine) as site:
+            await site.functions.sync(WORKSPACE, msgspec.json.encode({"functions": [function("order", retries=0)]}))
+            handle = await engine.engine.start_run("order", {}, workspace=WORKSPACE)
+            assert await handle.result(10) == 1
+
+
+async def test_a_version_that_is_named_is_told_whatever_it_is(world: World) -> None:
+    """An app that names its version 1 is asked for `order@1`; one that names none, for `order`."""
+
+    async def order(step: Step, event: dict[str, Any], failure: Any) -> Any:
+        return "named"
+
+    async def plain(step: Step, event: dict[str, Any], failure: Any) -> Any:
+        return "plain"
+
+    async with HttpApp({"order@1": order, "plain": plain}, key=KEY) as app:
+        await provide(world, app.url)
+        engine = await world.engine()
+        async with Site(engine) as site:
+            functions = [function("order", version="1"), function("plain")]
+            await site.functions.sync(WORKSPACE, msgspec.json.encode({"functions": functions}))
+            for name, said in (("order", "named"), ("plain", "plain")):
+                handle = await engine.engine.start_run(name, {}, workspace=WORKSPACE)
+                assert await handle.result(10) == said
 
 
 async def test_a_run_goes_on_with_the_version_it_began_with(world: World) -> None:

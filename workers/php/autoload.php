@@ -5,10 +5,12 @@
 declare(strict_types=1);
 
 spl_autoload_register(static function (string $class): void {
-    if (str_starts_with($class, 'Durable\\Worker\\')) {
-        $path = __DIR__ . '/src/' . str_replace('\\', '/', substr($class, 15)) . '.php';
-        if (is_file($path)) {
-            require $path;
+    foreach (['Durable\\Functions\\' => '/src/Functions/', 'Durable\\Worker\\' => '/src/'] as $prefix => $folder) {
+        if (str_starts_with($class, $prefix)) {
+            $path = __DIR__ . $folder . str_replace('\\', '/', substr($class, strlen($prefix))) . '.php';
+            if (is_file($path)) {
+                require $path;
+            }
         }
     }
 });

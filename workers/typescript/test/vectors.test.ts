@@ -34,6 +34,7 @@ interface Vector {
 }
 
 const files = readdirSync(join(PROTOCOL, "vectors"))
+  .filter((path) => path.endsWith(".json"))
   .map((path) => load(path) as { schema?: string; valid: Vector[]; invalid: Vector[] })
   .filter(({ schema }) => schema);
 
