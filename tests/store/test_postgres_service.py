@@ -446,6 +446,8 @@ async def test_B42_a_number_that_is_committed_late_is_waited_for(
         assert await whole(1) == ["slow", "e3"]
         await dies.rollback()
         assert await whole(3) == ["e5"]
+
+
 async def test_a_call_that_lets_no_run_go_lets_go_what_has_expired(store: PostgresStore, postgres_url: str) -> None:
     """Without a rule for runs nonces and the like would stay for ever."""
     await begin(store, new(owner="a"))
