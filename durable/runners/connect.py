@@ -106,6 +106,7 @@ class Session:
         self._answers: dict[str, asyncio.Future[Reply]] = {}
         self._asked = 0
         self._ended: int | None = None
+        self._listening: asyncio.Timeout | None = None
         self._sending = asyncio.Lock()
         self._budget = FRAMES_AT_ONCE
         self._budget_at = monotonic()
@@ -167,7 +168,9 @@ class Session:
                 "be sent, and then no answer comes."
             ) from None
         finally:
-            self._answers.pop(id, None)
+            del self._answers[id]
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # seen, also where sending broke off before anybody waited for it
 
     # ------------------------------------------------------------------ what it says
 
@@ -197,9 +200,13 @@ class Session:
     async def _next(self) -> Frame:
         limit = 3 * self.heartbeat_ms / 1_000 if self.registered else REGISTER_SECONDS
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit) as self._listening:
+                if self._ended is not None:
+                    raise SocketClosed(self._ended)
                 text = await self.socket.receive()
         except TimeoutError:
+            if self._ended is not None:  # hung up on from here: what it may still say is not waited for
+                raise SocketClosed(self._ended) from None
             if not self.registered:
                 raise _Broken(POLICY, "it did not register") from None
             raise _Broken(POLICY, "three heartbeats are missing") from None
@@ -259,6 +266,9 @@ class Session:
         if self._ended is not None:
             return
         self._ended = code
+        if self._listening is not None:
+            with contextlib.suppress(RuntimeError):  # it does not listen just now
+                self._listening.reschedule(0)
         if code == TOO_BIG:
             why: Exception = RunnerRefused(
                 f"The runner's connection ended over a frame above the limit of {MAX_BODY:,} bytes (1 MiB).",

@@ -367,6 +367,8 @@ async def test_a_newer_runner_of_a_name_wins_at_another_node(world: World) -> No
                 await runner.send({"type": "ping"})
             await asyncio.sleep(0.02)
 
+    if world.kind == "postgres":
+        pytest.skip("the same items, over a slower wire; test_a_newer_runner_of_a_name_wins is there")
     engine, another = await world.engine(), await world.engine()
     async with (
         Site(engine, heartbeat_ms=200) as here,
