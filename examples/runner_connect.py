@@ -42,11 +42,13 @@ async def main() -> None:
     assert service.stdout is not None
     while not (line := await service.stdout.readline()).startswith(b"API: "):
         assert line, "the service ended before it began"
-    url = line.decode().split()[1].rstrip(",")
-    async with Client(url, app="photos") as client:
-        await use(client, url)
-    service.terminate()
-    await service.communicate()
+    try:
+        url = line.decode().split()[1].rstrip(",")
+        async with Client(url, app="photos") as client:
+            await use(client, url)
+    finally:
+        service.terminate()
+        await service.communicate()
 
 
 if __name__ == "__main__":

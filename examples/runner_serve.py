@@ -50,9 +50,11 @@ async def main() -> None:
     assert service.stdout is not None
     while not (line := await service.stdout.readline()).startswith(b"API: "):
         assert line, "the service ended before it began"
-    await use(line.decode().split()[1].rstrip(","))
-    service.terminate()
-    await service.communicate()
+    try:
+        await use(line.decode().split()[1].rstrip(","))
+    finally:
+        service.terminate()
+        await service.communicate()
 
 
 if __name__ == "__main__":

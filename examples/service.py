@@ -44,8 +44,10 @@ async def main() -> None:
     assert service.stdout is not None
     while not (line := await service.stdout.readline()).startswith(b"API: "):
         assert line, "the service ended before it began"
-    await use(line.decode().split()[1].rstrip(","))
-    service.terminate()  # it drains: what is under way is finished or handed over
+    try:
+        await use(line.decode().split()[1].rstrip(","))
+    finally:
+        service.terminate()  # it drains: what is under way is finished or handed over
     said = await service.stdout.read()
     print("the service:", said.decode().splitlines()[-1])
     await service.wait()
