@@ -23,8 +23,7 @@ async def invoice(ctx: Context, order: dict[str, str]) -> str:
 
 
 async def use(url: str) -> None:
-    made = httpx2.post(f"{url}/api/apps", json={"name": "shop"}).raise_for_status()
-    key = made.json()["signingKey"]  # of the workspace shop.dev; in production the admin token makes it
+    key = httpx2.post(f"{url}/api/apps", json={"name": "shop"}).raise_for_status().json()["signingKey"]  # of shop.dev
     place = socket.create_server(("127.0.0.1", 0))
     here = f"http://127.0.0.1:{place.getsockname()[1]}"  # an app of yours mounts it: app.mount("/durable", runner)
     runner = serve([invoice], app="shop.dev", key=key, runner="web", url=here, engine=url)
@@ -45,7 +44,6 @@ async def main() -> None:
     service = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "durable", "dev", "--store", "sqlite:///.durable/service.db", "--port", "0"),
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
     )
     assert service.stdout is not None
     while not (line := await service.stdout.readline()).startswith(b"API: "):
@@ -54,7 +52,7 @@ async def main() -> None:
         await use(line.decode().split()[1].rstrip(","))
     finally:
         service.terminate()
-        await service.communicate()
+    await service.communicate()
 
 
 if __name__ == "__main__":
