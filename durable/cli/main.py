@@ -10,10 +10,14 @@ from durable import __version__
 from durable.cli import actions, bulk  # noqa: F401 - they add their commands to `durable runs`
 from durable.cli.dev import dev
 from durable.cli.doctor import doctor
+from durable.cli.events import events
+from durable.cli.flow import flow
 from durable.cli.modules import modules
 from durable.cli.output import EXIT_HELP, Exit, Problem
+from durable.cli.remote import exit_of
 from durable.cli.runner import runner
 from durable.cli.runs import runs
+from durable.cli.schedules import schedules
 from durable.cli.serve import serve
 from durable.cli.worker import worker
 
@@ -53,6 +57,8 @@ def _problem(error: Exception) -> Problem | None:
             message += ". Here: durable doctor --accept-restore"
     elif isinstance(error, errors.PayloadError):
         exit = Exit.USAGE
+    elif isinstance(status := getattr(error, "status", None), int):  # a service has said it
+        exit = exit_of(status)
     return Problem(message, code=error.code, exit=exit)
 
 
@@ -70,6 +76,9 @@ def cli() -> None:
       durable runner orders:app        run an app's workflows for an engine elsewhere
       durable runs list                what runs there are
       durable runs show 7f3a           one run: its state, its timeline, its errors
+      durable events send NAME         send an event, see what it starts
+      durable schedules list           what starts by the clock
+      durable flow                     limits, their use and what queues behind them
       durable modules shop:AppModule   what an app is made of
       durable doctor                   is everything all right, and if not, what to do
     """
@@ -80,6 +89,9 @@ cli.add_command(serve)
 cli.add_command(worker)
 cli.add_command(runner)
 cli.add_command(runs)
+cli.add_command(events)
+cli.add_command(schedules)
+cli.add_command(flow)
 cli.add_command(doctor)
 cli.add_command(modules)
 

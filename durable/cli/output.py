@@ -33,9 +33,9 @@ Exit codes:
   0    done
   1    the run failed, or something needs action
   2    the command was not understood
-  3    no such run or store
+  3    no such run, schedule or store
   4    refused: too late, or the run is in another state
-  5    the store cannot be used
+  5    the store or the service cannot be used
   130  interrupted"""
 
 

@@ -4,6 +4,7 @@ An API node on the store: nothing is executed here."""
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import click
@@ -268,35 +269,80 @@ def _remedy(run: RunRecord) -> str:
 @click.option(
     "--from", "from_seq", type=click.IntRange(1), default=1, show_default=True, help="First journal row to show."
 )
+@click.option("--url", metavar="URL", help="Ask the service here, instead of looking into the store.")
+@click.option("--key", metavar="KEY", envvar="DURABLE_KEY", show_envvar=True, help="With --url: a key of the app's.")
 @json_option
 @store_option
-def watch(run_id: str, from_seq: int, as_json: bool, store: str) -> None:
+def watch(run_id: str, from_seq: int, as_json: bool, store: str, url: str | None, key: str | None) -> None:
     """Follow one run live until it ends. Exits 0 if it completed, 1 if it ended otherwise.
 
-    Rows are numbered without a gap: after a broken connection, go on with --from and the next number.
+    On a terminal it is a tree: steps with how long they took, children's runs under them, log lines in place. In a pipe, or
+    with --from, it is a line for each journal row: rows are numbered without a gap, and after a broken connection it goes on
+    with --from and the next number. With --url broken connections are mended by themselves.
 
     \b
     Examples:
       durable runs watch a3b4
       durable runs watch a3b4 --from 17
       durable runs watch a3b4 --json | jq -c '{seq, kind, status}'
+      durable runs watch 01990a7e-5f0c-7d52-9a53-2c8e91f0a3b4 --url http://127.0.0.1:3030
     """
-    go(_watch(store, run_id, from_seq, as_json))
+    if url is not None:
+        go(_watch_service(url, key, run_id, from_seq, as_json))
+    else:
+        go(_watch(store, run_id, from_seq, as_json))
 
 
 async def _watch(store: str, part: str, from_seq: int, as_json: bool) -> int:
     from durable.cli.shape import entry_shape
-    from durable.cli.view import Teller
+    from durable.cli.view import Teller, kind_of
 
     async with api_node(store) as app:
         run = await find_run(app, part)
         if as_json:
             async for entry in app.watch(run.id, from_seq - 1):
                 show_json(entry_shape(run.id, entry), indent=None)
+        elif console().is_terminal and from_seq == 1:
+            from durable.cli.watching import follow_tree, from_store
+
+            await follow_tree(run.id, kind_of(run), from_store(app))
+            await _show_end(app, run.id)
         else:
             await _watch_text(app, run, from_seq, Teller())
         run = await app.get(run.id)
     return Exit.OK if run.status == "completed" else Exit.FAILED
+
+
+async def _watch_service(url: str, key: str | None, run_id: str, from_seq: int, as_json: bool) -> int:
+    import msgspec
+
+    from durable.cli.remote import open_service
+    from durable.cli.watching import follow_tree
+
+    async with open_service(url, key) as client:
+        run = await client.runs.get(run_id)
+        if as_json:
+            frames = client.stream(f"/runs/{run.id}/stream", msgspec.Raw, {"from": from_seq - 1}, ends=True)
+            async with aclosing(frames):
+                async for frame in frames:
+                    show_json(frame, indent=None)
+        else:
+            name = f"{run.workflow_name}@{run.version}"
+            await follow_tree(run.id, name, lambda id: client.runs.watch(id, from_seq - 1 if id == run.id else 0))
+        run = await client.runs.get(run.id)
+        if not as_json:
+            from rich.text import Text
+
+            from durable.cli.text import shorten
+
+            end = Text(f"Ended: {run.status.replace('_', ' ')}")
+            if run.error is not None:
+                kind = f"{run.error.type}: " if run.error.type else ""
+                end.append(f"  {shorten(safe(kind + run.error.message), 2000)}", style="red")
+            console().print(end)
+            if run.result is not None:
+                _show_value("output", msgspec.json.encode(run.result))
+    return Exit.OK if run.status == "succeeded" else Exit.FAILED
 
 
 async def _watch_text(app: Durable, run: RunRecord, from_seq: int, teller: Teller) -> None:
@@ -304,7 +350,7 @@ async def _watch_text(app: Durable, run: RunRecord, from_seq: int, teller: Telle
 
     from rich.text import Text
 
-    from durable.cli.view import error_line, error_of, kind_of, show_row, state
+    from durable.cli.view import kind_of, show_row, state
 
     out = console()
     out.print(Text(f"Run {safe(run.id)}  ", style="bold").append(kind_of(run)).append("  ").append_text(state(run)))
@@ -325,7 +371,16 @@ async def _watch_text(app: Durable, run: RunRecord, from_seq: int, teller: Telle
                     show_row(out, row, run.created_at)
         finally:
             ticker.cancel()
-    run = await app.get(run.id)
+    await _show_end(app, run.id)
+
+
+async def _show_end(app: Durable, run_id: str) -> None:
+    from rich.text import Text
+
+    from durable.cli.view import error_line, error_of, state
+
+    out = console()
+    run = await app.get(run_id)
     end = Text("Ended: ").append_text(state(run))
     error = error_of(run.error)
     if error is not None:

@@ -64,10 +64,11 @@ class _Face:
             return found
 
         def call(*args: Any, **options: Any) -> Any:
+            wait, iterate = self._loop.wait, self._loop.iterate  # before anything is begun: it may be closed
             answer = found(*args, **options)
             if inspect.iscoroutine(answer):
-                return self._loop.wait(answer)
-            return self._loop.iterate(answer) if hasattr(answer, "__anext__") else answer
+                return wait(answer)
+            return iterate(answer) if hasattr(answer, "__anext__") else answer
 
         call.__name__, call.__doc__ = name, found.__doc__
         return call

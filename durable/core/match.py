@@ -24,6 +24,8 @@ MAX_PROBES = 64
 MAX_MATCH = 16 << 10
 """Bytes of a `match`."""
 
+_SCALAR = (str, int, float)
+
 Holds = Callable[[Mapping[str, Any]], bool]
 """Takes an event as `{id, name, data, ts}`."""
 
@@ -171,11 +173,11 @@ def _scalars(data: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     left: list[tuple[tuple[Any, ...], Any]] = [((), data)]
     while left:
         path, value = left.pop()
-        if isinstance(value, Mapping):
-            if len(path) < MAX_DEPTH:
-                left.extend(((*path, key), inner) for key, inner in value.items())
-        elif isinstance(value, str | int | float) and path:
-            yield path, value
+        if isinstance(value, _SCALAR):  # first: asking an abstract class costs more than the rest
+            if path:
+                yield path, value
+        elif isinstance(value, Mapping) and len(path) < MAX_DEPTH:
+            left.extend([((*path, key), inner) for key, inner in value.items()])
 
 
 def _hash(path: tuple[Any, ...], value: Any) -> str:

@@ -114,7 +114,10 @@ def resume(executor: Executor, run: Resident, command: Command, trace: Sequence[
     if isinstance(command, WaitEvent):
         if run.machine.generation or run.holds:
             run.effects.append(_waiter(command))  # it went with the run's end, or waits for longer than it says
-        if last is None or last.status != "looked" or run.machine.generation:
+        put_off = (
+            last is not None and run.held_since(last.seq) > 0
+        )  # what came when its time seemed up, nobody was told of
+        if last is None or last.status != "looked" or run.machine.generation or put_off:
             _look_back(executor, run, command)
         return
     if isinstance(command, SendEvent):
@@ -248,7 +251,9 @@ def _start_child(executor: Executor, run: Resident, command: StartChild) -> None
             Arrival(executor.clock.now(), CHILD, "failed", key=command.key, payload=encode_error(data)),
         )
         return
-    note = children.ChildNote(command.child_id, command.workflow, version, command.options.on_parent_close)
+    note = children.ChildNote(
+        command.child_id, command.workflow, version, command.options.on_parent_close, command.workspace
+    )
     payload = msgspec.json.encode(note)
     _note(executor, run, command, CHILD, "started", payload=payload)
     child = NewRun(
@@ -300,11 +305,12 @@ def _waiter(command: WaitEvent) -> OpenWaiter:
     return OpenWaiter(command.key, command.name, command.condition, command.deadline, probe_of(command.condition))
 
 
-def reopen_waits(run: Resident) -> None:
-    """Their deadlines were put off."""
+def reopen_waits(executor: Executor, run: Resident) -> None:
+    """Their deadlines were put off: of what came behind the old ones nobody was told."""
     for wait in run.machine.events_waited():
         if wait.deadline is not None:
             run.effects.append(_waiter(wait))
+            _look_back(executor, run, wait)
 
 
 def _settled(executor: Executor, run: Resident, note: Settled) -> None:

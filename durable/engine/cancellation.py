@@ -35,7 +35,7 @@ class Canceller:
             raise RunNotFound(f"There is no run {run_id!r} here. Is it another workspace's?", run_id=run_id)
         told = status is SendStatus.ACCEPTED
         if children and not told:
-            told = await self._ask_children(run_id, reason, workspace)
+            told = await self._ask_children(run_id, reason)
         if status is SendStatus.FINISHED and not told:
             also = " and so has everything it started" if children else ""
             raise RunFinished(
@@ -60,8 +60,8 @@ class Canceller:
             await self._pauser.rouse(run_id)
         return status
 
-    async def _ask_children(self, run_id: str, reason: str, workspace: str) -> bool:
-        """Every open run below this one, through those that have ended."""
+    async def _ask_children(self, run_id: str, reason: str) -> bool:
+        """Every open run below this one, through those that have ended, each in its own workspace."""
         told, left, seen = False, [run_id], {run_id}
         while left:
             for child in await self._deps.store.children(left.pop()):
@@ -71,7 +71,7 @@ class Canceller:
                 if child.status in TERMINAL:
                     left.append(child.id)
                     continue
-                status = await self._ask(child.id, reason, True, workspace)
+                status = await self._ask(child.id, reason, True, child.workspace)
                 told = told or status is SendStatus.ACCEPTED
                 if status is not SendStatus.ACCEPTED:
                     left.append(child.id)  # it has ended meanwhile, or had been asked without its own

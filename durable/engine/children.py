@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RETRY_SECONDS = 0.1
 
 
-class ChildNote(msgspec.Struct, frozen=True):
+class ChildNote(msgspec.Struct, frozen=True, omit_defaults=True):
     """Payload of a `child started` entry."""
 
     run_id: str
@@ -32,6 +32,16 @@ class ChildNote(msgspec.Struct, frozen=True):
     version: str
     on_parent_close: str = "abandon"
     """Journals written before it was recorded: then nothing but the parent's own code may decide."""
+    workspace: str | None = None
+    """Where it lives; None: where its parent does."""
+
+
+class OpenChild(NamedTuple):
+    """A child that is to end with its parent: its `started` entry, and who it is."""
+
+    begun: Entry
+    run_id: str
+    workspace: str | None
 
 
 class CancelNote(msgspec.Struct, frozen=True):
@@ -69,10 +79,10 @@ def cancel(run: Resident, key: str, child_id: str, workspace: str | None = None)
     )
 
 
-def to_cancel(entries: Sequence[Entry]) -> dict[str, tuple[Entry, str]]:
-    """The children that a journal leaves open and that are to end with their parent: by key, the `started` entry and the
-    child's id. For parents that end with no machine to ask."""
-    found: dict[str, tuple[Entry, str]] = {}
+def to_cancel(entries: Sequence[Entry]) -> dict[str, OpenChild]:
+    """The children that a journal leaves open and that are to end with their parent: by key. For
+    parents that end with no machine to ask."""
+    found: dict[str, OpenChild] = {}
     everyone = any(e.kind == RUN and e.status == "cancelling" and of_the_tree(e) for e in entries)
     for entry in entries:
         if entry.kind == CHILD and entry.key is not None:
@@ -80,7 +90,7 @@ def to_cancel(entries: Sequence[Entry]) -> dict[str, tuple[Entry, str]]:
                 assert entry.payload is not None
                 note = msgspec.json.decode(entry.payload, type=ChildNote)
                 if everyone or note.on_parent_close == "cancel":
-                    found[entry.key] = entry, note.run_id
+                    found[entry.key] = OpenChild(entry, note.run_id, note.workspace)
             elif entry.status != "late":
                 found.pop(entry.key, None)
     return found
@@ -92,11 +102,11 @@ def close_unseen(executor: Executor, run: Resident, entries: Sequence[Entry]) ->
     for entry in entries:
         if entry.kind in COMMAND_KINDS and entry.status in ("completed", "failed", "cancelled"):
             run.machine.outstanding.pop(entry.key or "", None)
-    for key, (begun, child_id) in to_cancel(entries).items():
+    for key, (begun, child_id, workspace) in to_cancel(entries).items():
         if key not in run.machine.outstanding:
             arrival = Arrival(executor.clock.now(), CHILD, "cancelled", key=key, ordinal=begun.ordinal, name=begun.name)
             executor.append(run, arrival)
-            run.effects.append(cancel(run, key, child_id))
+            run.effects.append(cancel(run, key, child_id, workspace))
 
 
 def tell_parent(run_id: str, workspace: str, parent: Parent, final: Final) -> PutMessage:

@@ -136,7 +136,10 @@ class Events:
         """Store events, and tell those who wait. All are looked at before any is stored. Raises DefinitionError for a name,
         PayloadError, PayloadTooLarge, EngineStopped."""
         events = [self._new(one, workspace) for one in publications]
-        return list(await asyncio.gather(*(self._store_event(event) for event in events)))
+        stored = [self._store_event(event) for event in events]
+        if len(stored) == 1:
+            return [await stored[0]]
+        return list(await asyncio.gather(*stored))
 
     async def close(self) -> None:
         """Publish what is queued, and tell who waits; what cannot be told now is left to the sweep of another engine."""
@@ -207,23 +210,29 @@ class Events:
         published: asyncio.Future[Published] = self._executor.loop.create_future()
 
         def stored(answer: EventOutcome | BaseException) -> None:
-            if not isinstance(answer, BaseException):
-                self._telling += 1
-                self._told.clear()
-                self._executor.keep(self._follow(event, answer, published))
-            elif not published.done():
-                published.set_exception(answer)
+            if isinstance(answer, BaseException):
+                if not published.done():
+                    published.set_exception(answer)
+                return
+            record = answer.event
+            # Ours though it was there: the reply to an earlier try was lost.
+            duplicate = answer.duplicate and record.id != event.id
+            if not duplicate:
+                self._nudge(record.admissions)
+            if record.settled:  # nobody waits for it
+                if not published.done():
+                    published.set_result(Published(record.id, duplicate, 0, record.admissions))
+                return
+            self._telling += 1
+            self._told.clear()
+            self._executor.keep(self._follow(answer, duplicate, published))
 
         self._group.submit(event, stored)
         return published
 
-    async def _follow(self, event: NewEvent, outcome: EventOutcome, published: asyncio.Future[Published]) -> None:
+    async def _follow(self, outcome: EventOutcome, duplicate: bool, published: asyncio.Future[Published]) -> None:
         record = outcome.event
-        # Ours though it was there: the reply to an earlier try was lost.
-        duplicate = outcome.duplicate and record.id != event.id
         try:
-            if not duplicate:
-                self._nudge(record.admissions)
             woke = await self._tell(record, outcome.waiters)
         except DurableError as error:
             log.warning("the waiters of event %s could not be told; the sweep will: %s", record.id, error)
@@ -244,8 +253,6 @@ class Events:
 
     async def _tell(self, record: EventRecord, waiters: Sequence[Waiter]) -> int:
         """Leave the event for each run of which a wait asks for it. How many there are."""
-        if record.settled:
-            return 0
         plain = _plain(record)
         runs = {waiter.run_id for waiter in waiters if _may_have(waiter, record) and holds(waiter.match)(plain)}
         payload = _fact(record)

@@ -101,7 +101,7 @@ def end(executor: Executor, run: Resident, why: Arrival) -> None:
     if held:
         run.machine.put_off(held)
         run.put_off(held)
-        apply.reopen_waits(run)
+        apply.reopen_waits(executor, run)
         run.retries = {key: at + held for key, at in run.retries.items()}
     run.actions += pause.actions
     for arrival in pause.arrivals:

@@ -133,15 +133,15 @@ class Recovery:
         """What a run that dies leaves in its journal, and what its open children are told. Those whose outcome is in its
         inbox have ended: a requeue finds that outcome, and starts the others again."""
         told = {arrival.child_id for arrival in run.arrivals}
-        children = {key: one for key, one in to_cancel(journal.entries).items() if one[1] not in told}
+        children = {key: one for key, one in to_cancel(journal.entries).items() if one.run_id not in told}
         at = max(self._executor.clock.now(), journal.entries[-1].at if journal.entries else 0)
         entries = [
             Entry(run.seq + n, at, CHILD, "cancelled", key, begun.ordinal, begun.name, fingerprint=begun.fingerprint)
-            for n, (key, (begun, _)) in enumerate(children.items(), 1)
+            for n, (key, (begun, _, _)) in enumerate(children.items(), 1)
         ]
         payload = b'{"cut":%d}' % entries[0].seq if entries else None
         entries.append(Entry(run.seq + len(entries) + 1, at, RUN, "dead", name=run.definition.name, payload=payload))
-        return entries, [cancel(run, key, child_id) for key, (_, child_id) in children.items()]
+        return entries, [cancel(run, key, one.run_id, one.workspace) for key, one in children.items()]
 
     def _commit(
         self,

@@ -51,9 +51,8 @@ class Pruner:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin, if there is a rule. What other workspaces register later stands under the application's."""
-        if requests(self._deps):
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="durable-retention")
+        """Begin. What other workspaces register later stands under the application's rule."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="durable-retention")
 
     async def stop(self) -> None:
         """Delete nothing more. A batch under way need not be waited for: it happens or not, as a whole."""
@@ -67,7 +66,8 @@ class Pruner:
         await asyncio.sleep(every * random())  # engines that start together do not look together
         while True:
             try:
-                for request in requests(self._deps):
+                # Without a rule no run goes; what has expired does, whatever is asked for.
+                for request in requests(self._deps) or [PruneRequest(LARGEST, self._deps.settings.workspace)]:
                     await self._prune(request)
             except StoreError as error:
                 log.warning("cannot delete finished runs, trying again later: %s", error)

@@ -45,6 +45,9 @@ MAX_CATCH_UP = 1_000
 LOOKED_AT = 10_000
 """Missed moments that are counted; beyond them "more than"."""
 PAGE = 500
+LOOK_POLLS = 5
+"""Between two looks at what others have changed, in `poll_every`. Whoever changes a schedule here looks at once, and what is
+known to come due is waited for; so a look costs a schedule made elsewhere some lateness, and an idle engine a statement."""
 
 
 class Schedule(Struct, frozen=True, omit_defaults=True):
@@ -163,11 +166,12 @@ class Schedules:
         overlap: str = "allow",
         priority: int | None = None,
         tags: Sequence[str] = (),
-        paused: bool = False,
+        paused: bool | None = None,
         workspace: str | None = None,
     ) -> Schedule:
         """See that there is this schedule. The same again changes nothing; a changed one takes its next occurrence from now
-        on. One of `cron`, `every` and `at`. Raises DefinitionError, NotRegistered, PayloadError."""
+        on. `paused` None: as it is, and a new one is not. One of `cron`, `every` and `at`. Raises DefinitionError, NotRegistered,
+        PayloadError."""
         check_name(id, "schedule id")
         request = StartRequest(workflow=workflow, input=input, version=version, workspace=workspace)
         prepared = self._starter.prepare(request)  # says now what would fail at each occurrence
@@ -182,16 +186,26 @@ class Schedules:
             overlap=_one_of(overlap, OVERLAP, "overlap"),
             priority=priority,
             tags=tuple(tags),
-            paused=paused,
+            paused=bool(paused),
         )
-        return await self._see_to(ItemKey(prepared.workspace, KIND, id), meant)
+        return await self._see_to(ItemKey(prepared.workspace, KIND, id), meant, as_it_is=paused is None)
 
-    async def _see_to(self, key: ItemKey, meant: Schedule) -> Schedule:
+    async def _see_to(self, key: ItemKey, meant: Schedule, *, as_it_is: bool) -> Schedule:
+        """`as_it_is`: one that is paused stays so."""
         while True:
             item = (await self._store.get_items([key]))[0]
-            if item is not None and _declared(read(item)) == _declared(meant):
-                return read(item)
-            begun = self._begun(meant)
+            begun = meant
+            if item is not None:
+                old = read(item)
+                if as_it_is:
+                    begun = msgspec.structs.replace(begun, paused=old.paused)
+                if _declared(old) == _declared(begun):
+                    return old
+                # What has become of it is still so: `overlap` asks how its last run stands.
+                begun = msgspec.structs.replace(
+                    begun, last_at=old.last_at, last_run=old.last_run, fired=old.fired, skipped=old.skipped
+                )
+            begun = self._begun(begun)
             if await self._write(key, begun, 0 if item is None else item.version):
                 return begun
 
@@ -281,7 +295,7 @@ class Schedules:
                     if old.triggers and old.workflow in names and old.id not in wanted:
                         await self._store.delete_items([self._key(old.id, workspace)])
                 for one in wanted.values():
-                    await self._see_to(ItemKey(workspace, KIND, one.id), one)
+                    await self._see_to(ItemKey(workspace, KIND, one.id), one, as_it_is=True)
                 self._seen[workspace] = wanted
         except BaseException:
             self._follow = True
@@ -335,13 +349,14 @@ class Schedules:
                     await self._follow_triggers()
                 while await self._look():
                     pass
+                polls = LOOK_POLLS
             except StoreError as error:
-                self._next_due = None
+                self._next_due, polls = None, 1
                 log.warning("cannot look for schedules, trying again: %s", error)
             except Exception:
-                self._next_due = None
+                self._next_due, polls = None, 1
                 log.exception("firing schedules went wrong, trying again")
-            delay = self._executor.settings.poll_every
+            delay = self._executor.settings.poll_every * polls
             if self._next_due is not None:
                 delay = min(delay, max(0.001, (self._next_due - self._executor.clock.now()) / SECOND))
             try:
@@ -355,21 +370,19 @@ class Schedules:
         page = await self._store.list_items(ItemQuery(KIND, due=True, limit=PAGE))
         self._next_due = page.next_due_at
         fires: list[Fire] = []
-        cancels: list[tuple[str | None, str]] = []
         for item in page.items:
             fire, cancel = await self._fire(item, page.now)
             if fire is not None:
                 fires.append(fire)
-                cancels.append((cancel, item.workspace))
+            if cancel is not None:
+                # First: who comes after a crash knows only of the run that is stored next.
+                with suppress(RunError):  # it has ended meanwhile
+                    await self._cancel(cancel, "the schedule's next run is due", workspace=item.workspace)
         if not fires:
             return False
         outcomes = await self._store.fire(fires)
         if any(outcome.started for outcome in outcomes):
             self._scheduler.nudge()
-        for (run_id, workspace), outcome in zip(cancels, outcomes, strict=True):
-            if run_id is not None and outcome.started:
-                with suppress(RunError):  # it has ended meanwhile
-                    await self._cancel(run_id, "the schedule's next run has started", workspace=workspace)
         return len(page.items) == PAGE
 
     async def _fire(self, item: Item, now: int) -> tuple[Fire | None, str | None]:
@@ -428,7 +441,7 @@ class Schedules:
         origin = Origin(trigger_kind="manual" if moment is None else "cron", schedule_id=schedule.id, occurrence=moment)
         lane = None
         if schedule.overlap == "queue":
-            key = f"schedule:{schedule.id}"
+            key = f"schedule:{workspace}/{schedule.id}"
             lane = Lane(key, (Rule(key, 1),))
         given = schedule.input
         if schedule.triggers:

@@ -227,8 +227,8 @@ class Starter:
             return  # the lease was lost meanwhile; whoever claims it goes on
         machine = Machine(definition, run_id=new.id, input=new.input)
         machine.meta = new.meta
-        seq, born = len(new.entries), new.entries[0].at
-        run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, seq, Activity.EXECUTING, born=born)
+        # When it was born says the store, if a wait asks: this engine's clock may be beside it.
+        run = Resident(new.id, new.workspace, definition, machine, new.parent, 1, len(new.entries), Activity.EXECUTING)
         executor.admit(run, Journal(list(new.entries)))
 
 

@@ -26,18 +26,24 @@ class HttpLink:
         workspace = await self._workspaces.get(call.workspace)
         if workspace is None or not workspace.app_url:
             raise RunnerGone(f"App {call.app} has no URL yet. Register it with `appUrl`, or sync with `url`.")
-        headers: dict[str, str] = {}
-        now = self._workspaces.now()
-        key = workspace.signing_key(now)
-        if key is not None:
-            headers[signature.HEADER] = signature.body_signature(key.secret, call.body)
-        answer = await post(self._outgoing, workspace.app_url, call.body, headers, timeout)
+        live = sorted(workspace.live_keys(self._workspaces.now()), key=lambda key: -key.created_at)
+        keys = [key.secret for key in live]
+        answer = await self._post(workspace.app_url, call.body, keys[0] if keys else None, timeout)
+        for older in keys[1:]:
+            if answer.status != 401:
+                break
+            # A key is being replaced, and the app has not been given the new one yet.
+            answer = await self._post(workspace.app_url, call.body, older, timeout)
         if answer.status != 200:
             raise refused(answer, call.app)
-        if key is not None:
+        if keys:
             with believed(call.app):
-                signature.check_body(signatures(answer), workspace.secrets(now), answer.body)
+                signature.check_body(signatures(answer), keys, answer.body)
         return Reply(200, answer.body)
+
+    async def _post(self, url: str, body: bytes, key: str | None, timeout: float) -> Answered:
+        headers = {} if key is None else {signature.HEADER: signature.body_signature(key, body)}
+        return await post(self._outgoing, url, body, headers, timeout)
 
 
 async def post(outgoing: Outgoing, url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> Answered:

@@ -25,6 +25,8 @@ from durable.core.errors import CallRefused, RunnerGone, RunnerRefused, RunnerTi
 MAX_BODY = 1 << 20
 """Bytes of a request and of an answer."""
 MAX_URL = 4_000
+POOL = 8
+"""Connections of one pool."""
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _METADATA = [
@@ -63,17 +65,23 @@ class Answered(Struct, frozen=True):
 
 
 class Outgoing:
-    """Makes such calls, over connections that are kept."""
+    """Makes such calls, over connections that are kept.
+
+    A pool looks through all its connections, and all who wait for one, whenever a call begins or ends. So there are many
+    small ones, nobody waits in them, and a host's calls begin at the same.
+    """
 
     def __init__(self, calls: Calls | None = None, *, connections: int = 200) -> None:
         self.calls = calls or Calls()
-        self._connections = connections
-        self._client: httpx2.AsyncClient | None = None
+        self._room = asyncio.Semaphore(connections)
+        self._pools = [_Pool() for _ in range(-(-connections // POOL))]
+        self._context: ssl.SSLContext | None = None
 
     async def close(self) -> None:
         """Let the connections go."""
-        client, self._client = self._client, None
-        if client is not None:
+        clients = [pool.client for pool in self._pools if pool.client is not None]
+        self._pools = [_Pool() for _ in self._pools]
+        for client in clients:
             await client.aclose()
 
     async def request(
@@ -95,17 +103,29 @@ class Outgoing:
                 retryable=False,
             )
         try:
-            async with asyncio.timeout(timeout):
-                return await self._send(method, url, body, headers or {}, limit, host)
+            async with asyncio.timeout(timeout), self._room:
+                pool = self._pool_of(host)
+                pool.busy += 1
+                try:
+                    return await self._send(self._open(pool), method, url, body, headers or {}, limit, host)
+                finally:
+                    pool.busy -= 1
         except TimeoutError:
             raise RunnerTimeout(f"{host} did not answer within {timeout:g} s.") from None
 
     async def _send(
-        self, method: str, url: str, body: bytes, headers: Mapping[str, str], limit: int, host: str
+        self,
+        client: httpx2.AsyncClient,
+        method: str,
+        url: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        limit: int,
+        host: str,
     ) -> Answered:
         said = {"accept-encoding": "identity", "content-type": "application/json", **headers}
         try:
-            async with self._open().stream(method, url, content=body, headers=said) as answer:
+            async with client.stream(method, url, content=body, headers=said) as answer:
                 if answer.headers.get("content-encoding", "identity").lower() != "identity":
                     raise RunnerRefused(f"{host} answered in an encoding it was not asked for.", retryable=False)
                 length = answer.headers.get("content-length", "")
@@ -129,15 +149,30 @@ class Outgoing:
                 raise RunnerGone(f"Nobody answers at {host}.") from None
             raise RunnerRefused(f"The call to {host} broke off: {type(error).__name__}.") from None
 
-    def _open(self) -> httpx2.AsyncClient:
-        if self._client is None:
-            self._client = httpx2.AsyncClient(
-                transport=_Transport(self.calls, self._connections),
+    def _pool_of(self, host: str) -> _Pool:
+        """The host's first, or the next that has room; there is one, since who got here has room."""
+        count, first = len(self._pools), hash(host)
+        return next(pool for nth in range(count) if (pool := self._pools[(first + nth) % count]).busy < POOL)
+
+    def _open(self, pool: _Pool) -> httpx2.AsyncClient:
+        if pool.client is None:
+            if self._context is None:
+                self._context = ssl.create_default_context()
+            pool.client = httpx2.AsyncClient(
+                transport=_Transport(self.calls, self._context),
                 follow_redirects=False,
                 timeout=None,
                 trust_env=False,
             )
-        return self._client
+        return pool.client
+
+
+class _Pool:
+    """At most `POOL` connections."""
+
+    def __init__(self) -> None:
+        self.client: httpx2.AsyncClient | None = None
+        self.busy = 0
 
 
 def check_url(url: str, calls: Calls) -> str:
@@ -288,12 +323,12 @@ async def resolve(host: str, port: int) -> list[_Address]:
 class _Transport(httpx2.AsyncHTTPTransport):
     """httpx's own, over connections that are checked."""
 
-    def __init__(self, calls: Calls, connections: int) -> None:
-        super().__init__(trust_env=False)
+    def __init__(self, calls: Calls, context: ssl.SSLContext) -> None:
+        super().__init__(verify=context, trust_env=False)
         self._pool = httpcore2.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context(),
-            max_connections=connections,
-            max_keepalive_connections=connections,
+            ssl_context=context,
+            max_connections=POOL,
+            max_keepalive_connections=POOL,
             keepalive_expiry=15.0,
             http1=True,
             http2=False,

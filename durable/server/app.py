@@ -87,7 +87,7 @@ class Guard:
             path=request.path,
             peer=request.peer,
             headers=request.headers,
-            raw_headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers],
+            raw_headers=request.text_headers,
         )
 
     async def converse(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,10 +127,8 @@ class _Incoming:
         self.id: str = scope["state"]["request_id"]
         self._receive = receive
         self._body: bytes | None = None
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.raw_headers}
+        self.text_headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.raw_headers]
+        self.headers = dict(self.text_headers)
 
     def for_auth(self) -> Request:
         return Request(self.scope.get("method", "GET"), self.path, self.raw_headers, self.peer, self.body)

@@ -149,7 +149,7 @@ def _without_strings(data: bytes) -> bytes:
 def _refuse_doubles(data: bytes, what: str) -> None:
     """Depth is bounded by now, so the plain parser is safe; it alone tells of every pair."""
     try:
-        json.loads(data, object_pairs_hook=_once, parse_int=str, parse_float=str)
+        _PAIRS.decode(data.decode())
     except _Doubled as error:
         raise ApiError(
             400, "bad_json", f"Of {what}: the key {str(error)!r} stands twice in one object. Send each once."
@@ -161,8 +161,13 @@ class _Doubled(ValueError):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) == len(pairs):
+        return
     seen = set()
     for key, _ in pairs:
         if key in seen:
             raise _Doubled(key[:100])
         seen.add(key)
+
+
+_PAIRS = json.JSONDecoder(object_pairs_hook=_once, parse_int=str, parse_float=str)

@@ -28,6 +28,8 @@ LOOK_EVERY = 0.25
 PAGE = 200
 OPEN = b": open\n\n"
 ALIVE = b": alive\n\n"
+ENDED = b": ended\n\n"
+"""The last of a stream that is whole. One that closes without it was cut, by whatever stands between."""
 MOVED = b": this process is stopping; go on elsewhere\n\n"
 
 
@@ -51,11 +53,15 @@ async def run_blocks(call: Call, run: RunRecord, after: int) -> AsyncIterator[by
     """One run's frames until it has ended."""
     async with aclosing(call.engine.watch(run.id, after, workspace=run.workspace)) as entries:  # type: ignore[type-var]
         yield OPEN
+        moved = False
         async for entry in alive(call.service, entries):
             if isinstance(entry, bytes):
+                moved = entry is MOVED
                 yield entry
             elif (frame := frame_of(run.id, entry)) is not None:
                 yield frame_block(frame)
+        if not moved:
+            yield ENDED
 
 
 def frame_block(frame: Frame) -> bytes:
@@ -169,7 +175,7 @@ async def event_blocks(
     """Events of a workspace as they are accepted, after the given number; None: from now on."""
     store = call.engine.deps.store
     if after is None:
-        newest = await store.events(EventQuery(workspace, newest_first=True, limit=1))
+        newest = await store.events(EventQuery(workspace, whole=True, newest_first=True, limit=1))
         after = newest[0].number if newest else 0
     yield OPEN
 
@@ -178,7 +184,7 @@ async def event_blocks(
         while True:
             found: list[EventRecord] = []
             with suppress(StoreUnavailable):
-                found = await store.events(EventQuery(workspace, after=number, limit=PAGE))
+                found = await store.events(EventQuery(workspace, after=number, whole=True, limit=PAGE))
             for event in found:
                 number = event.number
                 yield event

@@ -5,15 +5,17 @@ Pure: rows in, structs out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from durable.core.event import read_fact
 from durable.core.functions import PASSES
-from durable.core.journal import CHILD, COMMAND_KINDS, LOG, RUN, STEP, TIMER, Entry
+from durable.core.journal import CHILD, COMMAND_KINDS, EVENT, LOG, RUN, STEP, TIMER, WAIT, Entry
+from durable.core.match import holds
 from durable.core.origin import Origin, origin_of
 from durable.core.payload import decode_error
 from durable.protocol.states import Activity, Status
@@ -185,6 +187,10 @@ class StepStatusFrame(
     error: Error | UnsetType = UNSET
     will_retry: bool | UnsetType = UNSET
     next_attempt_at: str | UnsetType = UNSET
+    duration_ms: float | UnsetType = UNSET
+    """What its body took, this attempt."""
+    child_run_id: str | UnsetType = UNSET
+    """The run it is, where it is a child."""
 
 
 class LogFrame(Struct, frozen=True, omit_defaults=True, rename="camel", kw_only=True, tag_field="kind", tag="log"):
@@ -310,15 +316,61 @@ def run_view(run: RunRecord, progress: Progress | None, *, payloads: bool = True
 def step_views(entries: Sequence[Entry]) -> list[Step]:
     """Steps in the order of their first call, each as it stands at the journal's end."""
     found: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
+    for entry in _with_ends_of_waits(entries):
         if ((entry.kind in COMMAND_KINDS and entry.status != "late") or entry.kind == TIMER) and not is_pass(entry):
             found.setdefault((entry.kind, entry.key or str(entry.ordinal)), []).append(entry)
     views = [_step(kind, key, rows) for (kind, key), rows in found.items()]
     return sorted(views, key=lambda step: step.index)
 
 
+def _with_ends_of_waits(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """The rows, and behind what ended a wait for an event a row that says so: the journal has the event, or the timer, once,
+    and replay knows what it was for."""
+    opened: dict[str, Entry] = {}
+    left: list[Entry] = []
+    """Events that no wait has taken yet."""
+    for entry in entries:
+        yield entry
+        if entry.kind == EVENT and entry.status == "received":
+            takers = [wait for wait in opened.values() if _takes(wait, entry)]
+            for wait in takers:
+                yield _ended(opened.pop(wait.key or ""), entry)
+            if not takers:
+                left.append(entry)
+        elif entry.kind == TIMER:
+            for wait in [wait for wait in opened.values() if wait.ordinal is not None]:
+                if wait.ordinal + 1 == entry.ordinal:  # type: ignore[operator]  # its timeout takes the ordinal behind its own
+                    yield _ended(opened.pop(wait.key or ""), entry)
+        elif entry.kind == WAIT and entry.status == "opened":
+            early = next((event for event in left if _takes(entry, event)), None)
+            if early is None:
+                opened[entry.key or ""] = entry
+            else:
+                left.remove(early)
+                yield _ended(entry, entry, early.payload)
+        elif entry.kind == WAIT and entry.status == "cancelled":
+            opened.pop(entry.key or "", None)
+
+
+def _takes(wait: Entry, event: Entry) -> bool:
+    if wait.name != event.name or event.payload is None:
+        return False
+    condition = _object(wait.payload).get("condition")
+    asked = None if condition is None else msgspec.json.encode(condition)
+    return holds(asked)(read_fact(event.payload).plain())
+
+
+def _ended(wait: Entry, by: Entry, fact: bytes | None = None) -> Entry:
+    """A wait's last row. Of one that was given an event its output is the event's data."""
+    given = fact or (by.payload if by.kind == EVENT else None)
+    output = None if given is None else bytes(read_fact(given).data)
+    return msgspec.structs.replace(
+        by, kind=WAIT, status="completed", key=wait.key, ordinal=wait.ordinal, name=wait.name, payload=output
+    )
+
+
 def _step(kind: str, key: str, rows: list[Entry]) -> Step:
-    last = next((row for row in reversed(rows) if row.status != "published"), rows[-1])
+    last = next((row for row in reversed(rows) if row.status not in ("published", "looked")), rows[-1])
     status = "completed" if kind == TIMER else _STEP_FRAMES.get(last.status, "running")
     begun = min(row.enqueued_at or row.started_at or row.at for row in rows)
     executed = sum(
@@ -393,8 +445,16 @@ def frame_of(run_id: str, entry: Entry) -> Frame | None:
             error=_without_stack(_step_error(entry)),
             will_retry=retry if retry or entry.status == "failed" else UNSET,
             next_attempt_at=_next_attempt(entry),
+            duration_ms=_executed(entry),
+            child_run_id=_child([entry]),
         )
     return None
+
+
+def _executed(entry: Entry) -> float | UnsetType:
+    if entry.started_at is None or entry.finished_at is None:
+        return UNSET
+    return max(0, entry.finished_at - entry.started_at) / 1000
 
 
 def _step_error(entry: Entry) -> Error | UnsetType:

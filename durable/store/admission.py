@@ -151,6 +151,9 @@ class EventQuery(Struct, frozen=True):
     before: int | None = None
     unsettled: bool = False
     """Only those whose waiters may not have been told."""
+    whole: bool = False
+    """Only events below which no other can appear any more, for who pages by `after` and may miss none: with several
+    publishers at once a lower number may be committed after a higher one."""
     newest_first: bool = False
     limit: int = 100
 

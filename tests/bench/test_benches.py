@@ -26,6 +26,12 @@ from tests.servers.services import require
             "remote --transport lane --transport emitter",
             "lane_p50_ms lane_p95_ms lane_workflows_per_s lane_share_of_raw emitter_p50_ms emitter_workflows_per_s",
         ),
+        (
+            "service",
+            "events_per_s events_bulk_per_s events_share_of_floor connect_steps_per_s serve_steps_per_s"
+            " connect_event_to_first_step_p95_ms",
+        ),
+        ("service --store sqlite --only events,starts", "events_per_s inside_event_to_first_step_p95_ms"),
         ("scale", "step_cost_at_1m_vs_empty idle_statements_per_s timer_lateness_p95_s"),
     ],
 )
@@ -35,7 +41,7 @@ def test_a_glance_at_each_benchmark_on_postgres(name: str, figures: str, capsys:
     module, *args = name.split()
     if module == "remote":
         require("redis")
-    skip = [] if module in ("scale", "remote") else ["--skip-peers"]
+    skip = [] if module in ("scale", "remote", "service") else ["--skip-peers"]
     importlib.import_module(f"tests.bench.{module}").main(["--quick", *skip, *args])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(figures.split()) <= set(last)

@@ -1,4 +1,4 @@
-"""Every engine test runs hot and with cold forced at every wait, on every store there is."""
+"""Every engine test runs hot and with cold forced at every wait, in memory and on SQLite; some on Postgres too."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def store_kind(request: pytest.FixtureRequest) -> str:
     return kind
 
 
+on_postgres = pytest.mark.parametrize("store_kind", [*STORES, "postgres"])
+"""For tests of which the store's own part is large."""
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, store_kind: str) -> str:
+    """Of an empty Postgres, for the tests that run there."""
+    return str(request.getfixturevalue("postgres_url")) if store_kind == "postgres" else ""
+
+
 @pytest.fixture(params=["hot", "cold"])
 def residency(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
@@ -34,9 +44,10 @@ def residency(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def world(store_kind: str, residency: str, tmp_path: Path) -> AsyncIterator[World]:
-    if store_kind == "memory":
-        world = World(memory_factory(), store_kind, residency == "cold")
+async def world(store_kind: str, residency: str, tmp_path: Path, database_url: str) -> AsyncIterator[World]:
+    if store_kind in ("memory", "postgres"):
+        factory = memory_factory() if store_kind == "memory" else lambda: open_store(database_url)
+        world = World(factory, store_kind, residency == "cold")
         yield world
         await world.close()
         return

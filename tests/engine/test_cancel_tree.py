@@ -9,8 +9,9 @@ import pytest
 
 from durable import Context, RunCancelled, workflow
 from durable.core.errors import RunFinished, RunNotFound
+from durable.core.registry import Registry
 from durable.protocol.states import Status
-from durable.store.records import RunQuery, RunRecord
+from durable.store.records import NewRun, Parent, RunQuery, RunRecord
 from tests.engine.world import Gate, World
 
 
@@ -164,3 +165,16 @@ async def test_S23_cancel_and_completion_come_to_one_end(world: World) -> None:
         assert record.status is Status.COMPLETED or first
         assert (await world.statuses(handle.id, "run"))[-1] == record.status.value
     await world.sound(*(handle.id for handle in handles))
+
+
+async def test_B37_a_child_in_another_workspace_ends_with_the_tree(world: World) -> None:
+    """A run that has ended had started one in another app's workspace: it is open still, and told there."""
+    app = await world.engine(leaf, returns, middle)
+    app.engine.deps.catalog.put("shop.dev", Registry([leaf]))
+    parent = await app.start(returns, 0)
+    assert await parent.result(5) == "returned"
+    child = NewRun(f"{parent.id}.far", "leaf", "1", b"false", "shop.dev", parent=Parent(parent.id, "far", 99))
+    await (await world.store()).start([child])
+    assert await parent.cancel("all of it", children=True)
+    with pytest.raises(RunCancelled):
+        await app.engine.result(child.id, 5, workspace="shop.dev")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from durable import ChildFailed, Context, Durable, RunCancelled, RunFailed, workflow
 from durable.core.errors import UnknownWorkflow
 from durable.core.journal import Entry
-from durable.engine.children import to_cancel
+from durable.engine.children import ChildNote, cancel, to_cancel
 from durable.protocol.states import Status
 from durable.store.memory import MemoryStore
 from tests.engine.world import Gate, World, eventually
@@ -393,8 +395,18 @@ def test_journals_written_before_still_replay() -> None:
     old = b'{"run_id":"r.child.0","workflow":"waits","version":"1"}'
     begun = Entry(2, 2, "child", "started", "waits", 0, "waits", payload=old)
     new = Entry(3, 3, "child", "started", "other", 1, "other", payload=old[:-1] + b',"on_parent_close":"cancel"}')
-    assert to_cancel([begun, new]) == {"other": (new, "r.child.0")}
+    assert to_cancel([begun, new]) == {"other": (new, "r.child.0", None)}
     assert to_cancel([begun, new, Entry(4, 4, "child", "completed", "other", 1)]) == {}
+
+
+def test_B37_a_journal_says_where_a_child_lives() -> None:
+    """A parent that dies with no code to ask tells a child in another app's workspace there, and no other run of that id."""
+    note = ChildNote("r.child.0", "waits", "1", "cancel", "shop.dev")
+    begun = Entry(2, 2, "child", "started", "far", 0, "waits", payload=msgspec.json.encode(note))
+    [(key, child)] = to_cancel([begun]).items()
+    run = SimpleNamespace(run_id="r", workspace="default", tree_cancelled=False)
+    told: Any = cancel(cast(Any, run), key, child.run_id, child.workspace).message
+    assert (told.run_id, told.kind, told.workspace) == ("r.child.0", "cancel", "shop.dev")
 
 
 async def test_a_parent_whose_last_commit_the_store_refuses_ends_its_children() -> None:

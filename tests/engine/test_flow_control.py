@@ -6,8 +6,6 @@ import asyncio
 from collections import Counter
 from typing import Any
 
-import pytest
-
 from durable import (
     Batch,
     Concurrency,
@@ -25,16 +23,8 @@ from durable import (
 )
 from durable.protocol.states import Status
 from durable.store.admission import Verdict
+from tests.engine.conftest import on_postgres
 from tests.engine.world import Gate, World, all_results, eventually
-
-STORES = ["memory"]
-"""Until the others have lanes."""
-
-
-@pytest.fixture(params=STORES)
-def store_kind(request: pytest.FixtureRequest) -> str:
-    kind: str = request.param
-    return kind
 
 
 class Meter:
@@ -83,6 +73,7 @@ async def test_S25_never_more_than_the_limit_over_three_engines(world: World) ->
     assert meter.most["all"] == 3
 
 
+@on_postgres
 async def test_S25_a_key_has_a_limit_of_its_own(world: World) -> None:
     """One for each customer, four in all; a run without the value shares one key with its like."""
     each, total = Meter(), Meter()
@@ -103,6 +94,7 @@ async def test_S25_a_key_has_a_limit_of_its_own(world: World) -> None:
     assert 1 < total.most["all"] <= 4
 
 
+@on_postgres
 async def test_a_waiting_run_holds_no_place(world: World) -> None:
     """With one place, ten runs sleep, wait for a signal, an event and a retry, all at the same time."""
     tries: Counter[str] = Counter()
@@ -169,7 +161,7 @@ async def test_B10_a_dead_holder_frees_its_place(world: World) -> None:
 
     @workflow(name="one", concurrency=1)
     async def one(ctx: Context, what: str) -> str:
-        if what == "first" and not gate.came:
+        if what == "first":
             await ctx.step("gate", gate)
         return what
 
@@ -179,8 +171,8 @@ async def test_B10_a_dead_holder_frees_its_place(world: World) -> None:
     second = await other.start(one, "second")
     if other.engine._executor.residents:
         dying, other = other, dying
-    gate.open()
     await world.crash(dying)
+    gate.open()
     assert await all_results([other.run(first.id), other.run(second.id)]) == ["first", "second"]
 
 
@@ -268,6 +260,7 @@ async def test_lanes_are_served_by_weight(world: World) -> None:
 # ------------------------------------------------------------------ throttle and rate limit
 
 
+@on_postgres
 async def test_E5_a_throttle_spaces_and_drops_nothing(world: World) -> None:
     """Two within any 0.4 s, on two engines: of six runs no three begin closer together, and all come."""
 
@@ -302,6 +295,7 @@ async def test_E5_a_rate_limit_drops_what_is_above(world: World) -> None:
 # ------------------------------------------------------------------ debounce and batch
 
 
+@on_postgres
 async def test_S28_a_debounced_run_gets_the_last_event(world: World) -> None:
     """Each arrival resets the timer; one run, of the last; the next event opens another."""
 
@@ -381,6 +375,7 @@ async def test_a_batch_as_an_event_has_the_list_as_its_data(world: World) -> Non
 # ------------------------------------------------------------------ singleton
 
 
+@on_postgres
 async def test_E5_a_singleton_skips_replaces_or_queues(world: World) -> None:
     """One unfinished run: the second event is skipped, or asks the first to stop, or waits for it."""
     gate = Gate()

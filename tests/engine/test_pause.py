@@ -456,6 +456,30 @@ async def test_a_wait_for_an_event_is_held_too(world: World, timers: Any) -> Non
     await world.sound(inside.id, behind.id)
 
 
+async def test_an_event_behind_a_deadline_that_is_held_is_had_at_once(world: World) -> None:
+    """It came in the pause, after the deadline as it stood then, so nobody was told of it; the run that goes on looks for it
+    at once, and not when its time is up."""
+
+    @workflow(name="awaits")
+    async def awaits(ctx: Context) -> Any:
+        return await ctx.wait_for_event("paid", timeout=1.2)
+
+    app = await world.engine(awaits)
+    handle = await app.start(awaits)
+    await world.waits(handle.id)
+    await world.until(handle.id, lambda r: r.inbox_read == r.inbox_last)
+    await handle.pause()
+    await world.until(handle.id, paused)
+    begun = time.monotonic()
+    await eventually(lambda: time.monotonic() > begun + 1.3, "the deadline has passed")
+    await app.engine.send_event("paid", 7)
+    await handle.resume(timers="hold")
+    resumed = time.monotonic()
+    assert (await handle.result(5))["data"] == 7
+    assert time.monotonic() - resumed < 0.8
+    await world.sound(handle.id)
+
+
 async def test_a_paused_run_holds_up_nobody(world: World) -> None:
     """A paused run gives its slot back, and takes one again when it goes on."""
     gate, names = Gate(), list[str]()

@@ -306,3 +306,110 @@ async def test_a_schedule_that_cannot_be_read_harms_no_other(caplog: pytest.LogC
         await seen(lambda: runs(app), lambda found: len(found) == 1)
         assert "cannot be read" in caplog.text
         assert (await store.list_items(ItemQuery("schedule", due=True))).items
+
+
+async def test_B37_queues_of_two_workspaces_are_two() -> None:
+    """Schedules of one id in two workspaces, both with `overlap="queue"`, do not wait for each other (B37)."""
+    from durable.core.registry import Registry
+
+    here, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+    @workflow
+    async def busy(ctx: Context) -> None:
+        async def body() -> None:
+            here.release()
+            await go_on.wait()
+
+        await ctx.step("body", body)
+
+    async with apps(MemoryStore(), 1, busy) as (app,):
+        app.engine.deps.catalog.put("shop.dev", Registry([busy]))
+        for workspace in ("default", "shop.dev"):
+            await app.schedules.ensure("s", "busy", every="1h", overlap="queue", workspace=workspace)
+            await app.schedules.trigger("s", workspace=workspace)
+        try:
+            async with asyncio.timeout(10):
+                await here.acquire()
+                await here.acquire()
+        finally:
+            go_on.set()
+
+
+async def test_a_changed_schedule_knows_its_last_run() -> None:
+    """What has become of a schedule outlives a change of it, so that `overlap` holds over the change."""
+    async with apps(MemoryStore()) as (app,):
+        await app.schedules.ensure("s", "long", cron=SECONDLY, overlap="skip")
+        await seen(lambda: app.schedules.get("s"), lambda one: one.fired == 1)
+        await app.schedules.ensure("s", "long", cron=SECONDLY, overlap="skip", tags=["changed"])
+        await seen(lambda: app.schedules.get("s"), lambda one: one.skipped >= 2)
+        assert (await app.schedules.get("s")).fired == 1
+        assert len(await runs(app, "long")) == 1
+
+
+async def test_a_paused_schedule_stays_so_over_a_restart() -> None:
+    """Who declares a schedule again, as applications do when they begin, or a workflow's own cron, does not undo a pause; who
+    says `paused=False` does."""
+
+    @workflow("beats", cron="0 0 1 1 *")
+    async def beats(ctx: Context, event: Event) -> None: ...  # type: ignore[type-arg]
+
+    store = MemoryStore()
+    async with apps(store, 1, beats, tick) as (app,):
+        await seen(app.schedules.list, lambda found: len(found) == 1)
+        await app.schedules.ensure("s", "tick", cron=SECONDLY, paused=True)
+        await app.schedules.pause("$cron:beats")
+    async with apps(store, 1, beats, tick) as (app,):
+        await app.schedules.ensure("s", "tick", cron=SECONDLY)
+        await app.schedules.ensure("t", "tick", cron=SECONDLY)
+        await seen(lambda: app.schedules.get("t"), lambda one: one.fired >= 1)  # the triggers have been seen to before
+        assert (await app.schedules.get("s")).paused
+        assert (await app.schedules.get("$cron:beats")).paused
+        assert not (await app.schedules.ensure("s", "tick", cron=SECONDLY, paused=False)).paused
+
+
+class Watched(MemoryStore):
+    """Looks, when a schedule moves on, at how its runs before stand."""
+
+    alone: bool = True
+
+    async def fire(self, fires: Any) -> Any:
+        started = {occurrence.run.id for fire in fires for occurrence in fire.occurrences}
+        if started:
+            before = (await self.find(RunQuery(workflow="long", statuses=(Status.ACTIVE,)))).runs
+            for run in before:
+                self.alone = self.alone and run.inbox_last > 0
+        return await super().fire(fires)
+
+
+async def test_S22_the_run_before_is_asked_to_stop_before_the_next_is_there() -> None:
+    """With `overlap="cancel"` an engine that dies between the two leaves no run that nobody asks to stop (S22)."""
+    store = Watched()
+    async with apps(store) as (app,):
+        await app.schedules.ensure("s", "long", cron=SECONDLY, overlap="cancel")
+        await seen(lambda: app.schedules.get("s"), lambda one: one.fired >= 2)
+        assert store.alone
+
+
+class Counted(MemoryStore):
+    """How often it is asked."""
+
+    looks = claims = 0
+
+    async def list_items(self, query: ItemQuery) -> Any:
+        self.looks += query.due
+        return await super().list_items(query)
+
+    async def claim(self, request: Any) -> Any:
+        self.claims += 1
+        return await super().claim(request)
+
+
+async def test_an_engine_without_schedules_seldom_asks_for_them() -> None:
+    """An idle engine looks for due schedules far less often than for due runs; one that is made here fires at its time all the
+    same."""
+    store = Counted()
+    async with apps(store) as (app,):
+        await seen(lambda: asyncio.sleep(0, store.claims), lambda claims: claims >= 25)
+        assert store.looks <= store.claims // 2
+        await app.schedules.ensure("s", "tick", at=datetime.now(UTC) + timedelta(seconds=0.1))
+        await seen(lambda: runs(app), lambda found: len(found) == 1)

@@ -204,7 +204,10 @@ class World:
                 self.graves.append(app)
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
-            if (task.get_name() or "").startswith("durable-") or "durable" in repr(task.get_coro()):
+            name = task.get_name() or ""
+            if name.startswith(("durable-worker-", "durable-scheduler")):
+                continue  # of a connection pool, which ends them
+            if name.startswith("durable-") or "durable" in repr(task.get_coro()):
                 task.cancel()
         loop = asyncio.get_running_loop()
         for grave in self.graves:

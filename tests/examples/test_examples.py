@@ -28,7 +28,6 @@ SAYS: dict[str, list[str]] = {
     ],
     "sleep": ["the engine stops", "a new engine is up", "result: drink water (after 1 s)"],
     "signals": ["sent: True, the same id again: False", "120: approved by ann", "80: nobody decided"],
-    "events": ["the same id again: True", "fulfil → A1: shipped", "thank → ann gets a card"],
     "children": ["page 1\npage 2\nfailed: ", "page 3 is torn", "child print_page: failed"],
     "gather": ["best of [30, 20]: 20; first to answer: 30"],
     "patched": ["the lamp packed", "the vase, insured packed"],
@@ -40,6 +39,29 @@ SAYS: dict[str, list[str]] = {
     "hosted_workflow": ["worker: weighing books", "result: books: 50 g, with ann", "  turn:1\n"],
     "worker_steps": ["result: 10 WORDS", "tasks: {'completed': 2}"],
     "logs": ["info  workflow: importing users", "halfway", "warn  workflow: done {'total': 2000}", "rows: 2000"],
+    "schedules": ["paused after two seconds", "by hand: the shop is alive", "left: []"],
+    "events": [
+        "confirm: o-1 is confirmed\ncheck: o-2 is checked by hand\nconfirm: o-2 is confirmed",
+        "sent again, a duplicate: True - runs: 2",
+        "told: ['order.confirmed: o-1', 'order.confirmed: o-2']",
+    ],
+    "wait_for_event": ["starts 0 runs", "kite: paid 30, flown at wind 5", "anvil: nobody paid"],
+    "concurrency": ["limits: {'all': 3, 'ann': 2, 'bob': 2}", "done: {'ann': 8, 'bob': 5}", "than the limits: True"],
+    "priority": ["served: first, bob, dora, ann, carl"],
+    "fairness": ["the next twelve turns: {'huge': 3, 'small': 3, 'gold': 6}"],
+    "throttle": ["all of them ran: [0, 1, 2, 3, 4, 5]", "had to wait: True; the fifth for two periods: True"],
+    "rate_limit": ["db-1: started\ndb-1: dropped\ndb-2: started\ndb-1: dropped", "runs: 2"],
+    "debounce": ["a 'D': debounced, a new run: True", "a 'Durable': debounced, a new run: False", "indexed a: Durable"],
+    "batch": ["/price: batched", "3 views: /, /docs, /\n1 views: /price"],
+    "singleton": [
+        "skip: started, then skipped; synced graz",
+        "cancel: started, then started; cancelled; synced graz",
+        "queue: started, then started; synced graz; synced graz",
+    ],
+    "service": ["sent again, the same run: True", "log packed", "o-1 leaves from Graz", "[run_not_found]", "Stopped."],
+    "runner_connect": ["cat: 30 px - by right", "right has gone; connected is left", "horse: 50 px"],
+    "runner_serve": ["checked in: [('web', 'serve', True)]", "invoice 1001 for o-1, mailed to ann"],
+    "search_attributes": ["heavy, in the depot: ['bob']", "at home: ['ann', 'bob']", "fragile is left: False"],
 }
 
 SERVED: dict[str, tuple[str, str, list[str]]] = {

@@ -28,9 +28,12 @@ WORKSPACE = "shop.dev"
 KEY = "dk_shop.dev_s3cret"
 
 
-async def provide(world: World, url: str | None = None, key: str = KEY) -> None:
-    """The workspace's item, as the service writes it."""
-    keys = [{"id": fingerprint(key), "secret": key, "role": "full", "createdAt": 1, "endsAt": None}]
+async def provide(world: World, url: str | None = None, *given: str) -> None:
+    """The workspace's item, as the service writes it; of several keys the last is the newest."""
+    keys = [
+        {"id": fingerprint(key), "secret": key, "role": "full", "createdAt": number, "endsAt": None}
+        for number, key in enumerate(given or [KEY], 1)
+    ]
     said = {"app": "shop", "environment": "dev", "keys": keys, "createdAt": 1, "appUrl": url}
     item = NewItem(WORKSPACE, "workspace", WORKSPACE, msgspec.json.encode(said))
     await (await world.store()).put_items([item])
@@ -93,6 +96,23 @@ async def test_an_answer_that_is_not_signed_by_the_app_is_refused(world: World, 
             handle = await engine.engine.start_run("order", {}, workspace=WORKSPACE)
             with pytest.raises(RunFailed, match="not believed"):
                 await handle.result(10)
+
+
+@pytest.mark.parametrize("holds", ["dk_shop.dev_old", "dk_shop.dev_new"])
+async def test_while_a_key_is_replaced_the_app_may_hold_either(world: World, holds: str) -> None:
+    """Between a rotation and the app's next start the app knows only the older key: it is called with that, and loses
+    nothing."""
+
+    async def order(step: Step, event: dict[str, Any], failure: Any) -> Any:
+        return await step.run("one", lambda: 1)
+
+    async with HttpApp({"order": order}, key=holds) as app:
+        await provide(world, app.url, "dk_shop.dev_old", "dk_shop.dev_new")
+        engine = await world.engine()
+        async with Site(engine) as site:
+            await site.functions.sync(WORKSPACE, msgspec.json.encode({"functions": [function("order", retries=0)]}))
+            handle = await engine.engine.start_run("order", {}, workspace=WORKSPACE)
+            assert await handle.result(10) == 1
 
 
 async def test_a_version_that_is_named_is_told_whatever_it_is(world: World) -> None:

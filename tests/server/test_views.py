@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import UNSET, Raw
 
+from durable import Context, Durable
 from durable.core.journal import LOG, REMOTE, RUN, STEP, TIMER, Entry
 from durable.protocol.states import TERMINAL, Activity, Status
 from durable.server.views import ACTIVE, ENDED, frame_of, iso, status_word, step_views
 
-WORDS = {
+WORDS: dict[str, set[Activity | Status]] = {
     "queued": {Activity.QUEUED, Activity.SCHEDULED},
     "running": {Activity.EXECUTING, Activity.CANCELLING},
     "waiting": {Activity.WAITING, Activity.SLEEPING, Activity.RETRYING},
@@ -104,3 +106,33 @@ def test_steps_from_a_journal() -> None:
 def test_times() -> None:
     """Milliseconds, UTC, with a Z."""
     assert iso(1_700_000_000_123_456) == "2023-11-14T22:13:20.123Z"
+
+
+async def test_waits_for_events_end() -> None:
+    """A wait for an event is completed once its event has come, also where that was there before it, or its time is up; the
+    event's data is its output."""
+    app = Durable("memory://")
+
+    @app.workflow
+    async def waits(ctx: Context) -> None:
+        await ctx.wait_for_event("a", match={"n": 1})
+        await ctx.wait_for_event("b", timeout="10ms", default=None)
+        await ctx.wait_for_event("a", match={"n": 2})
+        await ctx.wait_for_event("a", timeout="1h")
+
+    async with app:
+        run = await app.start(waits)
+        for n in (1, 2):
+            await app.send_event("a", {"n": n})
+        entries = []
+        async for entry in app.watch(run.id):
+            entries.append(entry)
+            if (entry.key, entry.status) == ("event:a:2", "opened"):
+                break
+        found = [step for step in step_views(entries) if step.kind == "wait"]
+    assert [(step.key, step.status, step.output) for step in found] == [
+        ("event:a", "completed", Raw(b'{"n":1}')),
+        ("event:b", "completed", UNSET),
+        ("event:a:1", "completed", Raw(b'{"n":2}')),
+        ("event:a:2", "running", UNSET),
+    ]

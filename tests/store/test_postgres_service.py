@@ -416,3 +416,45 @@ UPDATE durable.runs SET status = 'completed', owner = NULL, finished_at = 1 WHER
 INSERT INTO durable.event_waiters (run_id, id, event) VALUES ('held', 'w', 'order');
 INSERT INTO durable.slots (key, number, run_id, epoch) VALUES ('old', 1, 'held', 1);
 """
+
+
+UNDER_WAY = "SELECT durable.publish(%s, '{default}', '{order}', %s, %s, ARRAY[NULL::bytea], '{\"[]\"}', '[null]', NULL, NULL, 99)"
+
+
+async def test_B42_a_number_that_is_committed_late_is_waited_for(
+    stores: list[PostgresStore], postgres_url: str
+) -> None:
+    """B42: whoever pages by number is shown nothing above an event that has its number and is not committed yet; it comes in its
+    place once it is, and is never waited for once its publisher has given up. Who looks for one event sees all there are."""
+
+    async def whole(after: int | None = None) -> list[str]:
+        return [one.id for one in await stores[1].events(EventQuery(after=after, whole=True))]
+
+    await stores[0].publish([event("e1")])
+    async with (
+        await psycopg.AsyncConnection.connect(postgres_url) as slow,
+        await psycopg.AsyncConnection.connect(postgres_url) as dies,
+    ):
+        await slow.execute(UNDER_WAY, (["slow"], [None], [b"1"]))
+        await stores[0].publish([event("e3")])
+        await dies.execute(UNDER_WAY, (["dies"], [None], [b"1"]))
+        await stores[0].publish([event("e5")])
+        assert await whole() == ["e1"]
+        assert await whole(1) == []
+        assert [one.id for one in await stores[1].events(EventQuery(after=1))] == ["e3", "e5"]
+        await slow.commit()
+        assert await whole(1) == ["slow", "e3"]
+        await dies.rollback()
+        assert await whole(3) == ["e5"]
+
+
+async def test_a_call_that_lets_no_run_go_lets_go_what_has_expired(store: PostgresStore, postgres_url: str) -> None:
+    """Without a rule for runs nonces and the like would stay for ever."""
+    await begin(store, new(owner="a"))
+    await done(store, commit("r", status=Status.COMPLETED))
+    await store.put_items([NewItem("default", "nonce", "n", b"", expires_in=0)])
+    assert await store.prune(PruneRequest(5)) == 0
+    async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as cx:
+        rows = await (await cx.execute("SELECT count(*) FROM durable.items")).fetchone()
+    assert rows == (0,)
+    assert await store.get(["r"]) != [None]

@@ -63,15 +63,16 @@ async def publish(db: Database, schema: str, events: Sequence[NewEvent], max_pay
         ],
     )
     there = await _get(db, schema, [row[1] for row in rows if row[2] is None])
+    again = await _told_again(db, schema, events, [there.get(row[1]) if row[2] is None else None for row in rows])
     outcomes = []
-    for event, admissions, row in zip(events, expected, rows, strict=True):
+    for index, (event, admissions, row) in enumerate(zip(events, expected, rows, strict=True)):
         _, event_id, number, received_at, made, waiters = row
         if number is None:
             if event_id not in there:
                 # What was in its way has been pruned since: now it is new.
                 outcomes += await publish(db, schema, [event], max_payload)
             else:
-                outcomes.append(EventOutcome(there[event_id], True))
+                outcomes.append(EventOutcome(there[event_id], True, tuple(again.get(index, ()))))
             continue
         record = EventRecord(
             event.id,
@@ -104,6 +105,11 @@ async def find(db: Database, schema: str, query: EventQuery) -> list[EventRecord
             parameters.append(value)
     if query.unsettled:
         conditions.append("NOT e.settled")
+    if query.whole:
+        # First, in a statement of its own: the rows are then read as they stand after it.
+        [[bound]] = await db.read(f"SELECT {schema}.whole_events()")
+        conditions.append("e.number <= %s")
+        parameters.append(bound)
     if query.since is not None and query.after is None and query.workspace is not None:
         # Numbers rise with time but for what a statement may take: an event that is older by a minute is a bound.
         conditions.append(
@@ -135,6 +141,32 @@ async def _get(db: Database, schema: str, ids: Sequence[str | None]) -> dict[str
         return {}
     rows = await db.read(f"SELECT {_COLUMNS} FROM {schema}.events e WHERE e.id = ANY (%s)", [texts(wanted)])
     return {row[0]: _record(row) for row in rows}
+
+
+async def _told_again(
+    db: Database, schema: str, events: Sequence[NewEvent], there: Sequence[EventRecord | None]
+) -> dict[int, list[Waiter]]:
+    """Who waits now for those that were there before and are not settled, by place."""
+    asked = []
+    for place, (event, record) in enumerate(zip(events, there, strict=True)):
+        if record is not None and not record.settled:
+            known = event.id == record.id and event.probes is not None  # another's probes say nothing of it
+            probes = ["", *map(storable, event.probes or ())] if known else None
+            asked.append({"place": place, "workspace": record.workspace, "name": record.name, "probes": probes})
+    if not asked:
+        return {}
+    found: dict[int, list[Waiter]] = {}
+    for place, *waiter in await db.read(
+        "SELECT a.place, w.run_id, w.id, w.match, w.expires_at, r.owner"
+        " FROM jsonb_to_recordset(%s::jsonb) AS a(place integer, workspace text, name text, probes jsonb)"
+        f" JOIN {schema}.event_waiters w ON w.workspace = a.workspace AND w.event = a.name"
+        "  AND (jsonb_typeof(a.probes) IS DISTINCT FROM 'array' OR a.probes ? w.probe)"
+        f"  AND (w.expires_at IS NULL OR w.expires_at > {schema}.now_us())"
+        f" JOIN {schema}.runs r ON r.id = w.run_id ORDER BY a.place, w.number",
+        [runs.json_text(asked)],
+    ):
+        found.setdefault(place, []).append(Waiter(*waiter))
+    return found
 
 
 def _has_policy(trigger: Trigger) -> bool:

@@ -28,6 +28,7 @@ class Retention:
 
     async def prune(self, request: PruneRequest) -> int:
         if request.older_than_us is None and request.keep is None:
+            await self._sweep(request)
             return 0
         [count] = await self._db.one(
             f"SELECT {self._schema}.prune_runs(%s, %s, %s, %s, %s, %s)",

@@ -71,10 +71,32 @@ def _publish(
             record.id: record
             for record in _records(cx, "id IN (SELECT value FROM json_each(?))", [listed(list(older))])
         }
+    again = _told_again(cx, events, same_as, records, now)
     return [
-        EventOutcome(records[there or event.id], there is not None, () if there else tuple(waiters.get(event.id, ())))
-        for event, there in zip(events, same_as, strict=True)
+        EventOutcome(
+            records[there or event.id],
+            there is not None,
+            tuple(again.get(str(place), ()) if there else waiters.get(event.id, ())),
+        )
+        for place, (event, there) in enumerate(zip(events, same_as, strict=True))
     ]
+
+
+def _told_again(
+    cx: sqlite3.Connection,
+    events: Sequence[NewEvent],
+    same_as: Sequence[str | None],
+    records: dict[str, EventRecord],
+    now: int,
+) -> dict[str, list[Waiter]]:
+    """Who waits now for those that were there before and are not settled, by place."""
+    asked = []
+    for place, (event, there) in enumerate(zip(events, same_as, strict=True)):
+        if there is not None and not records[there].settled:
+            record = records[there]
+            probes = event.probes if event.id == there else None  # another's say nothing of it
+            asked.append(NewEvent(str(place), record.name, b"", record.workspace, probes=probes))
+    return _waiting_for(cx, asked, now)
 
 
 def _known(cx: sqlite3.Connection, events: Sequence[NewEvent]) -> tuple[set[str], dict[tuple[str, str], str]]:

@@ -328,7 +328,7 @@ def shrink(swarm: Swarm, *, tries: int = 120, tell: Callable[[str], None] = lamb
 
 
 def _like(old: Any, items: list[Any]) -> Any:
-    return frozenset(items) if isinstance(old, frozenset) else tuple(items)
+    return frozenset(items) if isinstance(old, frozenset | set) else tuple(items)
 
 
 def regressions(path: Path) -> list[Case]:

@@ -1126,6 +1126,34 @@ END $$;
 
 -- ------------------------------------------------------------------ events
 
+-- The last number that was given to an event.
+CREATE FUNCTION @schema@.last_event() RETURNS bigint LANGUAGE sql VOLATILE
+AS $$ SELECT CASE WHEN n.is_called THEN n.last_value ELSE 0 END FROM @schema@.event_numbers n $$;
+
+-- Publishers hold locks of this class while their events have numbers and are not committed: each at the last number that had
+-- been given before its own.
+CREATE FUNCTION @schema@.events_under_way() RETURNS integer LANGUAGE sql IMMUTABLE
+RETURN hashtext('durable events of @schema@');
+
+-- A number up to which all events are committed, or never will be: no other appears below it. The number first, then the locks:
+-- whoever had one by then holds its lock, or has committed. Rows have to be read after this, by another statement.
+CREATE FUNCTION @schema@.whole_events() RETURNS bigint LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+  v_last bigint := @schema@.last_event();
+  v_most bigint;
+BEGIN
+  -- A lock has the low bits of a number; one that is above `v_last`, and then by far less than half of what they can say, is of
+  -- a publisher that came after.
+  SELECT max(d) INTO v_most FROM (
+    SELECT (v_last - l.objid::bigint) & 2147483647 AS d FROM pg_locks l
+    WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND l.classid::bigint = @schema@.events_under_way()::bigint & 4294967295) x
+  WHERE d < 1073741824;
+  RETURN v_last - coalesce(v_most, 0);
+END $$;
+
 -- Accept events, in order of place. Events and the admissions of their triggers as columns; `p_runs`: the runs of triggers
 -- without policies, each with the place `of` its event; `p_policies`: the triggers of events that have a policy, in order.
 -- One row for each event: its number (null: a duplicate of `event_id`), its admissions where they are other than given, and
@@ -1153,7 +1181,9 @@ BEGIN
   IF p_policies IS NOT NULL THEN
     PERFORM @schema@.lock_policies(p_policies, v_now);
   END IF;
-  -- Numbered under those locks: events that share a policy have numbers in the order in which it has seen them.
+  -- Numbered under those locks: events that share a policy have numbers in the order in which it has seen them. Another lock
+  -- says that numbers above the last one given are on their way (`whole_events`).
+  PERFORM pg_advisory_xact_lock_shared(@schema@.events_under_way(), (@schema@.last_event() & 2147483647)::integer);
   v_numbers := ARRAY(SELECT nextval('@schema@.event_numbers') FROM generate_series(1, cardinality(p_ids)));
   WITH given AS MATERIALIZED (
     SELECT * FROM unnest(p_ids, p_workspaces, p_names, p_dedupe_ids, p_datas, p_metas, p_admissions, v_numbers)

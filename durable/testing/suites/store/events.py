@@ -465,8 +465,37 @@ class EventTests(Tests):
             (EventQuery(name="n0", after=numbers[0], before=numbers[4]), ["e2"]),
             (EventQuery(name="nobody"), []),
             (EventQuery("nowhere"), []),
+            (EventQuery(whole=True), ["e0", "e1", "e2", "e3", "e4"]),
+            (EventQuery(after=numbers[2], whole=True, limit=1), ["e3"]),
+            (EventQuery(whole=True, newest_first=True, limit=1), ["e4"]),
         ):
             assert await ids_of(store, query) == wanted, query
+
+    async def test_B42_who_pages_by_number_misses_nothing(self, store: Store, other: Store) -> None:
+        """B42: publishers on two connections, and a reader that asks for what comes after the last it has seen: every event,
+        once, in the order of numbers, though a lower number may be committed after a higher one."""
+        wanted = {f"e{n}.{k}" for n in range(40) for k in range(3)}
+        seen: list[EventRecord] = []
+
+        async def read_on() -> None:
+            while len(seen) < len(wanted):
+                after = seen[-1].number if seen else None
+                seen.extend(await store.events(EventQuery(after=after, whole=True, limit=7)))
+                await asyncio.sleep(0)
+
+        async def write(n: int) -> None:
+            # Some are long under way.
+            padding = b'"' + b"x" * (n % 4 * 30_000) + b'"'
+            await (store, other)[n % 2].publish([NewEvent(f"e{n}.{k}", "n", padding) for k in range(3)])
+
+        async def write_all(first: int) -> None:
+            for n in range(first, 40, 8):
+                await write(n)
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(read_on(), *map(write_all, range(8)))
+        assert {event.id for event in seen} == wanted
+        assert [event.number for event in seen] == sorted({event.number for event in seen})
 
     async def test_A10_all_workspaces_are_for_the_sweep_alone(self, store: Store) -> None:
         """Without a workspace only unsettled events may be asked for: a mistake of the caller's, said at once."""

@@ -173,7 +173,8 @@ final class Step
             return $now->add($time);
         }
         if (is_string($time)) {
-            $later = @$now->modify(str_starts_with($time, '+') ? $time : "+$time");
+            $ahead = str_starts_with($time, '+') ? $time : "+$time";
+            $later = strtotime($ahead) === false ? false : $now->modify($ahead); // which would warn
             if ($later === false || $later < $now) {
                 throw new NonRetryable("'$time' is no length of time: write seconds, or '3 days'.", 'bad_duration');
             }
