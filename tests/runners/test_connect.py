@@ -367,27 +367,26 @@ async def test_a_newer_runner_of_a_name_wins_at_another_node(world: World) -> No
                 await runner.send({"type": "ping"})
             await asyncio.sleep(0.02)
 
-    if world.kind == "postgres":
-        pytest.skip("the same items, over a slower wire; test_a_newer_runner_of_a_name_wins is there")
     engine, another = await world.engine(), await world.engine()
     async with (
         Site(engine, heartbeat_ms=200) as here,
         Site(another, heartbeat_ms=200) as there,
-        asyncio.TaskGroup() as group,
+        FieldRunner(here.base, {"order": one}, runner="same") as older,
     ):
-        async with FieldRunner(here.base, {"order": one}, runner="same") as older:
-            group.create_task(stays(older))
-            await registered(here, "order")
-            async with FieldRunner(there.base, {"order": one}, runner="same") as newer:
-                group.create_task(stays(newer))
-                await eventually(lambda: older.closed == 4409)
-                assert newer.closed is None
-                for app in (engine, another):
-                    assert await (await start(app, "order")).result(10) is None
-                assert (len(older.asked), len(newer.asked)) == (0, 2)
-                for site in (here, there):
-                    (live,) = await site.functions.directory.live(WORKSPACE)
-                    assert live.node == there.functions.directory.node_id
+        lives = [asyncio.create_task(stays(older))]
+        await registered(here, "order")
+        async with FieldRunner(there.base, {"order": one}, runner="same") as newer:
+            lives.append(asyncio.create_task(stays(newer)))
+            await eventually(lambda: older.closed == 4409)
+            assert newer.closed is None
+            for app in (engine, another):
+                assert await (await start(app, "order")).result(10) is None
+            assert (len(older.asked), len(newer.asked)) == (0, 2)
+            for site in (here, there):
+                (live,) = await site.functions.directory.live(WORKSPACE)
+                assert live.node == there.functions.directory.node_id
+            for life in lives:
+                life.cancel()
 
 
 @pytest.mark.parametrize(
