@@ -29,7 +29,8 @@ class ScheduleBody(Struct, frozen=True, rename="camel"):
     overlap: Literal["allow", "skip", "cancel", "queue"] = "allow"
     priority: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)] | None = None
     tags: Tags = []
-    paused: bool = False
+    paused: bool | None = None
+    """None: as it is; a new one is not."""
 
 
 class ScheduleView(Struct, frozen=True, rename="camel", omit_defaults=True):
