@@ -115,6 +115,7 @@ async def _ensure(
     from datetime import UTC
 
     text, at = given.pop("input_json"), given.pop("at")
+    given["paused"] = given["paused"] or None  # without the flag: as it is
     async with open_service(url, key, app) as client:
         made = await client.schedules.ensure(
             id,

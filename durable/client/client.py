@@ -473,10 +473,11 @@ class Schedules(_Part):
         overlap: Literal["allow", "skip", "cancel", "queue"] | None = None,
         priority: int | None = None,
         tags: Sequence[str] | None = None,
-        paused: bool = False,
+        paused: bool | None = None,
         app: str | None = None,
     ) -> Schedule:
-        """See that there is this schedule, by one of `cron` (with `timezone`), `every` and `at`. Raises Refused."""
+        """See that there is this schedule, by one of `cron` (with `timezone`), `every` and `at`. `paused` None: as it is. Raises
+        Refused."""
         body = _given(
             workflow=workflow,
             cron=cron,
