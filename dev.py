@@ -30,8 +30,9 @@ STAMP = VENV / "dev-stamp"
 LOCK = ROOT / "requirements.lock"
 OLDEST = (3, 11)
 
-SIMULATION_SECONDS = 130
+SIMULATION_SECONDS = 120
 CHAOS_SECONDS = 75
+BENCH_SECONDS = 20
 """What `test` spends on suites that could go on for ever; `test --all` sets no bound."""
 
 
@@ -53,7 +54,8 @@ def demo(args: list[str]) -> int:
 def test(args: list[str]) -> int:
     """test [--all] [PATH or pytest arguments ...]
 
-    Without arguments: all suites in order, simulation and chaos within a budget that starts elsewhere at each commit.
+    Without arguments: all suites in order; simulation, chaos and benchmarks within a budget that starts elsewhere at each
+    commit, and of the engine's four ways (hot, cold; memory, SQLite) two, which ones changes too.
     --all: the same without a budget. Anything else goes to one pytest run: `test tests/core -k replay`.
     Tests of services that are not at hand are skipped with their remedy; with DURABLE_TEST_REQUIRE=all they fail.
     """
@@ -67,14 +69,16 @@ def test(args: list[str]) -> int:
         return [] if everything else ["--budget", str(seconds)]
 
     two = ["-n", "2"] if (os.cpu_count() or 1) > 1 else []
-    unmarked = ["-m", "not simulation and not chaos and not broker and not http"]
+    rotate = [] if everything else ["--rotate"]
+    unmarked = ["-m", "not simulation and not chaos and not broker and not http and not bench"]
     outside = ["--ignore=tests/examples", "--ignore=tests/cli"]
     suites = [
-        ("unit, conformance", [*pytest, "tests", *unmarked, *two, *outside]),
+        ("unit, conformance", [*pytest, "tests", *unmarked, *two, *outside, *rotate]),
         ("transports, workers", [*pytest, "tests", "-m", "broker", *two, *(["--dist", "loadfile"] if two else [])]),
         ("service", [*pytest, "tests", "-m", "http", *two, *(["--dist", "loadfile"] if two else [])]),
         ("simulation", [*pytest, "tests", "-m", "simulation", *within(SIMULATION_SECONDS)]),
         ("chaos", [*pytest, "tests", "-m", "chaos", *within(CHAOS_SECONDS)]),
+        ("bench", [*pytest, "tests", "-m", "bench", *within(BENCH_SECONDS)]),
     ]
     for name in ("examples", "cli"):
         suites.append((name, [*pytest, f"tests/{name}", *unmarked, *two]))

@@ -1,7 +1,7 @@
 """What every test may ask for: services with their remedies, and a budget for suites that could go on for ever.
 
-Tests under tests/simulation and tests/chaos bear those marks by where they stand, and so do those of brokers and workers, and
-those of the service.
+Tests under tests/simulation, tests/chaos and tests/bench bear those marks by where they stand, and so do those of brokers and
+workers, and those of the service.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ HTTP = {ROOT / "tests" / path for path in ("server", "runners", "client")}
 """Where tests talk to the service over its sockets."""
 
 
+ENGINE = ROOT / "tests" / "engine"
+"""Each of its tests runs hot and cold, in memory and on SQLite; with --rotate two of the four, in turn by commit."""
+
+
 class Budget:
     """Time to spend on seeds. Starts elsewhere at each commit, so that many short runs see many seeds."""
 
@@ -103,23 +107,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--budget",
         type=float,
         default=None,
-        help="seconds to spend on tests marked simulation or chaos; which come first rotates by commit, the rest is skipped",
+        help="seconds to spend on tests marked simulation, chaos or bench; which come first rotates by commit, the rest is skipped",
+    )
+
+    parser.addoption(
+        "--rotate",
+        action="store_true",
+        help="run the engine's tests hot on one store and cold on the other, which one changes from commit to commit",
     )
 
 
+def turned_away(item: pytest.Item, first: int) -> bool:
+    """Whether another commit runs this one."""
+    if ENGINE not in item.path.parents or not hasattr(item, "callspec"):
+        return False
+    params = item.callspec.params
+    if params.get("store_kind") not in ("memory", "sqlite") or "residency" not in params:
+        return False
+    return (params["store_kind"] == "memory") == (params["residency"] == ("hot", "cold")[first % 2])
+
+
 def budgeted(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(mark) for mark in ("simulation", "chaos"))
+    return any(item.get_closest_marker(mark) for mark in ("simulation", "chaos", "bench"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        for mark in ("simulation", "chaos"):
+        for mark in ("simulation", "chaos", "bench"):
             if (ROOT / "tests" / mark) in item.path.parents:
                 item.add_marker(mark)
         if item.path in BROKERS or any(folder in BROKERS for folder in item.path.parents):
             item.add_marker("broker")
         if any(folder in HTTP for folder in item.path.parents):
             item.add_marker("http")
+    if config.getoption("--rotate"):
+        first = Budget(None).start
+        away = [item for item in items if turned_away(item, first)]
+        config.hook.pytest_deselected(items=away)
+        items[:] = [item for item in items if not turned_away(item, first)]
     if config.getoption("--budget") is not None:
         outgrowing = [item for item in items if budgeted(item)]
         first = session_budget(config).start % max(1, len(outgrowing))

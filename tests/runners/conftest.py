@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.engine.conftest import residency, store_kind, world
+from tests.engine.conftest import database_url, residency, store_kind, world
 
-__all__ = ["residency", "store_kind", "world"]
+__all__ = ["database_url", "residency", "store_kind", "world"]
