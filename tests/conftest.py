@@ -107,7 +107,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--budget",
         type=float,
         default=None,
-        help="seconds to spend on tests marked simulation, chaos or bench; which come first rotates by commit, the rest is skipped",
+        help="seconds for tests marked simulation, chaos or bench; which come first rotates by commit, the rest is skipped",
     )
 
     parser.addoption(
