@@ -24,7 +24,7 @@ async def use(client: Client, url: str) -> None:
         async with connect([resize], url, app="photos.dev", runner="right"):
             while len(alive := await client.runners()) < 2:
                 await asyncio.sleep(0.02)
-            print("alive:", [(one["runner"], one["mode"], one["workflows"]) for one in alive])
+            print("alive:", [(one.runner, one.mode, one.workflows) for one in alive])
             pinned = await client.events.send("picture.uploaded", {"name": "cat"}, runner="right")
             run = await client.runs.wait(pinned.run_id or "")
             print(run.result, "- by", run.executed_by)

@@ -32,7 +32,7 @@ async def use(url: str) -> None:
     async with Client(url, key=key) as client:
         while not (alive := await client.runners()):
             await asyncio.sleep(0.02)
-        print("checked in:", [(one["runner"], one["mode"], one["keyMatches"]) for one in alive])
+        print("checked in:", [(one.runner, one.mode, one.key_matches) for one in alive])
         answer = await client.events.send("order.paid", {"id": "o-1"})
         await client.events.send("mail.sent", {"invoice": 1001, "to": "ann"})
         print((await client.runs.wait(answer.run_id or "")).result)
@@ -44,8 +44,8 @@ async def main() -> None:
     service = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "durable", "dev", "--store", "sqlite:///.durable/service.db", "--port", "0"),
         stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
-    assert service.stdout is not None
     while not (line := await service.stdout.readline()).startswith(b"API: "):
         assert line, "the service ended before it began"
     try:

@@ -18,7 +18,7 @@ async def heartbeat(ctx: Context, who: str) -> str:
 
 async def main() -> None:
     async with app:
-        await app.schedules.ensure("beat", heartbeat, "the shop", cron="* * * * * *", overlap="skip")
+        await app.schedules.ensure("beat", heartbeat, "the shop", cron="* * * * * *", catch_up="all")
         while len((await app.find(RunQuery(workflow="heartbeat"))).runs) < 2:
             await asyncio.sleep(0.05)
         paused = await app.schedules.pause("beat")

@@ -60,6 +60,7 @@ def logs_to_stderr() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # that it starts and stops, we say ourselves
     logging.getLogger("aiobotocore.credentials").setLevel(logging.WARNING)  # where it found some is no news
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # each call of a runner would be a line
     for handler in logging.getLogger().handlers:
         handler.addFilter(_not_twice())
 
