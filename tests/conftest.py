@@ -63,6 +63,11 @@ HTTP = {ROOT / "tests" / path for path in ("server", "runners", "client")}
 
 ENGINE = ROOT / "tests" / "engine"
 """Each of its tests runs hot and cold, in memory and on SQLite; with --rotate two of the four, in turn by commit."""
+IN_TURN = [
+    {"TestSqlite", "TestPostgres", "TestDbOnPostgres", "TestSqs"},
+    {"TestSqliteInline", "TestPostgresPooled", "TestDbOnPostgresByPollingAlone", "TestSqsFifo"},
+]
+"""The same suite on the same server in another setting; with --rotate one of each pair."""
 
 
 class Budget:
@@ -113,12 +118,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rotate",
         action="store_true",
-        help="run the engine's tests hot on one store and cold on the other, which one changes from commit to commit",
+        help="of what runs in several settings, run those whose turn it is: the engine's hot and cold, the stores' and brokers'",
     )
 
 
 def turned_away(item: pytest.Item, first: int) -> bool:
     """Whether another commit runs this one."""
+    suite = getattr(item, "cls", None)
+    if suite is not None and (ROOT / "tests" / "conformance") in item.path.parents:
+        # Postgres as a control plane has that name too, and no other setting.
+        return suite.__name__ in IN_TURN[(first + 1) % 2] and item.path.stem != "test_control_planes"
     if ENGINE not in item.path.parents or not hasattr(item, "callspec"):
         return False
     params = item.callspec.params
