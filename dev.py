@@ -55,8 +55,7 @@ def test(args: list[str]) -> int:
     """test [--all] [PATH or pytest arguments ...]
 
     Without arguments: all suites in order; simulation, chaos and benchmarks within a budget that starts elsewhere at each
-    commit, and of what runs in several
-    settings (the engine hot and cold, stores and brokers) those whose turn it is.
+    commit, and of what runs in several settings (the engine hot and cold, stores, brokers) those whose turn it is.
     --all: the same without a budget. Anything else goes to one pytest run: `test tests/core -k replay`.
     Tests of services that are not at hand are skipped with their remedy; with DURABLE_TEST_REQUIRE=all they fail.
     """
