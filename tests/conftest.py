@@ -61,8 +61,8 @@ HTTP = {ROOT / "tests" / path for path in ("server", "runners", "client")}
 """Where tests talk to the service over its sockets."""
 
 
-ENGINE = ROOT / "tests" / "engine"
-"""Each of its tests runs hot and cold, in memory and on SQLite; with --rotate two of the four, in turn by commit."""
+ENGINE = {ROOT / "tests" / "engine", ROOT / "tests" / "runners"}
+"""Each of their tests runs hot and cold, in memory and on SQLite; with --rotate two of the four, in turn by commit."""
 IN_TURN = [
     {"TestSqlite", "TestPostgres", "TestDbOnPostgres", "TestSqs"},
     {"TestSqliteInline", "TestPostgresPooled", "TestDbOnPostgresByPollingAlone", "TestSqsFifo"},
@@ -128,7 +128,7 @@ def turned_away(item: pytest.Item, first: int) -> bool:
     if suite is not None and (ROOT / "tests" / "conformance") in item.path.parents:
         # Postgres as a control plane has that name too, and no other setting.
         return suite.__name__ in IN_TURN[(first + 1) % 2] and item.path.stem != "test_control_planes"
-    if ENGINE not in item.path.parents or not hasattr(item, "callspec"):
+    if not ENGINE.intersection(item.path.parents) or not hasattr(item, "callspec"):
         return False
     params = item.callspec.params
     if params.get("store_kind") not in ("memory", "sqlite") or "residency" not in params:
