@@ -130,6 +130,8 @@ def turned_away(item: pytest.Item, first: int) -> bool:
         return suite.__name__ in IN_TURN[(first + 1) % 2] and item.path.stem != "test_control_planes"
     if not ENGINE.intersection(item.path.parents) or not hasattr(item, "callspec"):
         return False
+    if any("residency" in mark.args[0] for mark in item.iter_markers("parametrize")):
+        return False  # it says itself in which it runs
     params = item.callspec.params
     if params.get("store_kind") not in ("memory", "sqlite") or "residency" not in params:
         return False

@@ -31,6 +31,10 @@ on_postgres = pytest.mark.parametrize("store_kind", [*STORES, "postgres"])
 """For tests of which the store's own part is large."""
 
 
+once = pytest.mark.parametrize(("store_kind", "residency"), [("memory", "hot")])
+"""For tests in which neither store nor residency has a part."""
+
+
 @pytest.fixture
 def database_url(request: pytest.FixtureRequest, store_kind: str) -> str:
     """Of an empty Postgres, for the tests that run there."""

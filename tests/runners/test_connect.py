@@ -11,6 +11,7 @@ import pytest
 import websockets
 
 from durable.core.errors import RunFailed
+from tests.engine.conftest import once
 from tests.engine.world import World, eventually
 from tests.runners.apps import Memos, op, step_hash
 from tests.runners.site import FieldRunner, Site
@@ -398,10 +399,9 @@ async def test_a_newer_runner_of_a_name_wins_at_another_node(world: World) -> No
         ["register", {"type": "invoke.result", "id": "p9", "payload": {"status": 200, "body": {}}}],
     ],
 )
+@once
 async def test_frames_out_of_order_close_with_1002(world: World, frames: list[Any]) -> None:
     """A28: a result before registration, hello from a runner, two registrations, a result nobody asked for."""
-    if world.kind != "memory" or world.cold:
-        pytest.skip("the store has no part in it")
     app = await world.engine()
     async with Site(app) as site:
         said = FieldRunner(site.base, {"order": lambda invoke: (200, {})}).said
@@ -428,10 +428,9 @@ async def test_frames_out_of_order_close_with_1002(world: World, frames: list[An
         [{"name": f"w{n}", "triggers": []} for n in range(1_001)],
     ],
 )
+@once
 async def test_nonsense_in_a_registration_is_refused(world: World, workflows: list[Any]) -> None:
     """A30, A35: wildcards, other tenants' names, unsafe conditions and endless lists are refused, and nothing is kept."""
-    if world.kind != "memory" or world.cold:
-        pytest.skip("the store has no part in it")
     app = await world.engine()
     async with Site(app) as site, FieldRunner(site.base, {}, workflows=workflows) as runner:
         await eventually(lambda: runner.closed == 1008)

@@ -19,6 +19,7 @@ from durable.core.functions import Pass
 from durable.protocol.signature import BadSignature, body_signature, check, fingerprint, sign
 from durable.runners.serve import ServeLink
 from durable.store.items import ItemQuery, NewItem
+from tests.engine.conftest import once
 from tests.engine.world import World, eventually
 from tests.runners.apps import HttpApp, HttpServer, Memos, Step, op
 from tests.runners.site import FieldRunner, Site
@@ -178,10 +179,9 @@ async def test_a_run_goes_on_with_the_version_it_began_with(world: World) -> Non
         {"id": "a*"},
     ],
 )
+@once
 async def test_one_bad_function_refuses_the_whole_sync(world: World, wrong: dict[str, Any]) -> None:
     """A30, A35: nothing of a sync counts that has something in it that makes no sense."""
-    if world.kind != "memory" or world.cold:
-        pytest.skip("the store has no part in it")
     engine = await world.engine()
     async with Site(engine) as site:
         body = msgspec.json.encode({"functions": [function("good"), function("bad") | wrong]})
@@ -257,12 +257,11 @@ NOT_BELIEVED: dict[str, Callable[[str, int, bytes], str | None]] = {
 
 
 @pytest.mark.parametrize("signs", NOT_BELIEVED.values(), ids=NOT_BELIEVED)
+@once
 async def test_an_answer_of_a_runner_that_is_not_its_own_is_refused(
     world: World, signs: Callable[[str, int, bytes], str | None]
 ) -> None:
     """A01, A02, A05: whatever is wrong with the signature of a serving runner's answer, nothing of the answer counts."""
-    if world.kind != "memory" or world.cold:
-        pytest.skip("the store has no part in it")
     await provide(world)
     engine = await world.engine()
     async with Site(engine) as site, Served(lambda _: (200, {"data": "forged", "logs": []})) as runner:
@@ -336,10 +335,9 @@ async def test_a_live_heartbeat_evicts_stale_siblings(world: World) -> None:
         assert [one.url for one in await site.functions.directory.live(WORKSPACE)] == [new.url]
 
 
+@once
 async def test_a_registration_of_another_app_is_refused(world: World) -> None:
     """A10: the credential says the workspace, and a body that names another is refused."""
-    if world.kind != "memory" or world.cold:
-        pytest.skip("the store has no part in it")
     engine = await world.engine()
     async with Site(engine) as site, Served(None) as runner:
         with pytest.raises(Exception, match="another app"):
