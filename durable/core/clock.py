@@ -7,10 +7,17 @@ deadlines (leases), in seconds, and never compared between processes.
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 SECOND = 1_000_000
 """Microseconds."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def microseconds_of(moment: datetime) -> int:
+    """An aware moment as µs since the epoch, exactly: a float of seconds would lose the last digits."""
+    return (moment - EPOCH) // timedelta(microseconds=1)
 
 
 class Clock(Protocol):

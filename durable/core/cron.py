@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from cronsim import CronSim, CronSimError
 from msgspec import Struct
 
-from durable.core.clock import SECOND
+from durable.core.clock import EPOCH, SECOND, microseconds_of
 from durable.core.durations import Duration, seconds
 from durable.core.errors import DefinitionError
 
@@ -23,7 +23,6 @@ MAX_LINE = 200
 """Characters of a cron line."""
 LAST_YEAR = 2200
 """Later is a slip of the pen, and no store's business."""
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ALIASES = {
     "@hourly": "0 * * * *",
     "@daily": "0 0 * * *",
@@ -72,12 +71,12 @@ class Recurrence(Struct, frozen=True, omit_defaults=True):
 
     def _walk(self, start: int, *, back: bool = False) -> Iterator[int]:
         zone = ZoneInfo(self.timezone)
-        moment = (_EPOCH + timedelta(microseconds=start)).astimezone(zone)
+        moment = (EPOCH + timedelta(microseconds=start)).astimezone(zone)
         try:
             for found in CronSim(self.cron or "", moment, reverse=back):
                 if not 1969 <= found.year <= LAST_YEAR:
                     return
-                yield (found.astimezone(UTC) - _EPOCH) // timedelta(microseconds=1)
+                yield microseconds_of(found.astimezone(UTC))
         except (OverflowError, CronSimError):
             return  # past what a date can be
 
@@ -95,7 +94,7 @@ def cron(line: str, timezone: str = "UTC") -> Recurrence:
         )
     zone(timezone)
     try:
-        CronSim(spelled, _EPOCH)
+        CronSim(spelled, EPOCH)
     except CronSimError as error:
         raise DefinitionError(f"{line!r} is no cron line: {str(error).lower()}.") from None
     found = Recurrence(cron=" ".join(fields), timezone=timezone)
@@ -119,7 +118,7 @@ def once(moment: datetime | int) -> Recurrence:
     if isinstance(moment, datetime):
         if moment.tzinfo is None:
             raise DefinitionError(f"A moment needs a time zone: {moment!r} has none. datetime.now(UTC) has.")
-        moment = (moment - _EPOCH) // timedelta(microseconds=1)
+        moment = microseconds_of(moment)
     if (
         isinstance(moment, bool)
         or not isinstance(moment, int)

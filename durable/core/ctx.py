@@ -14,7 +14,7 @@ import inspect
 import typing
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from random import Random
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, TypeVarTuple, overload
@@ -22,6 +22,7 @@ from uuid import UUID
 
 from durable.core import payload, webhooks
 from durable.core.attributes import check_attributes, check_tags
+from durable.core.clock import EPOCH, microseconds_of
 from durable.core.commands import Label, RunStep, SendEvent, SendTask, StartChild, WaitEvent, WaitSignal
 from durable.core.definition import StepDefinition, check_name, is_step, is_workflow, step_of, workflow_of
 from durable.core.durations import Duration, seconds
@@ -48,7 +49,6 @@ _STEP_OPTIONS = StepOptions()
 _REMOTE_OPTIONS = RemoteOptions()
 _ONCE = StepOptions(RetryPolicy(max_attempts=1))
 _NO_ARGUMENTS = payload.fingerprint(b"[]")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _read_text: Callable[[bytes], str] = payload.decoder(str)
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
@@ -736,7 +736,7 @@ class Context:
         self._loop.admit()
         if not isinstance(moment, datetime) or moment.tzinfo is None:
             raise DefinitionError(f"sleep_until needs a datetime with a time zone, not {moment!r}: datetime.now(UTC).")
-        return self._loop.sleep_until((moment - _EPOCH) // timedelta(microseconds=1))
+        return self._loop.sleep_until(microseconds_of(moment))
 
     @overload
     def gather(self, *awaitables: Awaitable[T], mode: Literal["all"] = "all") -> Future[list[T]]: ...
@@ -760,7 +760,7 @@ class Context:
     def now(self) -> datetime:
         """The time, UTC. It moves from turn to turn, and is the same on every replay."""
         self._loop.admit()
-        return _EPOCH + timedelta(microseconds=self._loop.now)
+        return EPOCH + timedelta(microseconds=self._loop.now)
 
     def uuid(self) -> UUID:
         """A random UUID, the same on every replay."""

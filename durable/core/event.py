@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
 
 from durable.core import payload
+from durable.core.clock import EPOCH
 from durable.core.errors import DefinitionError
 from durable.core.names import check_name
 
 T = TypeVar("T")
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -33,7 +33,7 @@ class Event(Struct, Generic[T], frozen=True):
     @property
     def at(self) -> datetime:
         """When it was accepted, UTC."""
-        return _EPOCH + timedelta(milliseconds=self.ts)
+        return EPOCH + timedelta(milliseconds=self.ts)
 
 
 class Fact(Struct, frozen=True):

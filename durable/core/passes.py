@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Literal, TypeGuard
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from durable.core import payload
+from durable.core.clock import microseconds_of
 from durable.core.errors import BadAnswer, ErrorData, PayloadError
 from durable.core.retry import RetryPolicy
 
@@ -43,7 +44,6 @@ Kind = Literal[
     "unknown",
 ]
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -526,7 +526,7 @@ def _moment(given: Any, name: str) -> int:
             return _epoch(given, name)
         moment = datetime.fromisoformat(given)
         moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-        return (moment - _EPOCH) // timedelta(microseconds=1)
+        return microseconds_of(moment)
     except (TypeError, ValueError, OverflowError):
         raise BadAnswer(
             f"Operation {_shown(name)} waits until {_shown(given)}, which is no ISO 8601 time such as 2026-01-31T09:00:00Z."

@@ -23,7 +23,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 
 from durable.core import payload
-from durable.core.clock import Clock
+from durable.core.clock import EPOCH, Clock
 from durable.core.commands import (
     Cancelled,
     Command,
@@ -70,7 +70,7 @@ from durable.protocol.runners import (
     step_hash,
 )
 from durable.worker.bodies import Bodies
-from durable.worker.hosting import EPOCH, HostedContext, HostedMachine, drop_soon, plainly, run_attempt
+from durable.worker.hosting import HostedContext, HostedMachine, drop_soon, plainly, run_attempt
 
 log = logging.getLogger("durable.runner")
 

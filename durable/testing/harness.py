@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from durable.app import Durable
+from durable.core.clock import EPOCH, microseconds_of
 from durable.core.definition import is_step, step_of
 from durable.core.durations import Duration, seconds
 from durable.core.step import StepScope
@@ -28,7 +29,6 @@ from durable.testing.virtual import VirtualClock, VirtualTime
 from durable.transports.event_emitter import EventEmitterTransport
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _YEAR = 365 * 86_400.0
 
 # Nothing of the engine's own housekeeping may come between two facts of a test, or a year would be full of it.
@@ -55,7 +55,7 @@ class Test(Application):
     __test__ = False  # pytest: this is not a test
 
     def __init__(self, root: Any, *, start: datetime = START, **settings: Any) -> None:
-        self._clock = VirtualClock((start - _EPOCH) // timedelta(microseconds=1))
+        self._clock = VirtualClock(microseconds_of(start))
         self._settings = settings
         self._virtual: VirtualTime | None = None
         self._failures: dict[str, list[BaseException]] = {}
@@ -72,7 +72,7 @@ class Test(Application):
     @property
     def now(self) -> datetime:
         """The time in the test's world; it begins at `start`."""
-        return _EPOCH + timedelta(microseconds=self._clock.now())
+        return EPOCH + timedelta(microseconds=self._clock.now())
 
     async def advance(self, duration: Duration) -> None:
         """Let time pass; what becomes due on the way happens on the way."""

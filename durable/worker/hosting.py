@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
+from durable.core.clock import microseconds_of
 from durable.core.commands import Failed, Outcome, RunStep, WaitSignal
 from durable.core.ctx import Context
 from durable.core.definition import WorkflowDefinition
@@ -27,7 +28,6 @@ from durable.worker.bodies import Bodies
 
 R = TypeVar("R")
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SLEEPS = frozenset({"_ring", "_set_result_unless_cancelled"})
 """What a timer calls that is a sleep and nothing else."""
 
@@ -58,7 +58,7 @@ class HostedContext(Context):
         ordinal = self._machine.ordinals.next
         promise = super().sleep_until(moment)
         if ordinal in self._loop.alarms:  # one that has passed is no timer
-            self._machine.moments[ordinal] = (moment - EPOCH) // timedelta(microseconds=1)
+            self._machine.moments[ordinal] = microseconds_of(moment)
         return promise
 
     def gather(self, *awaitables: Any, mode: str = "all") -> Any:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, Raw
 
-from durable.core.clock import Clock
+from durable.core.clock import EPOCH, Clock
 from durable.core.commands import (
     Abandon,
     Command,
@@ -67,7 +67,7 @@ from durable.protocol.messages import (
 )
 from durable.transports.answers import failed, no_handler
 from durable.worker.bodies import Bodies
-from durable.worker.hosting import EPOCH, HostedContext, HostedMachine, drop_soon, plainly, run_attempt
+from durable.worker.hosting import HostedContext, HostedMachine, drop_soon, plainly, run_attempt
 
 log = logging.getLogger("durable.worker")
 
