@@ -129,7 +129,8 @@ class VirtualTime:
                 return events
         if timeout is None:
             return self._selector.select(None)
-        self._now = round(self._now + timeout, 6)
+        # By a microsecond at least: in a far year less than that is rounded away, and the timer would never be due.
+        self._now = round(self._now + max(timeout, 1e-6), 6)
         if self._now - self._began > LONGEST:
             self._began = self._now  # what cleans up after this needs time too
             raise NothingHappens(
